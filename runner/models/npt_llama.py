@@ -1,0 +1,164 @@
+"""A Llama some of whose layers are NPT: attention modulates the MLP's weights, token by token.
+
+    a   = SelfAttention(input_layernorm(h))
+    x   = post_attention_layernorm(h)                     # h alone: the attention output is not added
+    ΔW·x = Σ_i v_b_i (v_a_i · x),  v_a_i = s_i W_a_up[i],  v_b_i = s_i W_b_up[i],  s_i = a W_down[i]
+    out = h + (W_down + ΔW_down) (silu((W_gate + ΔW_gate) x) * ((W_up + ΔW_up) x))
+
+v_a and v_b are never materialised: v_a_i · x = s_i · (W_a_up[i] x), so ΔW·x costs k·r numbers a token, not k·(d+f).
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
+
+PROJECTIONS = ("gate", "up", "down")
+
+
+class RankKUpdate(nn.Module):
+    """ΔW·x for one projection: k rank-1 terms, each read from the attention output through a bottleneck of r.
+
+    Shapes: `w_down` [k, d, r], `w_a_up` [k, r, d_in], `w_b_up` [k, r, d_out]; for gate and up d_in = d and
+    d_out = f, for down d_in = f and d_out = d. Held stacked over k·r, so that a pass is three matrix products.
+    """
+
+    def __init__(self, w_down: torch.Tensor, w_a_up: torch.Tensor, w_b_up: torch.Tensor) -> None:
+        super().__init__()
+        self.num_ranks, _, self.np_rank = w_down.shape
+        self.w_down = nn.Parameter(w_down.transpose(0, 1).reshape(w_down.shape[1], -1).contiguous())  # [d, k·r]
+        self.w_a_up = nn.Parameter(w_a_up.reshape(-1, w_a_up.shape[2]).contiguous())  # [k·r, d_in]
+        self.w_b_up = nn.Parameter(w_b_up.reshape(-1, w_b_up.shape[2]).contiguous())  # [k·r, d_out]
+
+    def forward(self, attention: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`attention` [..., d], `x` [..., d_in] → ΔW·x [..., d_out]."""
+        s = attention @ self.w_down
+        per_rank = s.unflatten(-1, (self.num_ranks, self.np_rank))
+        products = (s * (x @ self.w_a_up.T)).unflatten(-1, (self.num_ranks, self.np_rank))
+        dot = products.sum(-1, keepdim=True)  # v_a_i · x, [..., k, 1]
+        return (dot * per_rank).flatten(-2) @ self.w_b_up
+
+    def vectors(self, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """v_a [..., k, d_in] and v_b [..., k, d_out] at `attention` [..., d]: for looking at a few positions only."""
+        s = (attention @ self.w_down).unflatten(-1, (self.num_ranks, self.np_rank))
+        w_a_up = self.w_a_up.unflatten(0, (self.num_ranks, self.np_rank))
+        w_b_up = self.w_b_up.unflatten(0, (self.num_ranks, self.np_rank))
+        return torch.einsum("...kr,krd->...kd", s, w_a_up), torch.einsum("...kr,krf->...kf", s, w_b_up)
+
+
+class NptDecoderLayer(LlamaDecoderLayer):
+    """A Llama layer with rank-k updates for some of its projections; `npt_mode = False` is the unchanged layer.
+
+    A subclass that takes over the base layer's submodules: transformers records hidden states by class, and the
+    keys of the base weights stay what they are.
+    """
+
+    def __init__(self, base: LlamaDecoderLayer, updates: Mapping[str, RankKUpdate]) -> None:
+        nn.Module.__init__(self)
+        self.hidden_size = base.hidden_size
+        self.self_attn = base.self_attn
+        self.mlp = base.mlp
+        self.input_layernorm = base.input_layernorm
+        self.post_attention_layernorm = base.post_attention_layernorm
+        self.updates = nn.ModuleDict(dict(updates))
+        self.npt_mode = True
+        self.train(base.training)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """[B, T, d] → [B, T, d]; keyword arguments as for `LlamaDecoderLayer`."""
+        if not self.npt_mode:
+            return super().forward(hidden_states, **kwargs)
+        attention, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        return hidden_states + self.modulated_mlp(attention, self.post_attention_layernorm(hidden_states))
+
+    def modulated_mlp(self, attention: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The MLP whose weights `attention` [..., d] modulates, at `x` [..., d] → [..., d]."""
+        gate = self._project("gate", self.mlp.gate_proj, attention, x)
+        up = self._project("up", self.mlp.up_proj, attention, x)
+        return self._project("down", self.mlp.down_proj, attention, self.mlp.act_fn(gate) * up)
+
+    def _project(self, name: str, linear: nn.Module, attention: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if name not in self.updates:
+            return linear(x)
+        return linear(x) + self.updates[name](attention, x)
+
+
+class NptLlamaForCausalLM(LlamaForCausalLM):
+    """A Llama with NPT layers at some depths. It shares every base weight with `base`, which stays usable by itself.
+
+    `updates`: layer index → projection name → `RankKUpdate`. Raises IndexError for a layer beyond the base's depth.
+    """
+
+    def __init__(self, base: LlamaForCausalLM, updates: Mapping[int, Mapping[str, RankKUpdate]]) -> None:
+        empty = copy.copy(base.config)
+        empty.num_hidden_layers = 0
+        with torch.device("meta"):
+            super().__init__(empty)
+        self.config = base.config
+        self.generation_config = base.generation_config
+        # Modules of its own over shared tensors: transformers records hidden states through hooks on modules, and
+        # a module with the hooks of two models would record everything twice.
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+        self.model = copy.deepcopy(base.model, shared)
+        self.lm_head = copy.deepcopy(base.lm_head, shared)
+        for module in self.modules():
+            module._forward_hooks.clear()
+        vars(self.model).pop("_output_capturing_hooks_installed", None)
+        for index, layer_updates in updates.items():
+            self.model.layers[index] = NptDecoderLayer(self.model.layers[index], layer_updates)
+        self.train(base.training)
+
+    @property
+    def npt_layers(self) -> dict[int, NptDecoderLayer]:
+        """The NPT layers by depth, lowest first."""
+        return {i: layer for i, layer in enumerate(self.model.layers) if isinstance(layer, NptDecoderLayer)}
+
+    @contextmanager
+    def npt_mode(self, active: set[int]) -> Iterator[None]:
+        """Within the block exactly the NPT layers in `active` modulate; the others are the base's."""
+        before = {i: layer.npt_mode for i, layer in self.npt_layers.items()}
+        try:
+            for i, layer in self.npt_layers.items():
+                layer.npt_mode = i in active
+            yield
+        finally:
+            for i, layer in self.npt_layers.items():
+                layer.npt_mode = before[i]
+
+
+def run_layers(
+    model: LlamaForCausalLM, hidden_states: torch.Tensor, start: int = 0, record: list[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """The layers from `start` on and the final norm, as `LlamaModel.forward` runs them on unpadded sequences.
+
+    `hidden_states` [B, T, d] is the input of layer `start` (the embeddings for 0); → [B, T, d], the input of the
+    head. `record` receives the input of each layer that runs. Starting at a later layer gives the same bits as
+    running from the embeddings.
+    """
+    llama = model.model
+    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+    mask = create_causal_mask(
+        config=llama.config,
+        inputs_embeds=hidden_states,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=positions,
+    )
+    rotary = llama.rotary_emb(hidden_states, position_ids=positions)
+    for layer in llama.layers[start:]:
+        if record is not None:
+            record.append(hidden_states)
+        hidden_states = layer(
+            hidden_states,
+            attention_mask=mask,
+            position_embeddings=rotary,
+            position_ids=positions,
+            past_key_values=None,
+            use_cache=False,
+        )
+    return llama.norm(hidden_states)
