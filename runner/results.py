@@ -1,0 +1,110 @@
+"""The result contract: what a run leaves in `result.json`, whatever its task.
+
+Only what the task has is written; a field that is None or empty is left out, but for `verdict`, which is null where
+a verdict was not given. Floats have full precision; a number that is not finite is null, and a finding says so.
+
+    task, status        what ran; "ok" or "error"
+    error               {type, message}; only with status error, and then beside task, status and ckpt alone
+    ckpt, base, reference   what was measured, what it runs on, what it was compared with (paths or hub names)
+    step                the step that the checkpoint's own state reports
+    family, format, tier
+    metrics             mse, cosine, kl, kl_reverse, top1, top5, …: over data.prompts; metrics.text: over text data
+    per_prompt          [{prompt, tokens, mse, cosine, kl, top1, …}]
+    layers              [{layer, modulation, np_rank, num_ranks, parameters}], with mse, cosine, kl in the full tier
+    progressive         [{layers, mse, cosine, kl}]: the lowest n NPT layers active
+    generation          [{prompt, temperature, tokens, reference_tokens, agreement, first_divergence, repetition, …}]
+    checks              [{name, status, score, details, recommendation, seconds, peak_bytes}]
+    overall             READY, PARTIALLY_READY, NOT_READY
+    verdict             {status, cosine_status, progress, remaining, readiness, reason, recommendation}
+    findings            [text]: what the reader should know before trusting a number
+    timing, versions    seconds by phase; versions of the libraries that computed this
+
+Other fields belong to one task and stand in that task's page (`details` here, top level in the file).
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from runner.errors import RunnerError
+
+FILE_NAME = "result.json"
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What one run found. `to_dict()` is the JSON of the contract above."""
+
+    task: str
+    status: str = "ok"
+    error: dict[str, str] | None = None
+    ckpt: str | None = None
+    base: str | None = None
+    reference: str | None = None
+    step: int | None = None
+    family: str | None = None
+    format: str | None = None
+    tier: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    per_prompt: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    progressive: list[dict[str, Any]] = field(default_factory=list)
+    generation: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    overall: str | None = None
+    verdict: dict[str, Any] | None = None
+    findings: list[str] = field(default_factory=list)
+    timing: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def failed(cls, task: str, error: RunnerError, ckpt: str | None = None) -> "Result":
+        """The result of a job that ended in `error`."""
+        return cls(task=task, status="error", ckpt=ckpt, error={"type": type(error).__name__, "message": str(error)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contract as plain JSON values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "details"}
+        kept = {name: value for name, value in values.items() if value not in (None, {}, [])}
+        if self.status == "ok" and self.task == "diagnose":
+            kept.setdefault("verdict", None)
+        return _finite({**kept, **self.details})
+
+
+def _finite(value: Any) -> Any:
+    """`value` with every float that JSON cannot hold as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A `result.json` as it was written."""
+    return json.loads(path.read_text(encoding="utf-8"))
