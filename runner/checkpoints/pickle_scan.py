@@ -1,0 +1,252 @@
+"""Walk a pickle without building anything from it: every opcode, global and tensor is checked before torch loads it.
+
+The walk knows only the opcodes that torch.save writes (protocol 2, as torch's own restricted unpickler does) and
+gives each the same meaning; what it makes are plain records.
+"""
+
+import pickletools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from runner.checkpoints.pickle_records import Container, Refused, Storage
+from runner.checkpoints.pickle_rules import build, check_global, check_key, new, reduce
+from runner.checkpoints.pickle_tensors import storage
+from runner.errors import CheckpointError
+
+MAX_PICKLE_BYTES = 256 << 20
+MAX_OPCODES = 4_000_000
+MAX_DEPTH = 200
+MAX_ITEMS = 10_000_000
+_MARK = object()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """The value that a pickle would make, as records, and its storages by key."""
+
+    value: Any
+    storages: Mapping[str, Storage]
+
+
+@dataclass(kw_only=True)
+class _Machine:
+    stack: list[Any] = field(default_factory=list)
+    memo: dict[int, Any] = field(default_factory=dict)
+    storages: dict[str, Storage] = field(default_factory=dict)
+
+    def top(self) -> Any:
+        """The uppermost value, which must belong to the innermost mark."""
+        if self.stack[-1] is _MARK:
+            raise IndexError("a mark where a value should be")
+        return self.stack[-1]
+
+    def pop(self) -> Any:
+        """Take the uppermost value."""
+        value = self.top()
+        del self.stack[-1]
+        return value
+
+    def since_mark(self) -> list[Any]:
+        """The items above the last mark, which are popped together with it."""
+        for place in range(len(self.stack) - 1, -1, -1):
+            if self.stack[place] is _MARK:
+                items = self.stack[place + 1 :]
+                del self.stack[place:]
+                return items
+        raise IndexError("no mark")
+
+    def key(self) -> str:
+        """The name under which the value in the making will stand, as far as can be told."""
+        names = [v for v in self.stack if isinstance(v, str)]
+        return names[-1] if names else "(unnamed)"
+
+
+class BoundedReader:
+    """A file from which at most `limit` bytes are read, so that a length inside a pickle cannot claim the memory."""
+
+    def __init__(self, file: BinaryIO, limit: int) -> None:
+        self._file = file
+        self._left = limit
+        self.tell = file.tell
+
+    def read(self, count: int) -> bytes:
+        """`count` bytes, or fewer at the end of the file."""
+        self._left -= count
+        if self._left < 0:
+            raise Refused("a string or number in the pickle is longer than the limit")
+        return self._file.read(count)
+
+    def readline(self) -> bytes:
+        """A line, which only names of globals are."""
+        line = self._file.readline(4096)
+        self._left -= len(line)
+        return line
+
+
+def scan(file: BinaryIO, path: Path) -> Scan:
+    """Check the pickle at the position of `file`, which then stands behind it. Raises CheckpointError."""
+    reader = BoundedReader(file, MAX_PICKLE_BYTES)
+    machine = _Machine()
+    position = 0
+    try:
+        for count, (opcode, argument, at) in enumerate(pickletools.genops(cast(BinaryIO, reader))):
+            position = at or 0
+            if count >= MAX_OPCODES:
+                raise Refused(f"more than {MAX_OPCODES} pickle opcodes")
+            step = _STEPS.get(opcode.name)
+            if step is None:
+                raise Refused(_unknown(opcode.name, opcode.proto))
+            step(machine, argument)
+        value = machine.pop()
+        if machine.stack:
+            raise IndexError("values left over")
+        _check_shape(value)
+    except Refused as error:
+        named = f"{path}: {machine.key()}: " if error.about_tensor else f"{path}: "
+        raise CheckpointError(f"{named}{error}") from error
+    except (ValueError, IndexError, KeyError, UnicodeDecodeError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: damaged pickle near byte {position}: copy or download the file again"
+        ) from error
+    return Scan(value=value, storages=machine.storages)
+
+
+def _unknown(name: str, protocol: int) -> str:
+    if protocol > 2:
+        return f"pickle protocol {protocol} or later (opcode {name}); torch.save it with the default protocol"
+    return f"pickle opcode {name}, which torch.save never writes"
+
+
+def _check_shape(root: Any) -> None:
+    """Refuse what would hang or crash whoever walks the value: cycles, great depth, sharing that multiplies."""
+    done: dict[int, tuple[int, int]] = {}
+    open_: set[int] = set()
+    stack: list[tuple[Any, bool]] = [(root, False)]
+    while stack:
+        value, left = stack.pop()
+        if not isinstance(value, (Container, tuple)) or (not left and id(value) in done):
+            continue
+        items = value.items if isinstance(value, Container) else value
+        if left:
+            below = [done.get(id(item), (0, 1)) for item in items]
+            depth = 1 + max((d for d, _ in below), default=0)
+            size = 1 + sum(s for _, s in below)
+            if depth > MAX_DEPTH:
+                raise Refused(f"nested more than {MAX_DEPTH} deep")
+            if size > MAX_ITEMS:
+                raise Refused(f"more than {MAX_ITEMS} items once its shared parts are counted")
+            done[id(value)] = (depth, size)
+            open_.discard(id(value))
+            continue
+        if id(value) in open_:
+            raise Refused("a container that holds itself")
+        open_.add(id(value))
+        stack.append((value, True))
+        stack.extend((item, False) for item in items)
+
+
+def _put(machine: _Machine, argument: Any) -> None:
+    machine.memo[int(argument)] = machine.top()
+
+
+def _get(machine: _Machine, argument: Any) -> None:
+    machine.stack.append(machine.memo[int(argument)])
+
+
+def _tuple(count: int) -> Callable[[_Machine, Any], None]:
+    def step(machine: _Machine, _: Any) -> None:
+        items = [machine.pop() for _ in range(count)]
+        machine.stack.append(tuple(reversed(items)))
+
+    return step
+
+
+def _append(machine: _Machine, items: list[Any]) -> None:
+    _container(machine, "list").extend(items)
+
+
+def _set(machine: _Machine, pairs: list[Any]) -> None:
+    if len(pairs) % 2:
+        raise IndexError("a key without a value")
+    for key in pairs[::2]:
+        check_key(key)
+    _container(machine, "dict").extend(pairs)
+
+
+def _container(machine: _Machine, kind: str) -> list[Any]:
+    value = machine.top()
+    if not isinstance(value, Container) or value.kind != kind:
+        raise TypeError(f"not a {kind}")
+    return value.items
+
+
+def _pair(machine: _Machine, _: Any) -> None:
+    value, key = machine.pop(), machine.pop()
+    _set(machine, [key, value])
+
+
+def _single(machine: _Machine, _: Any) -> None:
+    item = machine.pop()
+    _append(machine, [item])
+
+
+def _reduce(machine: _Machine, _: Any) -> None:
+    arguments = machine.pop()
+    function = machine.pop()
+    machine.stack.append(reduce(function, arguments))
+
+
+def _new(machine: _Machine, _: Any) -> None:
+    arguments = machine.pop()
+    machine.stack.append(new(machine.pop(), arguments))
+
+
+def _build(machine: _Machine, _: Any) -> None:
+    state = machine.pop()
+    build(machine.top(), state)
+
+
+def _persistent(machine: _Machine, _: Any) -> None:
+    made = storage(machine.pop())
+    known = machine.storages.setdefault(made.key, made)
+    if known.record_bytes != made.record_bytes:
+        raise Refused(f"storage {made.key} is said to hold {known.record_bytes} and {made.record_bytes} bytes")
+    machine.stack.append(made)
+
+
+def _push(machine: _Machine, value: Any) -> None:
+    machine.stack.append(value)
+
+
+def _global(machine: _Machine, argument: str) -> None:
+    machine.stack.append(check_global(argument))
+
+
+_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
+    "PROTO": lambda machine, _: None,
+    "STOP": lambda machine, _: None,
+    "MARK": lambda machine, _: _push(machine, _MARK),
+    "NONE": lambda machine, _: _push(machine, None),
+    "NEWTRUE": lambda machine, _: _push(machine, True),
+    "NEWFALSE": lambda machine, _: _push(machine, False),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"), _push),
+    "EMPTY_DICT": lambda machine, _: _push(machine, Container(kind="dict")),
+    "EMPTY_LIST": lambda machine, _: _push(machine, Container(kind="list")),
+    "EMPTY_SET": lambda machine, _: _push(machine, Container(kind="set")),
+    "EMPTY_TUPLE": lambda machine, _: _push(machine, ()),
+    "TUPLE": lambda machine, _: _push(machine, tuple(machine.since_mark())),
+    **{f"TUPLE{count}": _tuple(count) for count in (1, 2, 3)},
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _put),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), _get),
+    "APPEND": _single,
+    "APPENDS": lambda machine, _: _append(machine, machine.since_mark()),
+    "SETITEM": _pair,
+    "SETITEMS": lambda machine, _: _set(machine, machine.since_mark()),
+    "GLOBAL": _global,
+    "REDUCE": _reduce,
+    "NEWOBJ": _new,
+    "BUILD": _build,
+    "BINPERSID": _persistent,
+}

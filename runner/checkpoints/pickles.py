@@ -1,0 +1,63 @@
+"""Objects out of torch.save files: nothing in them is executed, and what is foreign becomes an inert record."""
+
+import io
+import pickle
+import threading
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from runner.checkpoints.archives import check_archive
+from runner.checkpoints.content import Kind, kind_of
+from runner.checkpoints.inert import FUNCTIONS, STAND_INS, Inert
+from runner.checkpoints.legacy import check_legacy
+from runner.checkpoints.pickle_scan import scan
+from runner.errors import CheckpointError
+
+__all__ = ["Inert", "check_pickle", "load_pickle"]
+
+# torch's table of allowed names belongs to the process, not to the call.
+_LOCK = threading.Lock()
+_INERT_GLOBALS: list[Any] = [(stand_in, name) for name, stand_in in (STAND_INS | FUNCTIONS).items()]
+
+
+def load_pickle(path: Path, *, tensors: Literal["meta", "mmap"] = "meta") -> Any:
+    """The object that torch.save wrote to `path`, checked before it is loaded.
+
+    With `tensors="meta"` its tensors have shape and dtype only and no tensor data is read; with "mmap" they are
+    views of the mapped file (of memory, in the old layout that cannot be mapped). Foreign objects are `Inert`.
+    Raises CheckpointError.
+    """
+    kind = check_pickle(path)
+    options = {"map_location": "meta"} if tensors == "meta" else {"map_location": "cpu", "mmap": kind is Kind.ZIP}
+    if path.name.endswith(".safetensors"):
+        raise CheckpointError(f"{path}: a torch.save file named .safetensors: rename it to .pt")
+    try:
+        with _LOCK, torch.serialization.safe_globals(_INERT_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, weights_only=True, **options)
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, OSError, EOFError,
+            pickle.UnpicklingError) as error:  # fmt: skip
+        # torch's own text is left out: it advises to switch the safe loading off.
+        raise CheckpointError(
+            f"{path}: torch cannot load this file ({type(error).__name__}): damaged, or not a dict of plain tensors"
+        ) from error
+
+
+def check_pickle(path: Path) -> Kind:
+    """Check the structure of a torch.save file without loading it; its layout. Raises CheckpointError."""
+    kind = kind_of(path)
+    if kind is Kind.SAFETENSORS:
+        raise CheckpointError(f"{path}: not a torch.save file: its content is safetensors")
+    if kind is Kind.LEGACY:
+        check_legacy(path)
+        return kind
+    archive = check_archive(path)
+    for key, storage in scan(io.BytesIO(archive.pickle), path).storages.items():
+        size = archive.records.get(key)
+        if size != storage.record_bytes:
+            found = "is missing" if size is None else f"holds {size}"
+            raise CheckpointError(f"{path}: storage {key} needs {storage.record_bytes} bytes, its record {found}")
+    return kind
