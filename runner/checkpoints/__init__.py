@@ -1,0 +1,1 @@
+"""From bytes to checkpoints: names, shapes, lazy tensors. No torch modules here."""

@@ -1,0 +1,1 @@
+"""Prompts, text and the built-in small world."""

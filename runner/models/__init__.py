@@ -1,0 +1,1 @@
+"""Torch modules. No file access here."""

@@ -35,6 +35,14 @@ class RankKUpdate(nn.Module):
         self.w_a_up = nn.Parameter(w_a_up.reshape(-1, w_a_up.shape[2]).contiguous())  # [k·r, d_in]
         self.w_b_up = nn.Parameter(w_b_up.reshape(-1, w_b_up.shape[2]).contiguous())  # [k·r, d_out]
 
+    def matrices(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        """Views of `w_down` [d, r], `w_a_up` [r, d_in] and `w_b_up` [r, d_out], one for each rank-1 term."""
+        return (
+            list(self.w_down.unflatten(1, (self.num_ranks, self.np_rank)).unbind(1)),
+            list(self.w_a_up.unflatten(0, (self.num_ranks, self.np_rank)).unbind(0)),
+            list(self.w_b_up.unflatten(0, (self.num_ranks, self.np_rank)).unbind(0)),
+        )
+
     def forward(self, attention: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """`attention` [..., d], `x` [..., d_in] → ΔW·x [..., d_out]."""
         s = attention @ self.w_down
@@ -68,6 +76,11 @@ class NptDecoderLayer(LlamaDecoderLayer):
         self.updates = nn.ModuleDict(dict(updates))
         self.npt_mode = True
         self.train(base.training)
+
+    @property
+    def modulation(self) -> str:
+        """single, dual or triple: how many of the projections are modulated."""
+        return ("single", "dual", "triple")[len(self.updates) - 1]
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """[B, T, d] → [B, T, d]; keyword arguments as for `LlamaDecoderLayer`."""
@@ -132,15 +145,24 @@ class NptLlamaForCausalLM(LlamaForCausalLM):
 
 
 def run_layers(
-    model: LlamaForCausalLM, hidden_states: torch.Tensor, start: int = 0, record: list[torch.Tensor] | None = None
+    model: LlamaForCausalLM,
+    hidden_states: torch.Tensor,
+    start: int = 0,
+    record: list[torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The layers from `start` on and the final norm, as `LlamaModel.forward` runs them on unpadded sequences.
 
     `hidden_states` [B, T, d] is the input of layer `start` (the embeddings for 0); → [B, T, d], the input of the
     head. `record` receives the input of each layer that runs. Starting at a later layer gives the same bits as
-    running from the embeddings.
+    running from the embeddings. `dtype` casts the weights for this pass, one layer at a time.
     """
+
+    def cast(module: nn.Module) -> nn.Module:
+        return module if dtype in (None, model.dtype) else copy.deepcopy(module).to(dtype)
+
     llama = model.model
+    hidden_states = hidden_states.to(dtype or hidden_states.dtype)
     positions = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
     mask = create_causal_mask(
         config=llama.config,
@@ -153,7 +175,7 @@ def run_layers(
     for layer in llama.layers[start:]:
         if record is not None:
             record.append(hidden_states)
-        hidden_states = layer(
+        hidden_states = cast(layer)(
             hidden_states,
             attention_mask=mask,
             position_embeddings=rotary,
@@ -161,4 +183,4 @@ def run_layers(
             past_key_values=None,
             use_cache=False,
         )
-    return llama.norm(hidden_states)
+    return cast(llama.norm)(hidden_states)

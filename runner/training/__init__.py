@@ -1,0 +1,1 @@
+"""Training of NPT layers and of the demonstration."""

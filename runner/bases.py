@@ -1,0 +1,147 @@
+"""Base models: where they lie, and one copy of each in memory."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+from runner.checkpoints import hf
+from runner.checkpoints.checkpoint import Checkpoint
+from runner.checkpoints.tensors import TensorSource, non_finite
+from runner.errors import CheckpointError, ConfigError, ModelError
+from runner.models import llama
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BASES_KEPT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A base model in memory. `fingerprint` changes whenever one of its files does."""
+
+    model: LlamaForCausalLM
+    path: Path
+    fingerprint: tuple[Any, ...]
+
+
+_bases: OrderedDict[tuple[Any, ...], Base] = OrderedDict()
+
+
+def load_base(
+    checkpoint: Checkpoint | None, base: str | Path | None, *, device: str = "auto", dtype: str = "float32"
+) -> Base:
+    """The base model that `base` or else the checkpoint names, loaded once per process.
+
+    Raises CheckpointError where it is missing, ModelError where it is no Llama or its keys do not fit its config.
+    """
+    path = find_base(checkpoint, base)
+    config_values = hf.read_config(path)
+    weights = hf.open_model_weights(path)
+    target = torch_dtype(dtype, weights)
+    where = torch_device(device)
+    fingerprint = _fingerprint(path, weights)
+    key = (fingerprint, target, where)
+    if key in _bases:
+        _bases.move_to_end(key)
+        return _bases[key]
+    config = llama.config_from(config_values, path)
+    names = llama.check_keys(config, {name: info.shape for name, info in weights.infos.items()}, path)
+    bad = non_finite(weights, names)
+    if bad:
+        raise CheckpointError(f"{path}: NaN or Inf in {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}")
+    model = llama.build(config, {name: weights.read(name) for name in names}, target, path).to(where)
+    _bases[key] = Base(model=model, path=path, fingerprint=fingerprint)
+    while len(_bases) > BASES_KEPT:
+        _bases.popitem(last=False)
+    return _bases[key]
+
+
+def _fingerprint(path: Path, weights: TensorSource) -> tuple[Any, ...]:
+    stats = [(file.name, file.stat()) for file in (path / hf.CONFIG, *weights.files)]
+    return (str(path.resolve()), tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats))
+
+
+def torch_device(name: str) -> torch.device:
+    """`auto` is cuda, then mps, then cpu. Raises ConfigError for a device that is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+    kind = name.partition(":")[0]
+    if not there.get(kind, False):
+        raise ConfigError(
+            f"device={name} is not available here; there is {', '.join(k for k, v in there.items() if v)}"
+        )
+    return torch.device(name)
+
+
+def torch_dtype(name: str, weights: TensorSource) -> torch.dtype:
+    """The compute dtype that `name` asks for; "stored" is that of the embedding."""
+    if name == "stored":
+        info = weights.infos.get("model.embed_tokens.weight")
+        if info is None or not info.dtype.is_floating_point:
+            raise ModelError(
+                f"{weights.path}: has no floating-point model.embed_tokens.weight to take dtype=stored from"
+            )
+        return info.dtype
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={name} is unknown; choose float32, bfloat16, float16 or stored")
+    return DTYPES[name]
+
+
+def find_base(checkpoint: Checkpoint | None, base: str | Path | None) -> Path:
+    """The directory of the base model.
+
+    `base` may be a directory or a hub name, which may be downloaded. A name found in the checkpoint is looked for
+    beside the checkpoint, then from the current directory, then in the local hub cache: never downloaded.
+    """
+    if base is not None:
+        path = Path(base).expanduser()
+        if path.is_dir():
+            return path
+        if path.exists() or not _is_hub_name(str(base)):
+            raise CheckpointError(f"base={base}: no such directory; a base model is a directory with config.json in it")
+        return _from_hub(str(base), download=True)
+    if checkpoint is None or not checkpoint.base_name:
+        where = f"{checkpoint.path}: names no base model" if checkpoint else "no base model is named"
+        raise CheckpointError(f"{where}; give one as base=DIRECTORY or base=HUB_NAME")
+    name = checkpoint.base_name
+    for start in (checkpoint.directory, checkpoint.directory.parent, Path()):
+        if (start / name).is_dir():
+            return start / name
+    try:
+        if _is_hub_name(name):
+            return _from_hub(name, download=False)
+    except CheckpointError:
+        pass
+    raise CheckpointError(
+        f"{checkpoint.path}: its base model {name!r} lies neither beside it nor in the current directory "
+        "nor in the local hub cache; give it as base=DIRECTORY, or as base=HUB_NAME to download it"
+    )
+
+
+def _is_hub_name(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~"))
+
+
+def _from_hub(name: str, *, download: bool) -> Path:
+    """A snapshot of a hub repository. Raises CheckpointError in one line that names HF_TOKEN."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not download))
+    except Exception as error:  # network, authorisation and cache errors of several libraries: one answer
+        raise CheckpointError(
+            f"base={name}: neither a directory here nor available from the hub ({type(error).__name__}); check the "
+            "name, give a local directory, or set HF_TOKEN where the model is gated or private"
+        ) from error

@@ -1,0 +1,64 @@
+"""What a checkpoint is, once its format is known: names, shapes, lazy tensors, and where it came from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runner.checkpoints.npt_delta import NptLayer
+from runner.checkpoints.tensors import TensorSource, open_weights
+from runner.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint. Nothing but headers has been read."""
+
+    path: Path
+    format: str
+    family: str
+    evidence: str  # what decided the format
+    weights: TensorSource
+    layers: tuple[NptLayer, ...] = ()
+    base_name: str | None = None  # the base model's name as the checkpoint writes it
+    step: int | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    findings: tuple[str, ...] = ()
+
+    @property
+    def directory(self) -> Path:
+        """Where its other files lie, and what its relative names start from."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What lies at a path: a directory's entries, or one file. Formats recognise themselves in it."""
+
+    path: Path
+    entries: tuple[str, ...]
+    _opened: dict[str, TensorSource] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, path: Path) -> "Listing":
+        """The listing of an existing file or directory. Raises CheckpointError when there is none."""
+        try:
+            if path.is_dir():
+                return cls(path, tuple(sorted(entry.name for entry in path.iterdir())))
+            if path.exists():
+                return cls(path, (path.name,))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be listed: {error.strerror}") from error
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: is a link to {path.readlink()}, which does not exist")
+        raise CheckpointError(f"{path}: no such file or directory")
+
+    def file(self, name: str) -> Path:
+        """The path of one of the entries."""
+        return self.path / name if self.path.is_dir() else self.path
+
+    def weights(self, name: str) -> TensorSource:
+        """The tensors of one weights file, headers only, opened once. Raises CheckpointError as `open_weights`."""
+        if name not in self._opened:
+            self._opened[name] = open_weights(self.file(name))
+        return self._opened[name]

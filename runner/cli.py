@@ -1,0 +1,125 @@
+"""The command line around Hydra: flags and paths as people type them, one-line errors, exit codes.
+
+0 done (a poor verdict is a result); 1 a runtime error or a failed check; 2 bad input or usage; 3 a sweep in which
+jobs failed; 130 interrupted.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from runner.confdir import config_directory
+from runner.errors import ConfigError, RunnerError, printable
+from runner.overrides import CommandLine, parse, spell
+
+INTERRUPTED = 130
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """The console script and `python -m runner`; exits with the codes above."""
+    sys.exit(run(list(sys.argv[1:] if words is None else words)))
+
+
+def run(words: Sequence[str]) -> int:
+    """One command line, from its words to its exit code."""
+    try:
+        line = parse(words)
+        if {"-h", "--help"} & set(line.flags):
+            from runner.help import help_text
+
+            print(help_text(config_directory()))
+            return 0
+        return _run(line)
+    except RunnerError as error:
+        print(f"runner: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("runner: interrupted; what was finished is kept", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for the interpreter's own flush at exit
+        return 0
+
+
+def _run(line: CommandLine) -> int:
+    from runner import run as runs
+    from runner.sweep import RememberSweep, collect, expand
+
+    runs.setup()
+    shows_only = bool({"--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "-sc"} & set(line.flags))
+    _check_choices(line)
+    if not shows_only:
+        line = expand(line, demo_run=lambda: _demo_run(line))
+    RememberSweep.directory, runs.exit_code = None, 0
+    _hydra(line, runs.job)
+    if RememberSweep.directory is None or shows_only:
+        return runs.exit_code
+    from runner.reports.console import print_sweep
+
+    rows = collect(RememberSweep.directory)
+    print_sweep(rows, RememberSweep.directory)
+    return 0 if all(row["status"] == "ok" for row in rows) else 3
+
+
+def _hydra(line: CommandLine, job: object) -> None:
+    """Hand the command line to Hydra, and translate what it refuses."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    # With it Hydra raises instead of printing and exiting.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    overrides = [key if value is None else spell(key, value, multirun=line.multirun) for key, value in line.overrides]
+    before, sys.argv = sys.argv, ["runner", *line.flags, *overrides]
+    try:
+        hydra.main(config_path=str(config_directory()), config_name="config", version_base="1.3")(job)()  # type: ignore[arg-type]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _translated(error, line) from error
+    except OSError as error:
+        raise ConfigError(f"{error.filename or Path.cwd()}: cannot be written: {error.strerror}") from error
+    finally:
+        sys.argv = before
+
+
+def _check_choices(line: CommandLine) -> None:
+    """An unknown task, tier, … is answered with the choices before anything is composed."""
+    from runner.config import did_you_mean
+
+    extra = [Path(line.flags[i + 1]) for i, flag in enumerate(line.flags[:-1]) if flag in ("--config-dir", "-cd")]
+    groups = [path for root in (config_directory(), *extra) for path in root.iterdir() if path.is_dir()]
+    for key, value in line.overrides:
+        choices = sorted({f.stem for g in groups if g.name == key for f in g.glob("*.yaml")})
+        if not choices or value is None or value == "null":
+            continue
+        for choice in value.split(",") if line.multirun else [value]:
+            if choice not in choices:
+                raise ConfigError(f"{key}={choice} is no {key}{did_you_mean(choice, choices)}")
+
+
+def _translated(error: Exception, line: CommandLine) -> RunnerError:
+    """Hydra's refusal in one line that says what to do."""
+    from runner.config import unknown_key
+
+    text = " ".join(str(error).split())
+    cause = " ".join(str(error.__cause__).split()) if error.__cause__ is not None else ""
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match[1].lstrip("+").partition("@")[0]
+        if "not in" in text + cause or "No match" in text or "Key" in cause:
+            return unknown_key(key, line.get("task") or "diagnose")
+        return ConfigError(f"{key}={line.get(key)}: {cause or text}")
+    if match := re.search(r"Missing mandatory value: (\S+)", text + cause):
+        return ConfigError(f"{match[1]} is needed; give it as {match[1]}=…")
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return ConfigError(f"{match[1]}: several values are a sweep: add -m")
+    return ConfigError(printable(f"{text}{f' ({cause})' if cause and cause not in text else ''}"))
+
+
+def _demo_run(line: CommandLine) -> Path:
+    """The demonstration's run directory, trained if it is not there yet."""
+    from rich.console import Console
+
+    from runner.tasks.opening import demo_run
+
+    return demo_run(line.get("cache"), Console(stderr=True))

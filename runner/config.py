@@ -1,0 +1,132 @@
+"""The typed root of every task's config. Nothing heavy is imported here: `--help` and `--cfg job` stay fast."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from runner.errors import ConfigError
+
+
+@dataclass
+class CommonConfig:
+    """What every task has. `tracker` and the other groups are built from their `_target_`."""
+
+    task: str = MISSING
+    seed: int = 0
+    verbose: bool = False
+    output: str | None = None
+    cache: str | None = None
+    tracker: Any = MISSING
+
+
+@dataclass
+class ModelConfig(CommonConfig):
+    """What every task that opens a checkpoint or a model has."""
+
+    ckpt: str = "demo"
+    step: Any = None
+    base: str | None = None
+    tokenizer: str | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+    family: Any = MISSING
+    format: Any = MISSING
+    data: Any = MISSING
+
+
+@dataclass
+class DiagnoseConfig(ModelConfig):
+    """`task=diagnose`."""
+
+    reference: str | None = None
+    accuracy: bool = True
+    tier: Any = MISSING
+    verdict: Any = MISSING
+
+
+@dataclass
+class TrainConfig(CommonConfig):
+    """`task=train`."""
+
+    base: str | None = None
+    tokenizer: str | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+    data: Any = MISSING
+    train: Any = field(default_factory=dict)
+
+
+TASKS: dict[str, type[CommonConfig]] = {"diagnose": DiagnoseConfig, "train": TrainConfig}
+PATH_KEYS = {
+    "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "tracker.dir", "train.resume_from",
+    "hydra.run.dir", "hydra.sweep.dir",
+}  # fmt: skip
+# Keys that a group's choice sets for all tasks alike and that nobody overrides.
+FIXED_KEYS = ("verdict",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model family; `auto` takes that of the checkpoint."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A checkpoint format; `auto` lets names and shapes decide."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tier:
+    """How much is measured (`measures`, read by diagnose) and checked (`checks`, read by test)."""
+
+    name: str
+    measures: tuple[str, ...] = ()
+    checks: tuple[str, ...] = ()
+    sequence_length: int = 512
+    new_tokens: int = 32
+    temperatures: tuple[float, ...] = (0.7,)
+
+    def __post_init__(self) -> None:
+        known = (
+            "load", "finite", "control", "logits", "isolation", "progressive", "additivity", "generation", "text",
+            "floor",
+        )  # fmt: skip
+        for name in self.measures:
+            if name not in known:
+                raise ConfigError(f"tier.measures: {name!r} is unknown{did_you_mean(name, known)}")
+        if self.sequence_length < 2 or self.new_tokens < 1:
+            raise ConfigError("tier.sequence_length must be at least 2 and tier.new_tokens at least 1")
+
+
+def register() -> None:
+    """Put each task's typed root into Hydra's ConfigStore, where conf/task/<task>.yaml names it."""
+    store = ConfigStore.instance()
+    for name, node in TASKS.items():
+        store.store(group="schema", name=name, node=node, package="_global_")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`: did you mean 'x'?`, or the known words where none is close and they are few."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known are {', '.join(known)}" if len(known) <= 24 else ""
+
+
+def unknown_key(key: str, task: str) -> ConfigError:
+    """The error for a `key` that `task` does not have."""
+    own = [f.name for f in fields(TASKS[task])] if task in TASKS else []
+    root = key.partition(".")[0]
+    owners = [name for name, node in TASKS.items() if root in {f.name for f in fields(node)}]
+    if owners and task not in owners:
+        return ConfigError(f"{key} belongs to task={' and task='.join(owners)}, not to task={task}")
+    return ConfigError(f"unknown key {key!r}{did_you_mean(key, [n for n in own if n not in FIXED_KEYS])}")

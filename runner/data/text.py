@@ -1,0 +1,51 @@
+"""What models are measured on: prompts, and documents of text."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.errors import ConfigError
+
+MAX_DOCUMENTS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """`prompts` give the figures everyone compares; `name` says where documents of text come from, if any."""
+
+    name: str
+    prompts: tuple[str, ...]
+    layer_prompt: str
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not all(isinstance(p, str) and p for p in (*self.prompts, self.layer_prompt)):
+            raise ConfigError("data.prompts must be a list of texts that are not empty, data.layer_prompt such a text")
+        if self.name == "text" and not self.path:
+            raise ConfigError(
+                "data=text needs data.path=FILE, a text file whose documents are separated by empty lines"
+            )
+
+    def documents(self, seed: int = 0) -> list[str]:
+        """The documents of text, at most `MAX_DOCUMENTS`; none for the plain prompts."""
+        if self.name == "world":
+            return world_documents(seed)
+        if self.path is None:
+            return []
+        try:
+            text = Path(self.path).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"data.path={self.path}: cannot be read as UTF-8 text: {error}") from error
+        documents = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+        if not documents:
+            raise ConfigError(f"data.path={self.path}: holds no text")
+        return documents[:MAX_DOCUMENTS]
+
+
+def world_documents(seed: int = 0, sentences: int = 8) -> list[str]:
+    """Held-out sentences of the built-in world, `sentences` to a document."""
+    from runner.data.world import generate
+
+    held_out = generate(seed).held_out
+    groups = [held_out[i : i + sentences] for i in range(0, len(held_out), sentences)]
+    return [" ".join(group) for group in groups[:MAX_DOCUMENTS]]

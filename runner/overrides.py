@@ -1,0 +1,139 @@
+"""The words of the command line: which are flags, which are overrides, and paths spelled so that Hydra keeps them.
+
+Hydra's grammar refuses or changes values that are common in paths (`=`, `[`, `(`, `,`, `~`, `#`, quotes, letters
+beyond ASCII, `1e5`, `true`), so path values are quoted before Hydra sees them.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.config import PATH_KEYS, did_you_mean
+from runner.errors import ConfigError
+
+# Hydra's flags that a user may give, and how many words each takes; "?" is at most one.
+FLAGS = {
+    "--multirun": 0, "-m": 0, "--resolve": 0, "--version": 0, "--hydra-help": 0, "--shell-completion": 0, "-sc": 0,
+    "--cfg": 1, "-c": 1, "--package": 1, "-p": 1, "--config-dir": 1, "-cd": 1, "--config-name": 1, "-cn": 1,
+    "--info": "?", "-i": "?", "--help": 0, "-h": 0,
+}  # fmt: skip
+_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """`flags` for Hydra, in order; `overrides` as (key, value) with the value as it was typed; None deletes a key."""
+
+    flags: tuple[str, ...]
+    overrides: tuple[tuple[str, str | None], ...]
+
+    @property
+    def multirun(self) -> bool:
+        """Whether -m was given."""
+        return bool({"-m", "--multirun"} & set(self.flags))
+
+    def get(self, key: str) -> str | None:
+        """The last value given for `key`, without quotes around it."""
+        values = [value for name, value in self.overrides if name == key]
+        return unquoted(values[-1]) if values and values[-1] is not None else None
+
+
+def parse(words: Sequence[str]) -> CommandLine:
+    """Tell flags from overrides, wherever they stand. Raises ConfigError for a word that is neither."""
+    flags: list[str] = []
+    overrides: list[tuple[str, str | None]] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("-"):
+            flags += _flag(word, rest)
+        elif word.startswith("~"):
+            overrides.append((word, None))
+        elif "=" in word:
+            key, _, value = word.partition("=")
+            overrides.append((key, value))
+        else:
+            hint = (
+                f"; did you mean ckpt={word}?" if Path(word).exists() else "; options are written key=value, see --help"
+            )
+            raise ConfigError(f"{word!r} is no option{hint}")
+    return CommandLine(flags=tuple(flags), overrides=tuple(overrides))
+
+
+def _flag(word: str, rest: list[str]) -> list[str]:
+    """The words that belong to the flag `word`, the following ones taken from `rest`."""
+    name, equals, value = word.partition("=")
+    if name not in FLAGS:
+        known = [flag for flag in FLAGS if flag.startswith("--")]
+        hint = (
+            f"; options are written {name.lstrip('-')}=…"
+            if not did_you_mean(name, known)
+            else did_you_mean(name, known)
+        )
+        raise ConfigError(f"unknown flag {name}{hint}")
+    if equals:
+        return [name, value]
+    takes = FLAGS[name]
+    if takes == 1:
+        if not rest:
+            raise ConfigError(f"{name} needs a value")
+        return [name, rest.pop(0)]
+    if takes == "?" and rest and rest[0] in _INFO:
+        return [name, rest.pop(0)]
+    return [name]
+
+
+def quoted(value: str) -> str:
+    """`value` as a quoted string of Hydra's grammar that means exactly `value`."""
+    escaped = value.replace("${", "\\${")
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", escaped)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    return f"'{escaped}'"
+
+
+def unquoted(value: str) -> str:
+    """`value` without the quotes around it, if there are any."""
+    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+        return value[1:-1].replace(f"\\{value[0]}", value[0])
+    return value
+
+
+def spell(key: str, value: str, *, multirun: bool) -> str:
+    """One override for Hydra: a path value quoted, each path of a list or a sweep by itself; any other as typed."""
+    if key.lstrip("+") not in PATH_KEYS or not value or value == "null":
+        return f"{key}={value}"
+    return f"{key}={_spell_path(value, multirun)}"
+
+
+def _spell_path(value: str, multirun: bool) -> str:
+    if Path(unquoted(value)).expanduser().exists():
+        return quoted(unquoted(value))
+    if value[0] in "'\"" and value[-1] == value[0] and len(value) > 1 and value.count(value[0]) == 2:
+        return quoted(unquoted(value))
+    if re.fullmatch(r"\$\{[^}]*\}", value):
+        return value
+    if multirun and "," in value:
+        return ",".join(quoted(unquoted(part)) for part in split_list(value))
+    return quoted(value)
+
+
+def split_list(value: str) -> list[str]:
+    """`a,b` or `[a,b]` in its parts; a comma inside quotes or brackets belongs to its part."""
+    if value.startswith("[") and value.endswith("]"):
+        value = value[1:-1]
+    parts, depth, quote = [""], 0, ""
+    for character in value:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        if character == "," and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]

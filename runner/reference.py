@@ -1,0 +1,48 @@
+"""The reference's hidden states and continuations: computed once for each sequence, kept, keyed by model and tokens."""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+from runner.forward import Trace, trace
+from runner.measures.generation import generate
+
+MODELS_KEPT = 2
+
+
+class Reference:
+    """A model and what it computed. What one model computed is shared by all who ask with the same `key`.
+
+    `key` must change whenever the model's weights, dtype or device do.
+    """
+
+    _kept: ClassVar[OrderedDict[Any, tuple[dict[Any, Trace], dict[Any, list[int]]]]] = OrderedDict()
+
+    def __init__(self, model: LlamaForCausalLM, key: Any) -> None:
+        self.model = model
+        self.key = key
+        self._traces, self._continuations = self._kept.setdefault(key, ({}, {}))
+        self._kept.move_to_end(key)
+        while len(self._kept) > MODELS_KEPT:
+            self._kept.popitem(last=False)
+
+    def trace(self, token_ids: torch.Tensor, layers: Iterable[int]) -> Trace:
+        """The trace of `token_ids` [T] with at least the inputs of `layers`, computed when it is not there yet."""
+        wanted = frozenset(layers)
+        key = tuple(token_ids.tolist())
+        known = self._traces.get(key)
+        if known is None or not wanted <= known.inputs.keys():
+            kept = wanted | (frozenset() if known is None else known.inputs.keys())
+            known = self._traces[key] = trace(self.model, token_ids, kept)
+        return known
+
+    def continuation(self, token_ids: torch.Tensor, count: int, *, temperature: float, seed: int) -> list[int]:
+        """`count` tokens that the model generates after `token_ids` [T], as `generate` does."""
+        key = (tuple(token_ids.tolist()), count, temperature, seed)
+        if key not in self._continuations:
+            prompt = token_ids.to(self.model.device)
+            self._continuations[key] = generate(self.model, prompt, count, temperature=temperature, seed=seed)
+        return self._continuations[key]

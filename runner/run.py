@@ -1,0 +1,189 @@
+"""One run: the composed config, its task, and what is left of it: `result.json`, the report, the tracker's record."""
+
+import logging
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from runner.confdir import config_directory
+from runner.config import TASKS, CommonConfig, register, unknown_key
+from runner.errors import ConfigError, RunnerError
+from runner.overrides import quoted
+from runner.reports.console import print_line, print_result
+from runner.results import FILE_NAME, Result, write_json
+from runner.tasks.context import Context
+from runner.tracking.base import RunIdentity, Tracker
+from runner.tracking.null import NullTracker
+
+log = logging.getLogger(__name__)
+# The exit code of the last job that ran in this process: Hydra gives no way to return one.
+exit_code = 0
+# Tasks that log while they run, not only at the end.
+_LIVE = ("train",)
+
+
+def job(cfg: DictConfig) -> None:
+    """What Hydra calls for each job. It never raises but for an interrupt: a failure is written to `result.json`."""
+    global exit_code
+    logging.captureWarnings(True)
+    hydra = HydraConfig.get()
+    directory = Path(hydra.runtime.output_dir)
+    sweep = Path(hydra.sweep.dir).name if hydra.mode == RunMode.MULTIRUN else None
+    result, exit_code = _run_and_record(cfg, directory, sweep)
+    if sweep is not None:
+        print_line(result, Console(), number=int(hydra.job.num) + 1)
+    elif result["status"] == "ok":
+        print_result(result, Console(), verbose=cfg.verbose, directory=directory)
+    if result["status"] == "error":
+        print(f"runner: error: {result['error']['message']}", file=sys.stderr)
+
+
+def diagnose(path: str | Path, **options: Any) -> dict[str, Any]:
+    """`task=diagnose` for notebooks: the dict of `result.json`, nothing written.
+
+    `options` are the keys of the command line: base, reference, tier, format, step, dtype, device, accuracy, …
+    (a nested key as `**{"data.path": …}`). Raises the RunnerError that the command line would print.
+    """
+    overrides = ["task=diagnose", "tracker=none", f"ckpt={quoted(str(path))}"]
+    for key, value in options.items():
+        if value is not None:
+            spelled = quoted(str(value)) if isinstance(value, (str, Path)) else str(value).replace("'", '"')
+            overrides.append(f"{key}={spelled}")
+    setup()
+    with initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
+        cfg = compose("config", overrides=overrides)
+    with tempfile.TemporaryDirectory() as directory:
+        return _run(cfg, Path(directory), NullTracker()).to_dict()
+
+
+def setup() -> None:
+    """Make the typed roots and the resolver of job names known to Hydra."""
+    register()
+    OmegaConf.register_new_resolver("runner_tag", _tag, replace=True)
+
+
+def _tag(ckpt: Any, step: Any) -> str:
+    """A short name for a job's directory: what is measured, in at most 60 harmless characters."""
+    name = Path(str(ckpt)).name if ckpt is not None else "job"
+    if step is not None:
+        name += f"@{step}"
+    return "".join(c if c.isalnum() or c in "-_.@" else "_" for c in name)[:60]
+
+
+def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tuple[dict[str, Any], int]:
+    """Run the task, write the result, then tell the tracker. Returns the result and the exit code."""
+    tracker: Tracker = NullTracker()
+    code = 0
+    try:
+        tracker = _components(cfg, ["tracker"])["tracker"]
+        if cfg.task in _LIVE:
+            tracker.start(_identity(cfg, {}, sweep), _plain(cfg))
+        outcome = _run(cfg, directory, tracker)
+    except RunnerError as error:
+        log.error("%s", error)
+        outcome, code = _failed(cfg, error), error.exit_code
+    except Exception as error:
+        log.exception("internal error")
+        message = f"internal error ({type(error).__name__}: {error}); the log in {directory} says where"
+        outcome, code = _failed(cfg, RunnerError(message)), 1
+    except BaseException:
+        tracker.finish(1)
+        raise
+    result = outcome.to_dict()
+    code = _write(result, cfg, directory) or code
+    if result["status"] == "ok":
+        if cfg.task not in _LIVE:
+            tracker.start(_identity(cfg, result, sweep), _plain(cfg))
+        tracker.record(result)
+    tracker.finish(code)
+    for warning in tracker.warnings:
+        print(f"runner: warning: {warning}", file=sys.stderr)
+    if tracker.location:
+        log.info("%s", tracker.location)
+    return result, code
+
+
+def _failed(cfg: DictConfig, error: RunnerError) -> Result:
+    ckpt = OmegaConf.select(cfg, "ckpt")
+    return Result.failed(cfg.task, error, None if ckpt is None else str(ckpt))
+
+
+def _write(result: dict[str, Any], cfg: DictConfig, directory: Path) -> int:
+    """Write `result.json` and `output=FILE`. 2, and one line, where that is not possible."""
+    paths = [directory / FILE_NAME, *([Path(cfg.output).expanduser()] if cfg.output else [])]
+    for path in paths:
+        try:
+            write_json(path, result)
+        except OSError as error:
+            print(f"runner: error: {path}: cannot be written: {error.strerror}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def _run(cfg: DictConfig, directory: Path, tracker: Tracker) -> Result:
+    """Check the config, build its components, run the task's page."""
+    config = _typed(cfg)
+    context = Context(directory=directory, tracker=tracker, progress=Console(stderr=True))
+    page = import_module(f"runner.tasks.{config.task}")
+    return page.run(config, context)
+
+
+def _typed(cfg: DictConfig) -> CommonConfig:
+    """The config as the task's dataclass, its groups as the objects their `_target_` names."""
+    known = {field.name for field in fields(TASKS[cfg.task])}
+    for key in cfg:
+        if str(key) not in known:
+            raise unknown_key(str(key), cfg.task)
+    try:
+        OmegaConf.resolve(cfg)
+        values = {str(key): cfg[key] for key in cfg if not OmegaConf.is_config(cfg[key])}
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    groups = [str(key) for key in cfg if OmegaConf.is_config(cfg[key]) and key != "tracker"]
+    return TASKS[cfg.task](**values, **_components(cfg, groups))
+
+
+def _components(cfg: DictConfig, names: list[str]) -> dict[str, Any]:
+    """The named nodes as objects: the one place where `_target_` is followed, and only ever in our own config."""
+    built = {}
+    for name in names:
+        try:
+            built[name] = instantiate(cfg[name], _convert_="all")
+        except RunnerError:
+            raise
+        except Exception as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, RunnerError):
+                raise cause from error
+            raise ConfigError(f"{name}: {str(cause).splitlines()[0]}") from error
+    return built
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    container: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    return container
+
+
+def _identity(cfg: DictConfig, result: Mapping[str, Any], sweep: str | None) -> RunIdentity:
+    ckpt = Path(result.get("ckpt") or cfg.task).absolute()
+    return RunIdentity(
+        task=cfg.task,
+        run_name=ckpt.parent.name if result.get("ckpt") else "run",
+        step=result.get("step"),
+        series=sweep,
+        family=result.get("family"),
+        format=result.get("format"),
+        tier=result.get("tier"),
+    )

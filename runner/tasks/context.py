@@ -1,0 +1,48 @@
+"""What a task may use beside its config: where its files go, who is told, and how long work is shown."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from runner.tracking.base import Tracker
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """`directory`: the run's own; `progress`: the console (stderr) for bars, silent where it is no terminal."""
+
+    directory: Path
+    tracker: Tracker
+    progress: Console
+    timing: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds that the block takes to `timing[phase]`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timing[phase] = self.timing.get(phase, 0.0) + time.perf_counter() - start
+
+    def track(self, items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+        """`items` one by one, under a bar that says `what`; nothing is shown for work that is done at once."""
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(
+            *columns, console=self.progress, transient=True, disable=not self.progress.is_terminal
+        ) as progress:
+            yield from progress.track(items, description=what, total=total)

@@ -1,0 +1,259 @@
+"""`task=diagnose`: how close a checkpoint is to its base model, and how far its training has come."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from runner.config import DiagnoseConfig
+from runner.measures import layers as layer_measures
+from runner.measures.fidelity import Comparison, perplexities, summarise
+from runner.measures.verdict import judge
+from runner.results import Result
+from runner.tasks.context import Context
+from runner.tasks.opening import Opened, open_subject
+from runner.tokens import encode
+from runner.versions import versions
+
+
+@dataclass
+class _Page:
+    """The result that is being filled, and what fills it."""
+
+    config: DiagnoseConfig
+    context: Context
+    opened: Opened
+    result: Result
+
+    def wants(self, measure: str) -> bool:
+        return measure in self.config.tier.measures
+
+    def encode(self, text: str, limit: int | None = None) -> torch.Tensor:
+        return encode(self.opened.tokenizer, text, self.opened.base.model.config.vocab_size, limit)
+
+
+def run(config: DiagnoseConfig, context: Context) -> Result:
+    """Measure what the tier names. Raises CheckpointError, ModelError or ConfigError; a poor verdict is a result."""
+    opened = open_subject(config, context)
+    checkpoint = opened.checkpoint
+    result = Result(
+        task="diagnose",
+        ckpt=str(checkpoint.path),
+        base=str(opened.base.path),
+        reference=str(opened.reference_path) if config.accuracy else None,
+        step=checkpoint.step,
+        family=checkpoint.family,
+        format=checkpoint.format,
+        tier=config.tier.name,
+        layers=[
+            {
+                "layer": layer.layer,
+                "modulation": layer.modulation,
+                "np_rank": layer.np_rank,
+                "num_ranks": layer.num_ranks,
+                "parameters": layer.parameters,
+            }
+            for layer in checkpoint.layers
+        ],
+        checks=[
+            {"name": "load", "status": "pass", "details": checkpoint.evidence},
+            {"name": "finite", "status": "pass", "details": "no NaN or Inf in the checkpoint's or the base's weights"},
+        ],
+        findings=list(checkpoint.findings),
+        timing=context.timing,
+        versions=versions(),
+    )
+    page = _Page(config, context, opened, result)
+    if config.accuracy:
+        _measure(page)
+    else:
+        _only_run(page)
+    return result
+
+
+def _measure(page: _Page) -> None:
+    """Every measure of the tier, then the verdict."""
+    steps: list[tuple[str, Callable[[_Page], None]]] = [
+        ("control", _control),
+        ("logits", _logits),
+        ("isolation", _isolation),
+        ("progressive", _progressive),
+        ("additivity", _additivity),
+        ("generation", _generation),
+        ("text", _text),
+        ("floor", _floor),
+    ]
+    wanted = [
+        (name, step)
+        for name, step in steps
+        if page.wants(name) or (name == "text" and page.config.data.name != "prompts")
+    ]
+    for name, step in page.context.track(wanted, "measuring", total=len(wanted)):
+        with page.context.timed(name):
+            step(page)
+    result, isolated = page.result, [row.get("mse") for row in page.result.layers]
+    if not page.opened.against_base:
+        result.findings.append("the reference is not the base model: no verdict on progress is given")
+    elif page.wants("logits"):
+        result.verdict = judge(
+            result.metrics["mse"],
+            result.metrics["cosine"],
+            page.config.verdict,
+            layer_mses=isolated if page.wants("isolation") else None,
+            generations=[row for row in result.generation if row["temperature"] == 0],
+        )
+
+
+def _only_run(page: _Page) -> None:
+    """`accuracy=false`: the model runs on every prompt and its logits are finite."""
+    with page.context.timed("forward"):
+        prompts = [page.encode(text) for text in page.config.data.prompts]
+        with torch.inference_mode():
+            finite = [
+                bool(
+                    torch.isfinite(page.opened.subject.model(ids.to(page.opened.base.model.device)[None]).logits).all()
+                )
+                for ids in prompts
+            ]
+    names = [f"prompt {text!r}" for text, ok in zip(page.config.data.prompts, finite, strict=True) if not ok]
+    bad = [ids for ids, ok in zip(prompts, finite, strict=True) if not ok]
+    page.result.findings += page.opened.subject.non_finite_findings(names, bad)
+    page.result.checks.append(
+        {
+            "name": "forward",
+            "status": "pass" if all(finite) else "fail",
+            "details": f"ran on {len(prompts)} prompts; the comparison was skipped (accuracy=false)",
+        }
+    )
+
+
+def _control(page: _Page) -> None:
+    """All layers standard must equal the base: exactly on a CPU in float32, elsewhere within the floor."""
+    subject, token_ids = page.opened.subject, page.encode(page.config.data.layer_prompt)
+    control = subject.control(token_ids)
+    allowed: float | None = 0.0
+    model = page.opened.base.model
+    if control.squared_difference and (model.device.type != "cpu" or model.dtype != torch.float32):
+        floor = subject.compare_to_floor(token_ids)
+        allowed = floor.mse if floor.finite else None
+    passed = control.finite and allowed is not None and control.mse <= allowed
+    mse = control.mse if control.finite else None
+    page.result.metrics["control_mse"] = mse
+    page.result.checks.append(
+        {
+            "name": "control",
+            "status": "pass" if passed else "fail",
+            "details": f"all layers standard against the base: mse {mse}, allowed {allowed}",
+        }
+    )
+    if not passed:
+        page.result.findings.append(
+            f"control: with all layers standard the mse is {mse}, not 0: the architecture is at fault"
+        )
+
+
+def _logits(page: _Page) -> None:
+    """Fidelity over the prompts: the figures that everyone compares."""
+    prompts = page.config.data.prompts
+    sequences = [page.encode(text) for text in prompts]
+    comparisons = [page.opened.subject.compare(ids) for ids in sequences]
+    page.result.metrics |= summarise(comparisons)
+    page.result.per_prompt = [
+        {"prompt": text, "tokens": c.tokens, **c.figures()} for text, c in zip(prompts, comparisons, strict=True)
+    ]
+    _report_non_finite(page, [f"prompt {text!r}" for text in prompts], sequences, comparisons)
+
+
+def _isolation(page: _Page) -> None:
+    """Each NPT layer alone, on the layer prompt."""
+    token_ids = page.encode(page.config.data.layer_prompt)
+    reference, run = page.opened.subject.layer_run(token_ids)
+    indices = [row["layer"] for row in page.result.layers]
+    for row, figures in zip(
+        page.result.layers, layer_measures.isolation(run, reference, token_ids, indices), strict=True
+    ):
+        row.update(figures)
+
+
+def _progressive(page: _Page) -> None:
+    """The lowest 1, 2, … n NPT layers together, on the layer prompt."""
+    token_ids = page.encode(page.config.data.layer_prompt)
+    reference, run = page.opened.subject.layer_run(token_ids)
+    indices = [row["layer"] for row in page.result.layers]
+    page.result.progressive = layer_measures.progressive(run, reference, token_ids, indices)
+    page.result.metrics["progressive_trend"] = layer_measures.trend([row["mse"] for row in page.result.progressive])
+
+
+def _additivity(page: _Page) -> None:
+    """Whether the layers' errors add up or interact; needs isolation and progressive."""
+    if page.result.progressive and page.wants("isolation"):
+        isolated = [row["kl"] for row in page.result.layers]
+        page.result.metrics["additivity"] = layer_measures.additivity(isolated, page.result.progressive[-1]["kl"])
+
+
+def _generation(page: _Page) -> None:
+    """Greedy continuations of every prompt, sampled ones of the layer prompt."""
+    config, tier = page.config, page.config.tier
+    prompts = [*config.data.prompts, config.data.layer_prompt]
+    wanted = [(text, 0.0) for text in prompts] + [(config.data.layer_prompt, float(t)) for t in tier.temperatures]
+    limit = page.opened.base.model.config.max_position_embeddings
+    for text, temperature in wanted:
+        token_ids = page.encode(text)
+        count = min(tier.new_tokens, limit - len(token_ids))
+        if count < 1:
+            page.result.findings.append(f"prompt {text!r} fills the model's {limit} positions: no continuation of it")
+            continue
+        row = page.opened.subject.continuation(
+            token_ids, count, temperature=temperature, seed=config.seed, decode=page.opened.tokenizer.decode
+        )
+        page.result.generation.append({"prompt": text, "prompt_tokens": token_ids.tolist(), **row})
+    greedy = [row["agreement"] for row in page.result.generation if row["temperature"] == 0]
+    if greedy:
+        page.result.metrics["greedy_agreement"] = sum(greedy) / len(greedy)
+
+
+def _text(page: _Page) -> None:
+    """Fidelity and perplexity over text, in sequences of up to the tier's length."""
+    limit = min(page.config.tier.sequence_length, page.opened.base.model.config.max_position_embeddings)
+    documents = page.config.data.documents()
+    if page.wants("text"):
+        documents.insert(0, _long_document())
+    sequences, cut = [], 0
+    for document in documents:
+        token_ids = page.encode(document)
+        cut += len(token_ids) > limit
+        if len(token_ids) > 1:
+            sequences.append(token_ids[:limit])
+    comparisons = [page.opened.subject.compare(ids) for ids in page.context.track(sequences, "text")]
+    page.result.metrics["text"] = {
+        "documents": len(sequences),
+        "tokens": sum(map(len, sequences)),
+        "longest": max(map(len, sequences)),
+        "cut": cut,
+        **summarise(comparisons),
+        **perplexities(comparisons),
+    }
+    names = [f"text document {i}" for i in range(len(sequences))]
+    _report_non_finite(page, names, sequences, comparisons)
+
+
+def _long_document() -> str:
+    """One text that is long in any tokenizer: the built-in world's held-out sentences in a row."""
+    from runner.data.text import world_documents
+
+    return world_documents(sentences=400)[0]
+
+
+def _floor(page: _Page) -> None:
+    """What no subject can beat: the reference against itself in another precision."""
+    sequences = [page.encode(text) for text in page.config.data.prompts]
+    page.result.metrics["floor"] = summarise([page.opened.subject.compare_to_floor(ids) for ids in sequences])
+
+
+def _report_non_finite(
+    page: _Page, names: Sequence[str], sequences: Sequence[torch.Tensor], comparisons: Sequence[Comparison]
+) -> None:
+    bad = [i for i, comparison in enumerate(comparisons) if not comparison.finite]
+    page.result.findings += page.opened.subject.non_finite_findings(
+        [names[i] for i in bad], [sequences[i] for i in bad]
+    )

@@ -1,0 +1,61 @@
+"""Tokenizers: the checkpoint's own, else the base's; text to token ids."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runner.checkpoints import hf
+from runner.errors import CheckpointError, ModelError
+
+
+def load_tokenizer(option: str | None, directories: Sequence[Path]) -> Any:
+    """The tokenizer `option` (a directory, a tokenizers JSON or a hub name), else the first one in `directories`.
+
+    Raises CheckpointError where there is none or its files are damaged.
+    """
+    if option is not None and Path(option).expanduser().is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        try:
+            return PreTrainedTokenizerFast(tokenizer_file=str(Path(option).expanduser()))
+        except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+            raise CheckpointError(f"tokenizer={option}: is no tokenizers JSON: {error}") from error
+    found = [Path(option).expanduser()] if option is not None else [d for d in directories if hf.has_tokenizer(d)]
+    if not found:
+        raise CheckpointError(f"{directories[-1]}: holds no tokenizer; give one as tokenizer=DIRECTORY")
+    if option is not None and found[0].is_dir() and not hf.has_tokenizer(found[0]):
+        raise CheckpointError(f"tokenizer={option}: the directory holds no tokenizer files")
+    from transformers import AutoTokenizer
+
+    local = found[0].is_dir()
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(found[0] if local else option), trust_remote_code=False, local_files_only=local
+        )
+    except Exception as error:  # as many kinds as there are tokenizer classes; the user needs the file
+        hint = "" if local else "; give a local directory, or set HF_TOKEN where it is gated"
+        raise CheckpointError(f"tokenizer {found[0]}: cannot be loaded: {first_line(error)}{hint}") from error
+
+
+def encode(tokenizer: Any, text: str, vocab_size: int, limit: int | None = None) -> torch.Tensor:
+    """Token ids [T] of `text`, special tokens as the tokenizer adds them, at most `limit` of them.
+
+    Raises ModelError for a text without tokens, or a token id that the model's embedding does not have.
+    """
+    ids = tokenizer(text, verbose=False)["input_ids"][:limit]
+    if not ids:
+        raise ModelError(f"the text {text!r} has no tokens in this tokenizer; give another prompt or tokenizer=")
+    if max(ids) >= vocab_size:
+        raise ModelError(
+            f"the tokenizer gives token id {max(ids)}, but the model's vocabulary has {vocab_size}; "
+            "it is another model's tokenizer: give the right one as tokenizer="
+        )
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
