@@ -1,5 +1,6 @@
 """The index of weights in several files: every shard inside the directory, every tensor in exactly one."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def read_index(index: Path) -> dict[str, str]:
     for name in dict.fromkeys(listed.values()):
         _check_shard(index, name)
     stem, _, extension = index.name.removesuffix(".index.json").rpartition(".")
-    present = {path.name for path in index.parent.glob(f"{stem}-*-of-*.{extension}")}
+    shard = re.compile(rf"{re.escape(stem)}-\d+-of-\d+\.{re.escape(extension)}")
+    present = {path.name for path in index.parent.iterdir() if shard.fullmatch(path.name)}
     if unlisted := sorted(present - set(listed.values())):
         raise CheckpointError(f"{index}: shards that the index does not list: {', '.join(unlisted)}")
     return listed

@@ -1,0 +1,225 @@
+"""Writing an output directory so that it is absent or complete and verified, whatever moment the process dies.
+
+lock → stage in a hidden directory beside the target → sync → MANIFEST.json → read back → rename → sync the parent.
+"""
+
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from runner.checkpoints import manifest as manifests
+from runner.checkpoints.outputs import check_output
+from runner.checkpoints.renames import aside_name, drop_cache, rename_new, swap, sync
+from runner.errors import CheckpointError, RunnerError
+
+_PARTIAL = ".partial-"
+_REPLACED = ".replaced-"
+_LEFTOVER = re.compile(r"\.(?P<target>.+)\.(partial|replaced)-[0-9a-f]{8}", re.DOTALL)
+
+
+@contextmanager
+def staged(
+    target: Path,
+    *,
+    replace: bool = False,
+    inputs: Sequence[Path] = (),
+    expected_bytes: int = 0,
+    manifest: Mapping[str, Any] | None = None,
+) -> Iterator[Path]:
+    """A directory to write into that becomes `target`, whole and verified, when the block ends without an exception.
+
+    `manifest` is added to MANIFEST.json (recipe, hashes of inputs) and must not depend on the time. With `replace`
+    an existing `target` is swapped out; it is deleted only if this runner wrote it and nothing was added since,
+    else it stays beside as `NAME.old-<id>`. Raises CheckpointError where the output is refused or another process
+    writes it, RunnerError where the disk fails.
+    """
+    target = Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow the link that must be refused
+    check_output(target, replace=replace, inputs=inputs, expected_bytes=expected_bytes)
+    with _disk_errors(target):
+        _make_parents(target.parent)
+        with _locked(target):
+            check_output(target, replace=replace, inputs=inputs, expected_bytes=expected_bytes)
+            _sweep(target)
+            partial = target.with_name(f".{target.name}{_PARTIAL}{uuid.uuid4().hex[:8]}")
+            partial.mkdir()
+            identity = _identity(partial)
+            try:
+                yield partial
+                _seal(partial, manifest or {})
+                _publish(partial, target, replace=replace)
+            finally:
+                # After a swap this name may belong to the old output.
+                if _identity(partial) == identity:
+                    shutil.rmtree(partial)
+
+
+def verify(directory: Path) -> list[str]:
+    """What is wrong with an output, one line a problem; empty when every byte is as it was written.
+
+    Raises CheckpointError where there is no such directory.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
+    try:
+        listed = manifests.read(directory)["files"]
+        present = manifests.list_files(directory)
+    except CheckpointError as error:
+        return [str(error)]
+    present.pop(manifests.FILE_NAME)
+    problems = [f"{directory}: {name} is missing" for name in listed if name not in present]
+    problems += [f"{directory}: {name} is not in the manifest" for name in present if name not in listed]
+    for name in sorted(set(listed) & set(present)):
+        try:
+            found = manifests.describe(present[name])
+        except OSError as error:
+            problems.append(f"{directory}: {name} cannot be read: {error.strerror}")
+            continue
+        if found["size"] != listed[name].get("size"):
+            problems.append(f"{directory}: {name} has {found['size']} bytes instead of {listed[name].get('size')}")
+        elif found != listed[name]:
+            problems.append(f"{directory}: {name} was changed: its SHA-256 differs")
+    return problems
+
+
+def _seal(partial: Path, extra: Mapping[str, Any]) -> None:
+    """Sync every file, write the manifest last, and read everything back from the disk."""
+    files = manifests.list_files(partial)
+    assert files, "an output without files"
+    assert manifests.FILE_NAME not in files, "the manifest is written here"
+    reserved = {"files", "versions", "digest"} & set(extra)
+    assert not reserved, f"names of the manifest itself: {reserved}"
+    content = {**extra, "files": {name: _synced(path) for name, path in files.items()}}
+    path = partial / manifests.FILE_NAME
+    path.write_bytes(manifests.render({**content, "versions": manifests.versions()}))
+    sync(path)
+    for folder, _, _ in os.walk(partial):
+        sync(Path(folder))
+    for file in (*files.values(), path):
+        drop_cache(file)
+    if problems := verify(partial):
+        raise RunnerError(f"what was read back is not what was written: {problems[0]}")
+
+
+def _synced(path: Path) -> dict[str, Any]:
+    """A file's entry in the manifest, hashed while the disk takes it."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        synced = pool.submit(sync, path)
+        entry = manifests.describe(path)
+        synced.result()
+    return entry
+
+
+def _publish(partial: Path, target: Path, *, replace: bool) -> None:
+    if replace and target.exists():
+        # Under this name a sweep knows that it may find the old output here.
+        replaced = target.with_name(f".{target.name}{_REPLACED}{uuid.uuid4().hex[:8]}")
+        partial.rename(replaced)
+        old = swap(replaced, target)
+        sync(target.parent)
+        _retire(old, target)
+    else:
+        try:
+            rename_new(partial, target)
+        except FileExistsError as error:
+            raise CheckpointError(f"{target}: appeared while it was being written: left as it is") from error
+    sync(target.parent)
+
+
+def _retire(old: Path, target: Path) -> None:
+    """Delete an output of this runner that nothing was added to; keep anything else beside, under a visible name."""
+    try:
+        known = {*manifests.read(old)["files"], manifests.FILE_NAME}
+        ours = known == set(manifests.list_files(old))
+    except CheckpointError:
+        ours = False
+    if ours or not any(old.iterdir()):
+        shutil.rmtree(old)
+    elif old.name.startswith("."):
+        old.rename(aside_name(target))
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed processes left beside `target`: its own leftovers, and others' that no live lock holds."""
+    for path in sorted(target.parent.iterdir()):
+        found = _LEFTOVER.fullmatch(path.name)
+        if not found or path.is_symlink() or not path.is_dir():
+            continue
+        if found["target"] == target.name:
+            _remove_leftover(path, target)
+        elif path.stat().st_uid == os.getuid():
+            _sweep_other(path, target.with_name(found["target"]))
+
+
+def _sweep_other(path: Path, other: Path) -> None:
+    try:
+        with _locked(other):
+            if path.exists():
+                _remove_leftover(path, other)
+    except CheckpointError:
+        return  # a live process writes it
+
+
+def _remove_leftover(path: Path, target: Path) -> None:
+    if _REPLACED in path.name:
+        _retire(path, target)
+    else:
+        shutil.rmtree(path)
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Hold the one lock of `target`, for which nobody waits."""
+    path = target.with_name(f".{target.name}.lock")
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise CheckpointError(f"{target}: another process is writing it: wait for it, or choose another") from error
+    try:
+        yield
+    finally:
+        # Unlinked while held: whoever opened the old file finds it without a name, and opens a new one.
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """Say what the disk said, in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunnerError(f"{target}: not written: {error}; nothing is left of it") from error
+    except RuntimeError as error:
+        # torch.save's writer reports a failing disk as a RuntimeError of its own.
+        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+            raise
+        raise RunnerError(f"{target}: not written: the disk failed or is full; nothing is left of it") from error
+
+
+def _make_parents(folder: Path) -> None:
+    if folder.exists():
+        return
+    _make_parents(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync(folder.parent)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.lstat()
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return None
+    return status.st_dev, status.st_ino
