@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class Outcome:
 
 
 @pytest.fixture
-def run(workdir: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
+def run(workdir: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run one command line in this process, in an empty directory, without W&B."""
     from runner import cli
 
@@ -54,7 +54,7 @@ def run(workdir: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[.
         captured = capfd.readouterr()
         return Outcome(code, captured.out, captured.err)
 
-    yield call
+    return call
 
 
 def write_tokenizer(directory: Path) -> None:
