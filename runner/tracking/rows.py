@@ -1,0 +1,100 @@
+"""From a result (runner/results.py) to what is plotted: rows, tables and a summary, as plain values.
+
+Keys are flat and the step of the checkpoint is a metric of its own, so that steps may come in any order.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+STEP = "checkpoint/step"
+# Every metric that matches a pattern is drawn over this one; the x axes themselves come first.
+AXES = {"eval/*": STEP, "merge/*": STEP, "layer/*": "layer/index", "train/*": "train/step"}
+
+_LAYER_FIGURES = ("mse", "cosine", "kl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of scalars and text, `rows[i][j]` under `columns[j]`."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+def eval_row(result: Mapping[str, Any], step: int | None) -> dict[str, float]:
+    """One point: every number of `metrics` as `eval/<name>` (nested ones as `eval/<group>_<name>`) and the progress."""
+    row: dict[str, float] = {f"eval/{name}": value for name, value in _numbers(result.get("metrics") or {})}
+    progress = (result.get("verdict") or {}).get("progress")
+    if _is_number(progress):
+        row["eval/progress"] = progress
+    if row and step is not None:
+        row[STEP] = step
+    return row
+
+
+def layer_rows(result: Mapping[str, Any]) -> list[dict[str, float]]:
+    """One row for each layer that was measured by itself."""
+    rows = []
+    for layer in result.get("layers") or []:
+        figures = {f"layer/{name}": layer[name] for name in _LAYER_FIGURES if _is_number(layer.get(name))}
+        if figures:
+            rows.append({"layer/index": layer["layer"], **figures})
+    return rows
+
+
+def tables(result: Mapping[str, Any], step: int | None) -> dict[str, Table]:
+    """`tables/per_layer` and `tables/per_prompt`, each with a `ckpt_step` column; only those that have rows."""
+    records = {"tables/per_layer": result.get("layers"), "tables/per_prompt": result.get("per_prompt")}
+    return {name: _table(rows, step) for name, rows in records.items() if rows}
+
+
+def summary(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table of runs shows beside the figures: the verdict in words, and what a merge made."""
+    verdict = result.get("verdict") or {}
+    words = {
+        "status": result.get("status"),
+        "error": (result.get("error") or {}).get("message"),
+        "verdict": verdict.get("status"),
+        "readiness": verdict.get("readiness"),
+        "overall": result.get("overall"),
+    }
+    return {key: value for key, value in {**words, **_merge_summary(result)}.items() if value is not None}
+
+
+def _merge_summary(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The merge's layers, its numbers of keys and parameters, and its sources; {} where nothing was merged."""
+    sources = result.get("sources")
+    if not isinstance(sources, Mapping):
+        return {}
+    keys = result.get("keys")
+    return {
+        "merge/layers": result.get("found_layers") or sorted(int(layer) for layer in sources),
+        "merge/keys": len(keys) if isinstance(keys, Sequence) else keys,
+        "merge/parameters": result.get("parameters"),
+        "merge/sources": sorted(set(map(str, sources.values()))),
+    }
+
+
+def _table(records: Sequence[Mapping[str, Any]], step: int | None) -> Table:
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    rows = [[step, *(_cell(record.get(column)) for column in columns)] for record in records]
+    return Table(columns=["ckpt_step", *columns], rows=rows)
+
+
+def _cell(value: Any) -> Any:
+    return value if value is None or isinstance(value, (str, int, float)) else json.dumps(value, ensure_ascii=False)
+
+
+def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}_")
+        elif _is_number(value):
+            yield f"{prefix}{name}", value
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,230 @@
+"""`tracker=wandb`: a run in Weights & Biases, on this machine's disk first and on a server where there is one.
+
+W&B is a guest: whatever goes wrong with it becomes one line in `warnings`, and costs a bounded time. The module
+`wandb` is imported when a run starts, not before.
+"""
+
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from runner.errors import ConfigError, printable
+from runner.tracking.base import RunIdentity, flat_config, run_id
+from runner.tracking.session import wandb_session, within
+from runner.tracking.wandb_run import (
+    RunPlan,
+    claim_id,
+    has_credential,
+    log_checkpoint,
+    log_figures,
+    log_tables,
+    open_run,
+    wait_for_flush,
+    written_bytes,
+)
+
+T = TypeVar("T")
+MODES = ("auto", "online", "offline")
+_NOT_IN_PROJECT = "/\\#?%:"
+# What WANDB_MODE may say, in W&B's words.
+_WANDB_MODES = {
+    "online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline",
+    "disabled": "disabled",
+}  # fmt: skip
+
+
+@dataclass
+class _Process:
+    """What the runs of one process share: the one that is open, and whether the server has failed."""
+
+    open_run: "WandbTracker | None" = None
+    unreachable: bool = False
+
+
+_PROCESS = _Process()
+
+
+@dataclass(kw_only=True, eq=False)
+class WandbTracker:
+    """One run in W&B for each job.
+
+    `mode`: online, offline, or auto: WANDB_MODE where it is set, else online where a credential is found.
+    `name` replaces `<task>/<run>@<step>`. `dir`: one folder for the project, relative to the current directory.
+    `init_timeout`, `finish_timeout`: seconds that W&B has for an answer, and for the upload at the end.
+    Raises ConfigError for values of another kind.
+    """
+
+    project: str = "runner"
+    entity: str | None = None
+    name: str | None = None
+    mode: str = "auto"
+    dir: str = "outputs/wandb"
+    init_timeout: float = 15
+    finish_timeout: float = 60
+    warnings: list[str] = field(default_factory=list, init=False)
+    location: str | None = field(default=None, init=False)
+    _identity: RunIdentity | None = field(default=None, init=False, repr=False)
+    _wandb: ModuleType | None = field(default=None, init=False, repr=False)
+    _run: Any = field(default=None, init=False, repr=False)
+    _failed: bool = field(default=False, init=False, repr=False)
+    _messages: list[str] = field(default_factory=list, init=False, repr=False)
+    _session: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for key, optional in (("project", False), ("entity", True), ("name", True), ("dir", False)):
+            value = getattr(self, key)
+            if not (value is None and optional) and not (isinstance(value, str) and value.strip()):
+                raise ConfigError(f"tracker.{key} must be a text{' or null' if optional else ''}, not {value!r}")
+        if set(self.project) & set(_NOT_IN_PROJECT) or len(self.project) > 128:
+            raise ConfigError(f"tracker.project: at most 128 characters, none of {' '.join(_NOT_IN_PROJECT)}")
+        if self.mode not in MODES:
+            raise ConfigError(f"tracker.mode must be one of {', '.join(MODES)}, not {self.mode!r}")
+        for key in ("init_timeout", "finish_timeout"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ConfigError(f"tracker.{key} must be a number of seconds above 0, not {value!r}")
+
+    def start(self, identity: RunIdentity, config: Mapping[str, Any]) -> None:
+        """Begin a run, online or offline as `mode` says; offline too where the server does not answer."""
+        if _PROCESS.open_run is not None:
+            _PROCESS.open_run.finish(exit_code=1)  # a job of this process that ended without its own call
+        mode = self._wanted_mode()
+        if mode == "disabled":
+            return
+        self._identity = identity
+        try:
+            plan = self._plan(identity, config)
+            offline = mode == "offline" or _PROCESS.unreachable
+            if offline or not self._opened_online(plan, wanted=mode == "online"):
+                self._open(plan, "offline")
+        except Exception as error:
+            self._close()
+            self.warnings.append(f"W&B: this run is not logged there ({_line(error)})")
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Log one live row."""
+        self._attempt(lambda: self._run.log(dict(row)))
+
+    def record(self, result: Mapping[str, Any]) -> None:
+        """Log a finished result; what was logged is on the disk when this returns."""
+        wandb, run, identity = self._wandb, self._run, self._identity
+        if wandb is None or identity is None:
+            return
+        step = result["step"] if result.get("step") is not None else identity.step
+        before = self._attempt(lambda: written_bytes(run))
+        self._attempt(lambda: log_figures(run, result, step))
+        self._attempt(lambda: log_tables(wandb, run, result, step))
+        self._attempt(lambda: log_checkpoint(wandb, run, result.get("ckpt"), identity, step))
+        self._attempt(lambda: wait_for_flush(run, before or 0))
+
+    def finish(self, exit_code: int) -> None:
+        """End the run and wait for its upload, at most `finish_timeout` seconds (`init_timeout` after a failure)."""
+        run = self._run
+        if run is not None:
+            seconds = self.init_timeout if self._failed else self.finish_timeout + self.init_timeout
+            try:
+                within(seconds, lambda: run.finish(exit_code=exit_code))
+            except Exception as error:
+                self._fail(error)
+        self._close()
+        if self._messages and not self._failed:
+            self.warnings.append(f"W&B: {self._messages[0]}")
+
+    def _wanted_mode(self) -> str:
+        """auto, online, offline or disabled: `mode`, or WANDB_MODE where `mode` leaves it open."""
+        said = os.environ.get("WANDB_MODE", "").strip().lower()
+        if self.mode != "auto" or not said:
+            return self.mode
+        if said not in _WANDB_MODES:
+            self.warnings.append(
+                f"W&B: WANDB_MODE={printable(said)} is not online, offline or disabled: logged offline"
+            )
+        return _WANDB_MODES.get(said, "offline")
+
+    def _plan(self, identity: RunIdentity, config: Mapping[str, Any]) -> RunPlan:
+        folder = Path(self.dir).expanduser().absolute()
+        if folder.name != "wandb":
+            folder /= "wandb"  # the name that W&B gives its folder, wherever it lies
+        return RunPlan(
+            project=self.project,
+            entity=self.entity,
+            name=self.name or identity.name,
+            group=identity.series,
+            job_type=identity.task,
+            tags=identity.tags,
+            identifier=claim_id(folder, run_id(identity, config)),
+            folder=folder,
+            config=flat_config(identity, config),
+            init_timeout=self.init_timeout,
+            finish_timeout=self.finish_timeout,
+        )
+
+    def _opened_online(self, plan: RunPlan, wanted: bool) -> bool:
+        """Whether a run is open now. Where the server did not answer, this process does not ask it again."""
+        try:
+            self._open(plan, "online")
+            if wanted and self._run.offline:
+                self.warnings.append("W&B: logged offline, no credential (WANDB_API_KEY, or `wandb login`)")
+            return True
+        except Exception as error:
+            self._close()
+            self._messages.clear()
+            _PROCESS.unreachable = True
+            self.warnings.append(f"W&B: logged offline, the server could not be used ({_line(error)})")
+        for leftover in plan.folder.glob(f"run-*-{plan.identifier}"):
+            shutil.rmtree(leftover, ignore_errors=True)  # an empty run, which viewers would show beside the real one
+        return False
+
+    def _open(self, plan: RunPlan, mode: str) -> None:
+        session = wandb_session(plan.folder, mode, self._messages.append)
+        wandb = self._session.enter_context(session)
+        if mode == "online" and not within(plan.init_timeout, lambda: has_credential(wandb)):
+            mode = "offline"  # where wandb itself would ask for a key, and wait
+        # wandb keeps to init_timeout by itself, unless its service hangs
+        run = within(plan.init_timeout + 5, lambda: open_run(wandb, plan, mode))
+        self._wandb, self._run = wandb, run
+        self.location = run.url if mode == "online" else _on_disk(run)
+        _PROCESS.open_run = self
+
+    def _attempt(self, call: Callable[[], T]) -> T | None:
+        if self._run is not None and not self._failed:
+            try:
+                return within(self.init_timeout, call)
+            except Exception as error:
+                self._fail(error)
+        return None
+
+    def _fail(self, error: Exception) -> None:
+        """Log no more: what failed once would fail, or wait, again. The runs after an online one go offline."""
+        if not self._failed:
+            self._failed = True
+            self.warnings.append(f"W&B: not everything was logged ({_line(error)})")
+            self.location = _on_disk(self._run)
+        _PROCESS.unreachable = _PROCESS.unreachable or not self._run.offline
+
+    def _close(self) -> None:
+        if _PROCESS.open_run is self:
+            _PROCESS.open_run = None
+        self._run = self._wandb = None
+        try:
+            self._session.close()
+        except Exception as error:
+            self._messages.append(_line(error))
+
+
+def _on_disk(run: Any) -> str:
+    path = Path(run.settings.sync_dir)
+    shown = shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+    return f"{shown} (upload it with: wandb sync {shown})"
+
+
+def _line(error: BaseException) -> str:
+    """An error of W&B on one line, without the advice that follows its first."""
+    text = str(error).strip().partition("\n")[0] or type(error).__name__
+    return printable(text)[:200]
