@@ -1,11 +1,11 @@
 """The zip archive that torch.save writes: checked before torch sees it, since torch's own reader checks little."""
 
+import copy
 import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from runner.checkpoints.content import Kind, kind_of
 from runner.errors import CheckpointError
@@ -13,7 +13,7 @@ from runner.errors import CheckpointError
 MAX_ENTRIES = 500_000
 MAX_PICKLE_BYTES = 256 << 20
 _END = struct.Struct("<4s4H2LH")
-_LOCATOR = struct.Struct("<4sLQL")
+_LOCATOR = struct.Struct("<4sLQL")  # signature, disk, position of the zip64 end record, disks
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENCRYPTED = 0x1
 
@@ -37,10 +37,10 @@ def check_archive(path: Path) -> Archive:
         _check_end(path)
         with zipfile.ZipFile(path) as archive:
             entries = _checked_entries(path, archive)
-            order = archive.read(entries["byteorder"]) if "byteorder" in entries else b"little"
+            order = _content(archive, entries["byteorder"]) if "byteorder" in entries else b"little"
             if order != b"little":
                 raise CheckpointError(f"{path}: byte order {order[:8]!r}: only little-endian checkpoints are read")
-            pickled = archive.read(entries["data.pkl"])
+            pickled = _content(archive, entries["data.pkl"])
     except (zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeDecodeError, struct.error) as error:
         raise CheckpointError(f"{path}: damaged zip archive ({error}): copy or download it again") from error
     except OSError as error:
@@ -59,8 +59,7 @@ def verify_crc(path: Path) -> None:
     check_archive(path)
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        # torch.serialization.set_crc32_options(False) writes zeros.
-        if not any(entry.CRC for entry in entries):
+        if not _has_crc(archive):
             return
         for entry in entries:
             try:
@@ -72,6 +71,20 @@ def verify_crc(path: Path) -> None:
                     f"{path}: record {entry.filename} (at byte {entry.header_offset}) is damaged: its CRC does not "
                     "match; copy or download the file again"
                 ) from error
+
+
+def _has_crc(archive: zipfile.ZipFile) -> bool:
+    """Whether records carry CRCs: torch.serialization.set_crc32_options(False) writes zeros."""
+    return any(entry.CRC for entry in archive.infolist())
+
+
+def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    if not _has_crc(archive):
+        # A copy without the attribute: zipfile would hold the zeros against the record.
+        entry = copy.copy(entry)
+        del entry.CRC
+    with archive.open(entry) as record:
+        return record.read()
 
 
 def _check_end(path: Path) -> None:
@@ -90,7 +103,12 @@ def _check_end(path: Path) -> None:
         file.seek(max(0, end - _LOCATOR.size))
         locator = file.read(_LOCATOR.size)
         if locator.startswith(b"PK\x06\x07"):
-            end, count, length, offset = _zip64_end(path, file, locator)
+            zip64 = _LOCATOR.unpack(locator)[2]
+            end -= _LOCATOR.size + _END64.size
+            file.seek(max(0, end))
+            count, length, offset = _zip64_end(path, file.read(_END64.size))
+            if zip64 != end:
+                raise CheckpointError(f"{path}: the zip64 end record is not where the archive says: damaged")
     if comment or disk or directory_disk:
         raise CheckpointError(f"{path}: the zip archive has a comment or several parts, which torch.save never writes")
     if count > MAX_ENTRIES:
@@ -99,14 +117,12 @@ def _check_end(path: Path) -> None:
         raise CheckpointError(f"{path}: the zip directory is not where the archive says: damaged, or data prepended")
 
 
-def _zip64_end(path: Path, file: BinaryIO, locator: bytes) -> tuple[int, int, int, int]:
-    """Start of the zip64 end record, number of entries, length and offset of the directory."""
-    start = _LOCATOR.unpack(locator)[2]
-    file.seek(start)
-    record = _END64.unpack(file.read(_END64.size))
-    if record[0] != b"PK\x06\x06":
+def _zip64_end(path: Path, record: bytes) -> tuple[int, int, int]:
+    """Number of entries, length and offset of the zip directory."""
+    signature, *_, count, length, offset = _END64.unpack(record)
+    if signature != b"PK\x06\x06":
         raise CheckpointError(f"{path}: the zip64 end record is missing: damaged archive")
-    return start, record[7], record[8], record[9]
+    return count, length, offset
 
 
 def _checked_entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:

@@ -134,7 +134,8 @@ def _bytes(text: Any, codec: Any = "latin1") -> bytes:
 
 
 def _bytearray(content: Any, codec: Any = "latin1") -> bytes:
-    # A number as the argument would allocate that many bytes.
+    if isinstance(content, int):
+        raise Refused(f"a bytearray of {content} bytes made out of nothing")
     return content if isinstance(content, bytes) else _bytes(content, codec)
 
 

@@ -16,7 +16,7 @@ from runner.checkpoints.pickle_tensors import storage
 from runner.errors import CheckpointError
 
 MAX_PICKLE_BYTES = 256 << 20
-MAX_OPCODES = 4_000_000
+MAX_OPCODES = 2_000_000
 MAX_DEPTH = 200
 MAX_ITEMS = 10_000_000
 _MARK = object()
@@ -121,30 +121,27 @@ def _unknown(name: str, protocol: int) -> str:
 
 def _check_shape(root: Any) -> None:
     """Refuse what would hang or crash whoever walks the value: cycles, great depth, sharing that multiplies."""
-    done: dict[int, tuple[int, int]] = {}
-    open_: set[int] = set()
-    stack: list[tuple[Any, bool]] = [(root, False)]
+    sizes: dict[int, int] = {}
+    path: set[int] = set()
+    stack: list[tuple[Any, bool]] = [(root, False)] if isinstance(root, (Container, tuple)) else []
     while stack:
         value, left = stack.pop()
-        if not isinstance(value, (Container, tuple)) or (not left and id(value) in done):
+        if not left and id(value) in sizes:
             continue
         items = value.items if isinstance(value, Container) else value
         if left:
-            below = [done.get(id(item), (0, 1)) for item in items]
-            depth = 1 + max((d for d, _ in below), default=0)
-            size = 1 + sum(s for _, s in below)
-            if depth > MAX_DEPTH:
-                raise Refused(f"nested more than {MAX_DEPTH} deep")
-            if size > MAX_ITEMS:
+            path.remove(id(value))
+            sizes[id(value)] = 1 + sum(sizes.get(id(item), 1) for item in items)
+            if sizes[id(value)] > MAX_ITEMS:
                 raise Refused(f"more than {MAX_ITEMS} items once its shared parts are counted")
-            done[id(value)] = (depth, size)
-            open_.discard(id(value))
             continue
-        if id(value) in open_:
+        if id(value) in path:
             raise Refused("a container that holds itself")
-        open_.add(id(value))
+        path.add(id(value))
+        if len(path) > MAX_DEPTH:
+            raise Refused(f"nested more than {MAX_DEPTH} deep")
         stack.append((value, True))
-        stack.extend((item, False) for item in items)
+        stack.extend((item, False) for item in items if isinstance(item, (Container, tuple)))
 
 
 def _put(machine: _Machine, argument: Any) -> None:
