@@ -12,6 +12,7 @@ from runner.checkpoints import hf
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.tensors import TensorSource, non_finite
 from runner.errors import CheckpointError, ConfigError, ModelError
+from runner.hub import is_hub_name, snapshot
 from runner.models import llama
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,9 +102,9 @@ def find_base(checkpoint: Checkpoint | None, base: str | Path | None) -> Path:
         path = Path(base).expanduser()
         if path.is_dir():
             return path
-        if path.exists() or not _is_hub_name(str(base)):
+        if path.exists() or not is_hub_name(str(base)):
             raise CheckpointError(f"base={base}: no such directory; a base model is a directory with config.json in it")
-        return _from_hub(str(base), download=True)
+        return snapshot("base", str(base), download=True)
     if checkpoint is None or not checkpoint.base_name:
         where = f"{checkpoint.path}: names no base model" if checkpoint else "no base model is named"
         raise CheckpointError(f"{where}; give one as base=DIRECTORY or base=HUB_NAME")
@@ -112,36 +113,11 @@ def find_base(checkpoint: Checkpoint | None, base: str | Path | None) -> Path:
         if (start / name).is_dir():
             return start / name
     try:
-        if _is_hub_name(name):
-            return _from_hub(name, download=False)
+        if is_hub_name(name):
+            return snapshot("base", name, download=False)
     except CheckpointError:
         pass
     raise CheckpointError(
         f"{checkpoint.path}: its base model {name!r} lies neither beside it nor in the current directory "
         "nor in the local hub cache; give it as base=DIRECTORY, or as base=HUB_NAME to download it"
     )
-
-
-def _is_hub_name(name: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") <= 1 and not name.startswith((".", "/", "~"))
-
-
-def _from_hub(name: str, *, download: bool) -> Path:
-    """A snapshot of a hub repository. Raises CheckpointError in one line that names HF_TOKEN."""
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "tokenizer.model"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=not download))
-    except Exception as error:  # network, authorisation and cache errors of several libraries: one answer
-        raise CheckpointError(
-            f"base={name}: neither a directory here nor available from the hub ({type(error).__name__}); check the "
-            "name, give a local directory, or set HF_TOKEN where the model is gated or private"
-        ) from error

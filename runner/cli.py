@@ -84,9 +84,12 @@ def _hydra(line: CommandLine, job: object) -> None:
 
 
 def _check_choices(line: CommandLine) -> None:
-    """An unknown task, tier, … is answered with the choices before anything is composed."""
-    from runner.config import did_you_mean
+    """A fixed key, or an unknown task, tier, …, is answered before anything is composed."""
+    from runner.config import FIXED_KEYS, did_you_mean
 
+    for key, _ in line.overrides:
+        if key.lstrip("+~").partition(".")[0] in FIXED_KEYS:
+            raise ConfigError(f"{key} is fixed, so that verdicts compare; its values stand in conf/verdict.yaml")
     extra = [Path(line.flags[i + 1]) for i, flag in enumerate(line.flags[:-1]) if flag in ("--config-dir", "-cd")]
     groups = [path for root in (config_directory(), *extra) for path in root.iterdir() if path.is_dir()]
     for key, value in line.overrides:

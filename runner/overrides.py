@@ -4,12 +4,13 @@ Hydra's grammar refuses or changes values that are common in paths (`=`, `[`, `(
 beyond ASCII, `1e5`, `true`), so path values are quoted before Hydra sees them.
 """
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.config import PATH_KEYS, did_you_mean
+from runner.config import PATH_KEYS
 from runner.errors import ConfigError
 
 # Hydra's flags that a user may give, and how many words each takes; "?" is at most one.
@@ -65,13 +66,9 @@ def _flag(word: str, rest: list[str]) -> list[str]:
     """The words that belong to the flag `word`, the following ones taken from `rest`."""
     name, equals, value = word.partition("=")
     if name not in FLAGS:
-        known = [flag for flag in FLAGS if flag.startswith("--")]
-        hint = (
-            f"; options are written {name.lstrip('-')}=…"
-            if not did_you_mean(name, known)
-            else did_you_mean(name, known)
-        )
-        raise ConfigError(f"unknown flag {name}{hint}")
+        close = difflib.get_close_matches(name, [flag for flag in FLAGS if flag.startswith("--")], n=1, cutoff=0.75)
+        hint = f"did you mean {close[0]!r}?" if close else f"options are written {name.lstrip('-')}=…, flags see --help"
+        raise ConfigError(f"unknown flag {name}; {hint}")
     if equals:
         return [name, value]
     takes = FLAGS[name]
@@ -86,7 +83,7 @@ def _flag(word: str, rest: list[str]) -> list[str]:
 
 def quoted(value: str) -> str:
     """`value` as a quoted string of Hydra's grammar that means exactly `value`."""
-    escaped = value.replace("${", "\\${")
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", escaped)
     escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
     return f"'{escaped}'"
@@ -107,8 +104,9 @@ def spell(key: str, value: str, *, multirun: bool) -> str:
 
 
 def _spell_path(value: str, multirun: bool) -> str:
-    if Path(unquoted(value)).expanduser().exists():
-        return quoted(unquoted(value))
+    for literal in (value, unquoted(value)):
+        if Path(literal).expanduser().exists():
+            return quoted(literal)
     if value[0] in "'\"" and value[-1] == value[0] and len(value) > 1 and value.count(value[0]) == 2:
         return quoted(unquoted(value))
     if re.fullmatch(r"\$\{[^}]*\}", value):

@@ -87,7 +87,7 @@ def _expand_glob(line: CommandLine, pattern: str) -> CommandLine:
     found = sorted(paths, key=lambda path: (str(path.parent), step_in_name(path.name) or 0, path.name))
     named = [path for path in found if step_in_name(path.name) is not None] or found
     if not named:
-        raise ConfigError(f"ckpt={pattern}: matches nothing")
+        raise ConfigError(f"ckpt={pattern}: no such file or directory, and as a pattern it matches nothing")
     if len(named) > 1 and not line.multirun:
         shown = ", ".join(map(str, named[:8])) + (f", … ({len(named)} in all)" if len(named) > 8 else "")
         raise ConfigError(f"ckpt={pattern}: matches several checkpoints; add -m to go over them, or name one: {shown}")

@@ -8,6 +8,7 @@ import torch
 
 from runner.checkpoints import hf
 from runner.errors import CheckpointError, ModelError
+from runner.hub import TOKENIZER_PATTERNS, is_hub_name, snapshot
 
 
 def load_tokenizer(option: str | None, directories: Sequence[Path]) -> Any:
@@ -22,21 +23,25 @@ def load_tokenizer(option: str | None, directories: Sequence[Path]) -> Any:
             return PreTrainedTokenizerFast(tokenizer_file=str(Path(option).expanduser()))
         except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
             raise CheckpointError(f"tokenizer={option}: is no tokenizers JSON: {error}") from error
-    found = [Path(option).expanduser()] if option is not None else [d for d in directories if hf.has_tokenizer(d)]
-    if not found:
-        raise CheckpointError(f"{directories[-1]}: holds no tokenizer; give one as tokenizer=DIRECTORY")
-    if option is not None and found[0].is_dir() and not hf.has_tokenizer(found[0]):
-        raise CheckpointError(f"tokenizer={option}: the directory holds no tokenizer files")
+    if option is None:
+        found = [directory for directory in directories if hf.has_tokenizer(directory)]
+        if not found:
+            raise CheckpointError(f"{directories[-1]}: holds no tokenizer; give one as tokenizer=DIRECTORY")
+        directory = found[0]
+    else:
+        directory = Path(option).expanduser()
+        if not directory.is_dir():
+            if not is_hub_name(option):
+                raise CheckpointError(f"tokenizer={option}: no such file or directory")
+            directory = snapshot("tokenizer", option, download=True, patterns=TOKENIZER_PATTERNS)
+        if not hf.has_tokenizer(directory):
+            raise CheckpointError(f"tokenizer={option}: the directory holds no tokenizer files")
     from transformers import AutoTokenizer
 
-    local = found[0].is_dir()
     try:
-        return AutoTokenizer.from_pretrained(
-            str(found[0] if local else option), trust_remote_code=False, local_files_only=local
-        )
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # as many kinds as there are tokenizer classes; the user needs the file
-        hint = "" if local else "; give a local directory, or set HF_TOKEN where it is gated"
-        raise CheckpointError(f"tokenizer {found[0]}: cannot be loaded: {first_line(error)}{hint}") from error
+        raise CheckpointError(f"{directory}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 def encode(tokenizer: Any, text: str, vocab_size: int, limit: int | None = None) -> torch.Tensor:

@@ -68,6 +68,8 @@ def layers(infos: Mapping[str, TensorInfo], where: Path) -> tuple[NptLayer, ...]
         if match is None:
             unexpected.append(name)
             continue
+        if not infos[name].dtype.is_floating_point:
+            raise CheckpointError(f"{where}: {name} is {str(infos[name].dtype)[6:]}; NPT weights are floating-point")
         layer = int(match["delta"] or match["full"])
         ranks = found.setdefault(layer, {}).setdefault((match["suffix"] or "", match["matrix"]), {})
         rank = None if match["rank"] is None else int(match["rank"])

@@ -1,0 +1,90 @@
+"""Paths as people name them reach the task unchanged, whatever Hydra's grammar thinks of them."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runner.confdir import config_directory
+from runner.config import register
+from runner.errors import ConfigError
+from runner.overrides import parse, quoted, spell, split_list, unquoted
+from runner.run import setup
+
+AWKWARD = [
+    "a b", "a=b", "a,b", "[a]", "a[1]b", "(a)", "~a", "#a", "a'b", 'a"b', "1e5", "true", "null ", "émile", "日本", "🙂",
+    "a\\b", "a\\", "a\\'b", "${x}", "a${b}c", "\\${x}", "a:b", "{a}", "a\nb", "a\tb", "100%", "a;b", "$HOME", "-", "'",
+    '"', "''", "'a'", "x'", "*", "a\\\\", "\\\\${x}", "$${x}", "1_000", "nan", "?", "a|b", "a&b",
+    "a${b}c\\\\", "\\\\\\${", "@", "!", "a/./b",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def composing():
+    setup()
+    register()
+    with initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> str:
+    return compose("config", overrides=["tracker=none", *overrides]).ckpt
+
+
+@pytest.mark.parametrize("path", AWKWARD)
+def test_awkward_paths_survive(path):
+    assert composed(f"ckpt={quoted(path)}") == path
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1, max_size=12))
+def test_any_text_survives(path):
+    if path != "???":  # OmegaConf's own word for a missing value
+        assert composed(f"ckpt={quoted(path)}") == path
+
+
+def test_an_existing_path_wins_over_commas_and_quotes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b", "'a'", "[x]"):
+        Path(name).mkdir()
+        for multirun in (False, True):
+            assert composed(spell("ckpt", name, multirun=multirun)) == name
+
+
+def test_lists_are_quoted_part_by_part():
+    assert spell("ckpt", "a b,c=d", multirun=True) == "ckpt='a b','c=d'"
+    assert spell("ckpt", "a,b", multirun=False) == "ckpt='a,b'"
+    assert spell("ckpt", "${base}", multirun=False) == "ckpt=${base}"
+    assert spell("ckpt", "null", multirun=False) == "ckpt=null"
+    assert spell("seed", "1", multirun=False) == "seed=1"
+
+
+def test_split_list():
+    assert split_list("[a, b]") == ["a", "b"]
+    assert split_list("'a,b',c(d,e),[f,g]") == ["'a,b'", "c(d,e)", "[f,g]"]
+
+
+def test_flags_may_stand_anywhere():
+    line = parse(["task=diagnose", "-m", "step=1,2", "--cfg", "job", "ckpt=x=y"])
+    assert line.flags == ("-m", "--cfg", "job")
+    assert line.overrides == (("task", "diagnose"), ("step", "1,2"), ("ckpt", "x=y"))
+    assert line.multirun
+    assert line.get("ckpt") == "x=y"
+    assert unquoted("'a\\'b'") == "a'b"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["foo"], "'foo' is no option"),
+        (["--tier", "full"], "unknown flag --tier; options are written tier=…"),
+        (["--multirum"], "did you mean '--multirun'?"),
+        (["--cfg"], "--cfg needs a value"),
+    ],
+)
+def test_words_that_are_no_options(words, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(words)
+    assert message in str(caught.value)
