@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
 
@@ -34,8 +35,32 @@ class Inert:
         return f"{self.type_name}({inside})"
 
 
+class InertPath(Inert):
+    """A path's parts; as text, the path that they make."""
+
+    def __str__(self) -> str:
+        return str(PurePosixPath(*(str(part) for part in self.args)))
+
+    def __repr__(self) -> str:
+        return f"{self.type_name}({str(self)!r})"
+
+
+class InertArray(Inert):
+    """A numpy array, whose state is (version, shape, dtype, order, bytes)."""
+
+    type_name = "numpy.ndarray"
+
+    def __repr__(self) -> str:
+        state = self.state.get("state")
+        shape = state[1] if isinstance(state, tuple) and len(state) > 1 else "unknown"
+        return f"{self.type_name}(shape={shape})"
+
+
 def _stand_in(name: str) -> type[Inert]:
-    return type(name.rpartition(".")[2], (Inert,), {"type_name": name})
+    if name.endswith("._reconstruct"):
+        return type("ndarray", (InertArray,), {})
+    kind = InertPath if name.startswith("pathlib.") else Inert
+    return type(name.rpartition(".")[2], (kind,), {"type_name": name})
 
 
 _NUMPY_SCALARS = {

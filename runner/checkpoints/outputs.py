@@ -11,9 +11,7 @@ from runner.errors import CheckpointError
 _MARGIN = 1 << 20
 
 
-def check_output(
-    target: Path, *, replace: bool = False, inputs: Sequence[Path] = (), expected_bytes: int = 0
-) -> None:
+def check_output(target: Path, *, replace: bool = False, inputs: Sequence[Path] = (), expected_bytes: int = 0) -> None:
     """Raises CheckpointError unless the directory `target` can be written.
 
     It must not be a link, a file, or (without `replace`) there already; not equal to, inside or around an input,

@@ -4,6 +4,7 @@ import io
 import pickle
 import threading
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,9 @@ def load_pickle(path: Path, *, tensors: Literal["meta", "mmap"] = "meta") -> Any
     if path.name.endswith(".safetensors"):
         raise CheckpointError(f"{path}: a torch.save file named .safetensors: rename it to .pt")
     try:
-        with _LOCK, torch.serialization.safe_globals(_INERT_GLOBALS), warnings.catch_warnings():
+        # The old layout keeps its data in one stream, which torch would read through even for shapes alone.
+        skip = torch.serialization.skip_data() if tensors == "meta" else nullcontext()
+        with _LOCK, skip, torch.serialization.safe_globals(_INERT_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, weights_only=True, **options)
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, OSError, EOFError,

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hostile
 import numpy as np
 import pytest
 import torch
@@ -24,6 +23,7 @@ from runner.checkpoints.archives import verify_crc
 from runner.checkpoints.content import sha256_of
 from runner.checkpoints.pickles import Inert, load_pickle
 from runner.errors import CheckpointError
+from tests.checkpoints import hostile
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -207,7 +207,6 @@ def doubled(levels: int) -> bytes:
 BOMBS: dict[str, Callable[[Path], Path]] = {
     "tuples 10^6 deep": pickle_of(b"\x80\x02)" + b"\x85" * 1_000_000 + b"."),
     "lists 10^6 deep": pickle_of(b"\x80\x02" + b"]" * 1_000_000 + b"a" * 999_999 + b"."),
-    "marks 10^6 deep": pickle_of(b"\x80\x02" + b"(" * 1_000_000 + b"t" * 1_000_000 + b"."),
     "deep tuple as a key": pickle_of(b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s."),
     "shared tuples": pickle_of(doubled(40)),
     "bytearray of 2^40": lambda f: hostile.calling(f, bytearray, 1 << 40),
@@ -225,6 +224,7 @@ import resource, sys, time
 from pathlib import Path
 from runner.checkpoints.pickles import load_pickle
 from runner.errors import CheckpointError
+from tests.checkpoints import hostile
 virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (virtual + (1 << 30),) * 2)
 for name in sys.argv[1:]:
@@ -269,12 +269,12 @@ def test_foreign_objects_become_inert_records(tmp_path: Path) -> None:
     loaded = load_pickle(hostile.saved(tmp_path, content))
     assert isinstance(loaded["args"], Inert)
     assert loaded["args"].state["model_name"] == "base"
-    assert loaded["args"].state["folder"].args[-1] == "b"
+    assert str(loaded["args"].state["folder"]) == "/a/b"
     assert repr(loaded["args"]).startswith("argparse.Namespace(model_name='base'")
     assert (loaded["loss"], loaded["steps"], loaded["half"]) == (2.5, 7, 0.5)
     assert type(loaded["loss"]) is float
     assert "argparse" not in type(loaded["args"]).__module__
-    assert isinstance(loaded["array"], Inert)
+    assert repr(loaded["array"]) == "numpy.ndarray(shape=(3,))"
     assert isinstance(loaded["when"], Inert)
 
 
