@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from runner.checkpoints import manifest as manifests
 from runner.checkpoints.outputs import check_output
 from runner.checkpoints.renames import aside_name, drop_cache, rename_new, swap, sync
-from runner.errors import CheckpointError, RunnerError
+from runner.errors import CheckpointError, RunnerError, printable
 
 _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
@@ -50,7 +50,7 @@ def staged(
         with _locked(target):
             check_output(target, replace=replace, inputs=inputs, expected_bytes=expected_bytes)
             _sweep(target)
-            partial = target.with_name(f".{target.name}{_PARTIAL}{uuid.uuid4().hex[:8]}")
+            partial = _hidden(target, _PARTIAL)
             partial.mkdir()
             identity = _identity(partial)
             try:
@@ -88,7 +88,7 @@ def verify(directory: Path) -> list[str]:
             problems.append(f"{directory}: {name} has {found['size']} bytes instead of {listed[name].get('size')}")
         elif found != listed[name]:
             problems.append(f"{directory}: {name} was changed: its SHA-256 differs")
-    return problems
+    return [printable(problem) for problem in problems]
 
 
 def _seal(partial: Path, extra: Mapping[str, Any]) -> None:
@@ -122,17 +122,27 @@ def _synced(path: Path) -> dict[str, Any]:
 def _publish(partial: Path, target: Path, *, replace: bool) -> None:
     if replace and target.exists():
         # Under this name a sweep knows that it may find the old output here.
-        replaced = target.with_name(f".{target.name}{_REPLACED}{uuid.uuid4().hex[:8]}")
+        replaced = _hidden(target, _REPLACED)
         partial.rename(replaced)
         old = swap(replaced, target)
-        sync(target.parent)
+        _confirm(target)
         _retire(old, target)
     else:
         try:
             rename_new(partial, target)
         except FileExistsError as error:
             raise CheckpointError(f"{target}: appeared while it was being written: left as it is") from error
-    sync(target.parent)
+    _confirm(target)
+
+
+def _confirm(target: Path) -> None:
+    try:
+        sync(target.parent)
+    except OSError as error:
+        raise RunnerError(
+            f"{target}: complete and verified, but the disk did not confirm its name ({error.strerror}): "
+            "verify it once more after a restart"
+        ) from error
 
 
 def _retire(old: Path, target: Path) -> None:
@@ -143,7 +153,10 @@ def _retire(old: Path, target: Path) -> None:
     except CheckpointError:
         ours = False
     if ours or not any(old.iterdir()):
-        shutil.rmtree(old)
+        # Under a name that a sweep deletes: half deleted, it would look like someone else's.
+        doomed = _hidden(target, _PARTIAL)
+        old.rename(doomed)
+        shutil.rmtree(doomed)
     elif old.name.startswith("."):
         old.rename(aside_name(target))
 
@@ -213,6 +226,10 @@ def _make_parents(folder: Path) -> None:
     _make_parents(folder.parent)
     folder.mkdir(exist_ok=True)
     sync(folder.parent)
+
+
+def _hidden(target: Path, mark: str) -> Path:
+    return target.with_name(f".{target.name}{mark}{uuid.uuid4().hex[:8]}")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -76,6 +76,8 @@ def read(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: larger than {_LIMIT >> 20} MB")
     raw = path.read_bytes()
     content = parse_object(raw, path, "manifest")
-    if not isinstance(content.get("files"), dict) or render(content) != raw:
+    files = content.get("files")
+    well_formed = isinstance(files, dict) and all(isinstance(entry, dict) for entry in files.values())
+    if not well_formed or render(content) != raw:
         raise CheckpointError(f"{path}: damaged: its text does not match its own digest")
     return content
