@@ -19,16 +19,17 @@ from types import ModuleType
 from typing import TypeVar
 
 T = TypeVar("T")
-_START_SECONDS = 30
-_END_SECONDS = 5
+_START_SECONDS = 30  # for the service to start, on a busy machine
+_END_SECONDS = 3  # for it to end; the run has been written by then
 
 
 @contextmanager
 def wandb_session(folder: Path, mode: str, warn: Callable[[str], None]) -> Iterator[ModuleType]:
     """The module `wandb` with its service running, all of its files in `folder`.
 
-    `mode` is "online" or "offline" and stands in for WANDB_MODE; what wandb would print as a warning goes to `warn`.
-    Raises what wandb raises, and TimeoutError where the service does not start or end.
+    `mode` stands in for WANDB_MODE: "online", "offline", or "auto", which leaves it to the user's settings of wandb;
+    what wandb would print as a warning goes to `warn`. Raises what wandb raises, and TimeoutError where the
+    service does not start or end.
     """
     with ExitStack() as undo:
         undo.enter_context(_environment(_variables(folder, mode)))
@@ -70,7 +71,7 @@ def _variables(folder: Path, mode: str) -> dict[str, str | None]:
     """Environment of the session. WANDB_SERVICE would hand us the service of a process around this one."""
     kept = {name: os.environ[name] for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR") if os.environ.get(name)}
     return {
-        "WANDB_MODE": mode,
+        "WANDB_MODE": None if mode == "auto" else mode,
         "WANDB_SILENT": "true",
         "WANDB_ERROR_REPORTING": "false",
         "WANDB_SERVICE": None,

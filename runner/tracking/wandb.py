@@ -101,7 +101,7 @@ class WandbTracker:
         try:
             plan = self._plan(identity, config)
             offline = mode == "offline" or _PROCESS.unreachable
-            if offline or not self._opened_online(plan, wanted=mode == "online"):
+            if offline or not self._opened_online(plan, mode):
                 self._open(plan, "offline")
         except Exception as error:
             self._close()
@@ -165,11 +165,11 @@ class WandbTracker:
             finish_timeout=self.finish_timeout,
         )
 
-    def _opened_online(self, plan: RunPlan, wanted: bool) -> bool:
+    def _opened_online(self, plan: RunPlan, mode: str) -> bool:
         """Whether a run is open now. Where the server did not answer, this process does not ask it again."""
         try:
-            self._open(plan, "online")
-            if wanted and self._run.offline:
+            self._open(plan, mode)
+            if mode == "online" and self._run.offline:
                 self.warnings.append("W&B: logged offline, no credential (WANDB_API_KEY, or `wandb login`)")
             return True
         except Exception as error:
@@ -184,8 +184,9 @@ class WandbTracker:
     def _open(self, plan: RunPlan, mode: str) -> None:
         session = wandb_session(plan.folder, mode, self._messages.append)
         wandb = self._session.enter_context(session)
-        if mode == "online" and not within(plan.init_timeout, lambda: has_credential(wandb)):
-            mode = "offline"  # where wandb itself would ask for a key, and wait
+        if mode != "offline":  # without a credential wandb itself would ask for one, and wait
+            mode = "online" if within(plan.init_timeout, lambda: has_credential(wandb)) else "offline"
+            self._messages.clear()
         # wandb keeps to init_timeout by itself, unless its service hangs
         run = within(plan.init_timeout + 5, lambda: open_run(wandb, plan, mode))
         self._wandb, self._run = wandb, run

@@ -1,7 +1,10 @@
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from runner.errors import ConfigError
 from runner.tracking.base import RunIdentity, flat_config, run_id
@@ -102,6 +105,17 @@ def test_the_flat_keys_win_and_options_are_kept(identity: RunIdentity) -> None:
         "series": "sweep-1",
     }
     assert json.dumps(config) == json.dumps({"seed": 0, "task": "diagnose", "family": config["family"]})
+
+
+@pytest.mark.parametrize(("name", "kind"), [("wandb", WandbTracker), ("none", NullTracker)])
+def test_each_yaml_builds_its_tracker(name: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = OmegaConf.load(Path(__file__).parents[2] / "conf" / "tracker" / f"{name}.yaml")
+    assert isinstance(instantiate(config), kind)
+    if name == "wandb":
+        assert (config.project, config.dir, config.mode) == ("runner", "outputs/wandb", "auto")
+        monkeypatch.setenv("WANDB_PROJECT", "mine")
+        monkeypatch.setenv("WANDB_DIR", "elsewhere")
+        assert (config.project, config.dir) == ("mine", "elsewhere/wandb")
 
 
 def test_the_null_tracker_has_nothing_to_say(identity: RunIdentity, result: dict[str, Any]) -> None:
