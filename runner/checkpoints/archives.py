@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from runner.checkpoints.content import Kind, kind_of
+from runner.checkpoints.pickle_limits import MAX_PICKLE_BYTES
 from runner.errors import CheckpointError
 
 MAX_ENTRIES = 500_000
-MAX_PICKLE_BYTES = 256 << 20
 _END = struct.Struct("<4s4H2LH")
 _LOCATOR = struct.Struct("<4sLQL")  # signature, disk, position of the zip64 end record, disks
 _END64 = struct.Struct("<4sQ2H2L4Q")

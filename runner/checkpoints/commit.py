@@ -5,26 +5,20 @@ lock → stage in a hidden directory beside the target → sync → MANIFEST.jso
 
 import errno
 import os
-import re
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from runner.checkpoints import manifest as manifests
+from runner.checkpoints.leftovers import PARTIAL, REPLACED, hidden, locked, retire, sweep
 from runner.checkpoints.outputs import check_output
-from runner.checkpoints.renames import aside_name, drop_cache, rename_new, swap, sync
+from runner.checkpoints.renames import drop_cache, rename_new, swap, sync
 from runner.errors import CheckpointError, RunnerError, printable
-
-_PARTIAL = ".partial-"
-_REPLACED = ".replaced-"
-_LEFTOVER = re.compile(r"\.(?P<target>.+)\.(partial|replaced)-[0-9a-f]{8}", re.DOTALL)
 
 
 @contextmanager
@@ -47,10 +41,10 @@ def staged(
     check_output(target, replace=replace, inputs=inputs, expected_bytes=expected_bytes)
     with _disk_errors(target):
         _make_parents(target.parent)
-        with _locked(target):
+        with locked(target):
             check_output(target, replace=replace, inputs=inputs, expected_bytes=expected_bytes)
-            _sweep(target)
-            partial = _hidden(target, _PARTIAL)
+            sweep(target)
+            partial = hidden(target, PARTIAL)
             partial.mkdir()
             identity = _identity(partial)
             try:
@@ -122,11 +116,11 @@ def _synced(path: Path) -> dict[str, Any]:
 def _publish(partial: Path, target: Path, *, replace: bool) -> None:
     if replace and target.exists():
         # Under this name a sweep knows that it may find the old output here.
-        replaced = _hidden(target, _REPLACED)
+        replaced = hidden(target, REPLACED)
         partial.rename(replaced)
         old = swap(replaced, target)
         _confirm(target)
-        _retire(old, target)
+        retire(old, target)
     else:
         try:
             rename_new(partial, target)
@@ -143,67 +137,6 @@ def _confirm(target: Path) -> None:
             f"{target}: complete and verified, but the disk did not confirm its name ({error.strerror}): "
             "verify it once more after a restart"
         ) from error
-
-
-def _retire(old: Path, target: Path) -> None:
-    """Delete an output of this runner that nothing was added to; keep anything else beside, under a visible name."""
-    try:
-        known = {*manifests.read(old)["files"], manifests.FILE_NAME}
-        ours = known == set(manifests.list_files(old))
-    except CheckpointError:
-        ours = False
-    if ours or not any(old.iterdir()):
-        # Under a name that a sweep deletes: half deleted, it would look like someone else's.
-        doomed = _hidden(target, _PARTIAL)
-        old.rename(doomed)
-        shutil.rmtree(doomed)
-    elif old.name.startswith("."):
-        old.rename(aside_name(target))
-
-
-def _sweep(target: Path) -> None:
-    """Remove what killed processes left beside `target`: its own leftovers, and others' that no live lock holds."""
-    for path in sorted(target.parent.iterdir()):
-        found = _LEFTOVER.fullmatch(path.name)
-        if not found or path.is_symlink() or not path.is_dir():
-            continue
-        if found["target"] == target.name:
-            _remove_leftover(path, target)
-        elif path.stat().st_uid == os.getuid():
-            _sweep_other(path, target.with_name(found["target"]))
-
-
-def _sweep_other(path: Path, other: Path) -> None:
-    try:
-        with _locked(other):
-            if path.exists():
-                _remove_leftover(path, other)
-    except CheckpointError:
-        return  # a live process writes it
-
-
-def _remove_leftover(path: Path, target: Path) -> None:
-    if _REPLACED in path.name:
-        _retire(path, target)
-    else:
-        shutil.rmtree(path)
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Hold the one lock of `target`, for which nobody waits."""
-    path = target.with_name(f".{target.name}.lock")
-    lock = FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise CheckpointError(f"{target}: another process is writing it: wait for it, or choose another") from error
-    try:
-        yield
-    finally:
-        # Unlinked while held: whoever opened the old file finds it without a name, and opens a new one.
-        path.unlink(missing_ok=True)
-        lock.release()
 
 
 @contextmanager
@@ -226,10 +159,6 @@ def _make_parents(folder: Path) -> None:
     _make_parents(folder.parent)
     folder.mkdir(exist_ok=True)
     sync(folder.parent)
-
-
-def _hidden(target: Path, mark: str) -> Path:
-    return target.with_name(f".{target.name}{mark}{uuid.uuid4().hex[:8]}")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

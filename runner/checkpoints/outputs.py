@@ -1,6 +1,5 @@
 """Where an output may be written: asked before the first byte is."""
 
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -48,7 +47,7 @@ def _check_input(target: Path, source: Path) -> None:
 
 
 def _any_same(folders: Iterable[Path], other: Path) -> bool:
-    return any(folder.exists() and os.path.samefile(folder, other) for folder in folders)
+    return any(folder.exists() and folder.samefile(other) for folder in folders)
 
 
 def _megabytes(count: int) -> str:

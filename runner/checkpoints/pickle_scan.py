@@ -10,15 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from runner.checkpoints.pickle_limits import MAX_OPCODES, MAX_PICKLE_BYTES, BoundedReader, check_shape
 from runner.checkpoints.pickle_records import Container, Refused, Storage
 from runner.checkpoints.pickle_rules import build, check_global, check_key, new, reduce
 from runner.checkpoints.pickle_tensors import storage
 from runner.errors import CheckpointError
 
-MAX_PICKLE_BYTES = 256 << 20
-MAX_OPCODES = 2_000_000
-MAX_DEPTH = 200
-MAX_ITEMS = 10_000_000
 _MARK = object()
 
 
@@ -63,28 +60,6 @@ class _Machine:
         return names[-1] if names else "(unnamed)"
 
 
-class BoundedReader:
-    """A file from which at most `limit` bytes are read, so that a length inside a pickle cannot claim the memory."""
-
-    def __init__(self, file: BinaryIO, limit: int) -> None:
-        self._file = file
-        self._left = limit
-        self.tell = file.tell
-
-    def read(self, count: int) -> bytes:
-        """`count` bytes, or fewer at the end of the file."""
-        self._left -= count
-        if self._left < 0:
-            raise Refused("a string or number in the pickle is longer than the limit")
-        return self._file.read(count)
-
-    def readline(self) -> bytes:
-        """A line, which only names of globals are."""
-        line = self._file.readline(4096)
-        self._left -= len(line)
-        return line
-
-
 def scan(file: BinaryIO, path: Path) -> Scan:
     """Check the pickle at the position of `file`, which then stands behind it. Raises CheckpointError."""
     reader = BoundedReader(file, MAX_PICKLE_BYTES)
@@ -102,7 +77,7 @@ def scan(file: BinaryIO, path: Path) -> Scan:
         value = machine.pop()
         if machine.stack:
             raise IndexError("values left over")
-        _check_shape(value)
+        check_shape(value)
     except Refused as error:
         named = f"{path}: {machine.key()}: " if error.about_tensor else f"{path}: "
         raise CheckpointError(f"{named}{error}") from error
@@ -117,31 +92,6 @@ def _unknown(name: str, protocol: int) -> str:
     if protocol > 2:
         return f"pickle protocol {protocol} or later (opcode {name}); torch.save it with the default protocol"
     return f"pickle opcode {name}, which torch.save never writes"
-
-
-def _check_shape(root: Any) -> None:
-    """Refuse what would hang or crash whoever walks the value: cycles, great depth, sharing that multiplies."""
-    sizes: dict[int, int] = {}
-    path: set[int] = set()
-    stack: list[tuple[Any, bool]] = [(root, False)] if isinstance(root, (Container, tuple)) else []
-    while stack:
-        value, left = stack.pop()
-        if not left and id(value) in sizes:
-            continue
-        items = value.items if isinstance(value, Container) else value
-        if left:
-            path.remove(id(value))
-            sizes[id(value)] = 1 + sum(sizes.get(id(item), 1) for item in items)
-            if sizes[id(value)] > MAX_ITEMS:
-                raise Refused(f"more than {MAX_ITEMS} items once its shared parts are counted")
-            continue
-        if id(value) in path:
-            raise Refused("a container that holds itself")
-        path.add(id(value))
-        if len(path) > MAX_DEPTH:
-            raise Refused(f"nested more than {MAX_DEPTH} deep")
-        stack.append((value, True))
-        stack.extend((item, False) for item in items if isinstance(item, (Container, tuple)))
 
 
 def _put(machine: _Machine, argument: Any) -> None:

@@ -16,7 +16,13 @@ _STORAGE_BYTES = {
 }  # fmt: skip
 STORAGES = {f"{module}.{name}Storage": n for name, n in _STORAGE_BYTES.items() for module in ("torch", "torch.cuda")}
 STORAGES |= {"torch.storage.UntypedStorage": 1, "torch.UntypedStorage": 1}
-DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+# Not torch's quantised dtypes, nor those of less than a byte, with which nothing can be computed.
+_DTYPE_NAMES = (
+    "float64", "float32", "float16", "bfloat16", "complex64", "complex128", "bool", "int64", "int32", "int16", "int8",
+    "uint64", "uint32", "uint16", "uint8", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+)  # fmt: skip
+DTYPES = {f"torch.{name}": getattr(torch, name) for name in _DTYPE_NAMES}
 
 
 def storage(identity: Any) -> Storage:

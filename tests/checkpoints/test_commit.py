@@ -303,9 +303,59 @@ def test_a_disk_error_is_one_line(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+class FailsOnce:
+    """Stands for a function of `os`: call number `place` fails as a broken disk does."""
+
+    def __init__(self, function: Callable[..., object], place: int) -> None:
+        self.function, self.left = function, place
+
+    def __call__(self, *arguments: object, **options: object) -> object:
+        self.left -= 1
+        if self.left == -1:
+            raise OSError(5, "Input/output error")
+        return self.function(*arguments, **options)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("call", ["fsync", "mkdir", "rename", "unlink", "open"])
+def test_an_error_of_the_disk_at_any_call_leaves_the_old_or_the_new(
+    call: str, replace: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(renames, "_function", lambda: None)
+    failures = 0
+    for place in range(30):
+        target = tmp_path / str(place) / "out"
+        target.parent.mkdir()
+        if replace:
+            write(target, "old")
+        failing = FailsOnce(getattr(os, call), place)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, failing)
+            try:
+                write(target, "new", replace=replace)
+            except RunnerError:
+                failures += 1
+        standing = [path for path in target.parent.iterdir() if path.name.startswith("out")]
+        assert all(verify(path) == [] for path in standing)
+        assert len(standing) >= replace
+        write(target, "new", replace=True)
+        assert (target / "weights.bin").read_text() == "new"
+        if failing.left >= 0:
+            break
+    assert failures
+    assert failing.left >= 0, "more calls than the test tries"
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs root, to mount a small disk")
-@pytest.mark.parametrize("writer", ["torch.save(state, partial / 'w.pt')", "save_file(state, partial / 'w.st')"])
-def test_a_full_disk_leaves_nothing(writer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("disk", "writer"),
+    [
+        ("size=2m", "torch.save(state, partial / 'w.pt')"),
+        ("size=2m", "save_file(state, partial / 'w.st')"),
+        ("ro", "torch.save(state, partial / 'w.pt')"),
+    ],
+)
+def test_a_full_or_read_only_disk_is_one_line_and_leaves_nothing(disk: str, writer: str, tmp_path: Path) -> None:
     code = f"""
 import sys, torch
 from pathlib import Path
@@ -320,7 +370,7 @@ try:
 except RunnerError as error:
     print(type(error).__name__, error, sorted(folder.iterdir()))
 """
-    mount = 'mount -t tmpfs -o size=2m none "$1" && exec "$2" -c "$3" "$1"'
+    mount = f'mount -t tmpfs -o {disk} none "$1" && exec "$2" -c "$3" "$1"'
     run = subprocess.run(
         ["unshare", "-m", "sh", "-c", mount, "sh", tmp_path, sys.executable, code],
         capture_output=True,
