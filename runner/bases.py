@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from runner.checkpoints import hf
 from runner.checkpoints.checkpoint import Checkpoint
@@ -53,7 +53,8 @@ def load_base(
     bad = non_finite(weights, names)
     if bad:
         raise CheckpointError(f"{path}: NaN or Inf in {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}")
-    model = llama.build(config, {name: weights.read(name) for name in names}, target, path).to(where)
+    model = llama.build(config, {name: weights.read(name) for name in names}, target, path)
+    model.to(where)  # type: ignore[arg-type]  # transformers wraps Module.to without its types
     _bases[key] = Base(model=model, path=path, fingerprint=fingerprint)
     while len(_bases) > BASES_KEPT:
         _bases.popitem(last=False)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from runner.measures.fidelity import Comparison, compare
 from runner.models.npt_llama import run_layers
@@ -45,9 +45,9 @@ def logits(model: LlamaForCausalLM, final: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def compare_finals(
-    reference_head: nn.Module,
+    reference_head: nn.Linear,
     reference_final: torch.Tensor,
-    subject_head: nn.Module,
+    subject_head: nn.Linear,
     subject_final: torch.Tensor,
     token_ids: torch.Tensor,
 ) -> Comparison:
@@ -74,7 +74,7 @@ def first_non_finite(model: LlamaForCausalLM, token_ids: torch.Tensor) -> tuple[
 
 
 @torch.inference_mode()
-def in_other_precision(model: LlamaForCausalLM, token_ids: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
+def in_other_precision(model: LlamaForCausalLM, token_ids: torch.Tensor) -> tuple[nn.Linear, torch.Tensor]:
     """The head and its input [1, T, d] when a float32 model runs in bfloat16, or another one in float32."""
     other = torch.bfloat16 if model.dtype == torch.float32 else torch.float32
     embedded = model.model.embed_tokens(token_ids.to(model.device).unsqueeze(0))

@@ -10,7 +10,7 @@ from runner.checkpoints import npt_delta
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.runs import resolve
-from runner.checkpoints.tensors import non_finite
+from runner.checkpoints.tensors import is_finite, non_finite
 from runner.errors import CheckpointError, ModelError
 from runner.models.npt_llama import NptDecoderLayer, NptLlamaForCausalLM, RankKUpdate
 
@@ -62,24 +62,24 @@ def _check_fit(checkpoint: Checkpoint, base: Base) -> None:
 
 def npt_updates(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> dict[int, dict[str, RankKUpdate]]:
     """The rank-k updates of every NPT layer, by layer and projection. Raises CheckpointError for NaN or Inf."""
-    bad = non_finite(checkpoint.weights)
-    if bad:
-        raise CheckpointError(f"{checkpoint.path}: NaN or Inf in {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}")
 
-    def stacked(names: tuple[str, ...]) -> torch.Tensor:
-        return torch.stack([checkpoint.weights.read(name) for name in names]).to(device=device, dtype=dtype)
+    def matrices(names: tuple[str, ...]) -> list[torch.Tensor]:
+        return [checkpoint.weights.read(name).to(device=device, dtype=dtype) for name in names]
 
     updates = {
         layer.layer: {
-            projection: RankKUpdate(*(stacked(matrices[matrix]) for matrix in npt_delta.MATRICES))
-            for projection, matrices in layer.keys.items()
+            projection: RankKUpdate(*(matrices(keys[matrix]) for matrix in npt_delta.MATRICES))
+            for projection, keys in layer.keys.items()
         }
         for layer in checkpoint.layers
     }
-    for index, projections in updates.items():
-        for projection, update in projections.items():
-            if not all(bool(torch.isfinite(parameter).all()) for parameter in update.parameters()):
-                raise CheckpointError(f"{checkpoint.path}: layer {index} {projection}: a value overflows {dtype}")
+    parameters = [p for projections in updates.values() for update in projections.values() for p in update.parameters()]
+    if not all(map(is_finite, parameters)):
+        bad = non_finite(checkpoint.weights)
+        what = (
+            f"NaN or Inf in {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}" if bad else f"a value overflows {dtype}"
+        )
+        raise CheckpointError(f"{checkpoint.path}: {what}")
     return updates
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
-from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from runner.forward import Trace, trace
 from runner.measures.generation import generate

@@ -41,11 +41,11 @@ def job(cfg: DictConfig) -> None:
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
     sweep = Path(hydra.sweep.dir).name if hydra.mode == RunMode.MULTIRUN else None
-    result, exit_code = _run_and_record(cfg, directory, sweep)
+    result, exit_code, location = _run_and_record(cfg, directory, sweep)
     if sweep is not None:
         print_line(result, Console(), number=int(hydra.job.num) + 1)
     elif result["status"] == "ok":
-        print_result(result, Console(), verbose=cfg.verbose, directory=directory)
+        print_result(result, Console(), verbose=cfg.verbose, directory=directory, tracked=location)
     if result["status"] == "error":
         print(f"runner: error: {result['error']['message']}", file=sys.stderr)
 
@@ -82,8 +82,8 @@ def _tag(ckpt: Any, step: Any) -> str:
     return "".join(c if c.isalnum() or c in "-_.@" else "_" for c in name)[:60]
 
 
-def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tuple[dict[str, Any], int]:
-    """Run the task, write the result, then tell the tracker. Returns the result and the exit code."""
+def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tuple[dict[str, Any], int, str | None]:
+    """Run the task, write the result, then tell the tracker. Returns result, exit code and where the tracker put it."""
     tracker: Tracker = NullTracker()
     code = 0
     try:
@@ -112,7 +112,7 @@ def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tupl
         print(f"runner: warning: {warning}", file=sys.stderr)
     if tracker.location:
         log.info("%s", tracker.location)
-    return result, code
+    return result, code, tracker.location
 
 
 def _failed(cfg: DictConfig, error: RunnerError) -> Result:

@@ -2,6 +2,7 @@
 
 import glob
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class RememberSweep(Callback):
         RememberSweep.directory = Path(config.hydra.sweep.dir)
 
 
-def expand(line: CommandLine, *, demo_run: Any = None) -> CommandLine:
+def expand(line: CommandLine, *, demo_run: Callable[[], Path]) -> CommandLine:
     """The command line with checkpoint globs and `step=all`, lists and ranges written out, in numeric order.
 
     A run directory without a step means all of its steps (for the tasks in OVER_RUNS). `demo_run()` gives the
@@ -49,7 +50,7 @@ def expand(line: CommandLine, *, demo_run: Any = None) -> CommandLine:
         return _with_steps(line, run, run.steps)
     if re.fullmatch(r"-?\d+", step) or step == "null":
         return line
-    run = find_run(demo_run() if ckpt in (None, "demo") else path) if path or demo_run else None
+    run = find_run(demo_run() if path is None or ckpt == "demo" else path)
     if run is None:
         raise ConfigError(f"step={step} needs a run directory as ckpt=; {ckpt} holds no checkpoint-<step> directories")
     return _with_steps(line, run, steps_of(step, run))

@@ -9,14 +9,15 @@ v_a and v_b are never materialised: v_a_i · x = s_i · (W_a_up[i] x), so ΔW·x
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -24,16 +25,20 @@ PROJECTIONS = ("gate", "up", "down")
 class RankKUpdate(nn.Module):
     """ΔW·x for one projection: k rank-1 terms, each read from the attention output through a bottleneck of r.
 
-    Shapes: `w_down` [k, d, r], `w_a_up` [k, r, d_in], `w_b_up` [k, r, d_out]; for gate and up d_in = d and
-    d_out = f, for down d_in = f and d_out = d. Held stacked over k·r, so that a pass is three matrix products.
+    Made from k matrices of each kind: `w_down` [d, r], `w_a_up` [r, d_in], `w_b_up` [r, d_out]; for gate and up
+    d_in = d and d_out = f, for down d_in = f and d_out = d. Held stacked over k·r, so that a pass is three matrix
+    products.
     """
 
-    def __init__(self, w_down: torch.Tensor, w_a_up: torch.Tensor, w_b_up: torch.Tensor) -> None:
+    def __init__(
+        self, w_down: Iterable[torch.Tensor], w_a_up: Iterable[torch.Tensor], w_b_up: Iterable[torch.Tensor]
+    ) -> None:
         super().__init__()
-        self.num_ranks, _, self.np_rank = w_down.shape
-        self.w_down = nn.Parameter(w_down.transpose(0, 1).reshape(w_down.shape[1], -1).contiguous())  # [d, k·r]
-        self.w_a_up = nn.Parameter(w_a_up.reshape(-1, w_a_up.shape[2]).contiguous())  # [k·r, d_in]
-        self.w_b_up = nn.Parameter(w_b_up.reshape(-1, w_b_up.shape[2]).contiguous())  # [k·r, d_out]
+        terms = tuple(w_down)
+        self.num_ranks, self.np_rank = len(terms), terms[0].shape[1]
+        self.w_down = nn.Parameter(torch.cat(terms, dim=1))  # [d, k·r]
+        self.w_a_up = nn.Parameter(torch.cat(tuple(w_a_up)))  # [k·r, d_in]
+        self.w_b_up = nn.Parameter(torch.cat(tuple(w_b_up)))  # [k·r, d_out]
 
     def matrices(self) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         """Views of `w_down` [d, r], `w_a_up` [r, d_in] and `w_b_up` [r, d_out], one for each rank-1 term."""
@@ -82,11 +87,11 @@ class NptDecoderLayer(LlamaDecoderLayer):
         """single, dual or triple: how many of the projections are modulated."""
         return ("single", "dual", "triple")[len(self.updates) - 1]
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[B, T, d] → [B, T, d]; keyword arguments as for `LlamaDecoderLayer`."""
         if not self.npt_mode:
-            return super().forward(hidden_states, **kwargs)
-        attention, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+            return super().forward(hidden_states, *args, **kwargs)
+        attention, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
         return hidden_states + self.modulated_mlp(attention, self.post_attention_layernorm(hidden_states))
 
     def modulated_mlp(self, attention: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -84,11 +84,14 @@ def describe_layer(layer: Mapping[str, Any]) -> str:
     return f"{layer['layer']}: {layer['modulation']}, r {layer['np_rank']}, k {layer['num_ranks']}"
 
 
-def print_result(result: Mapping[str, Any], console: Console, *, verbose: bool, directory: Path) -> None:
-    """The whole report: a panel in a terminal, plain unwrapped lines in a pipe."""
+def print_result(
+    result: Mapping[str, Any], console: Console, *, verbose: bool, directory: Path, tracked: str | None = None
+) -> None:
+    """The whole report: a panel in a terminal, plain unwrapped lines in a pipe; last, where it lies."""
+    left = [f"Result: {printable(directory)}/result.json", *([f"W&B: {printable(tracked)}"] if tracked else [])]
     if not console.is_terminal:
         _print_plain(result, verbose)
-        print(f"Result: {printable(directory)}/result.json")
+        print("\n".join(left))
         return
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
@@ -100,7 +103,7 @@ def print_result(result: Mapping[str, Any], console: Console, *, verbose: bool, 
     for finding in result.get("findings", []):
         parts.append(Text(f"! {printable(finding)}", style="yellow"))
     console.print(Panel(Group(*parts), title=f"runner · {result['task']}", title_align="left", padding=(1, 2)))
-    console.print(Text(f"{directory}/result.json", style="dim"), soft_wrap=True)
+    console.print(Text("\n".join(left), style="dim"), soft_wrap=True)
 
 
 def print_line(result: Mapping[str, Any], console: Console, *, number: int) -> None:
@@ -118,16 +121,15 @@ def print_line(result: Mapping[str, Any], console: Console, *, number: int) -> N
 
 
 def print_sweep(rows: Sequence[Mapping[str, Any]], directory: Path) -> None:
-    """The learning curve of a sweep as a table, failures first."""
+    """The learning curve of a sweep as a table in the order of its jobs, failures first."""
     failed = [row for row in rows if row["status"] != "ok"]
-    done = sorted(
-        (row for row in rows if row["status"] == "ok"), key=lambda row: (row.get("step") is None, row.get("step") or 0)
-    )
+    done = [row for row in rows if row["status"] == "ok"]
     console = Console()
     for row in failed:
         print(f"{row['status'].upper()} {row['job']}: {printable(row['error']['message'])}", file=sys.stderr)
     lines = [
         {
+            "checkpoint": printable(Path(row["ckpt"]).name),
             "step": row.get("step"),
             "mse": _short(row["metrics"].get("mse")),
             "cosine": _short(row["metrics"].get("cosine")),

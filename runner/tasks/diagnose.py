@@ -129,7 +129,7 @@ def _only_run(page: _Page) -> None:
 
 def _control(page: _Page) -> None:
     """All layers standard must equal the base: exactly on a CPU in float32, elsewhere within the floor."""
-    subject, token_ids = page.opened.subject, page.encode(page.config.data.layer_prompt)
+    subject, token_ids = page.opened.subject, page.encode(page.config.data.prompts[0])
     control = subject.control(token_ids)
     allowed: float | None = 0.0
     model = page.opened.base.model
