@@ -141,13 +141,13 @@ class _PickleReader:
         self._nested = nested
 
     @cached_property
-    def _state(self) -> Mapping[str, torch.Tensor]:
-        content = load_pickle(self._path, tensors="mmap")
-        return content[self._nested] if self._nested else content
+    def _state(self) -> Mapping[Any, Any]:
+        content = _mapping(self._path, load_pickle(self._path, tensors="mmap"))
+        return _mapping(self._path, content.get(self._nested)) if self._nested else content
 
     def read(self, name: str) -> torch.Tensor:
         tensor = self._state.get(name)
-        if tensor is None:
+        if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{self._path}: {name}: changed since it was opened")
         return tensor.detach()
 

@@ -134,6 +134,13 @@ def test_unknown_and_changed_tensors_are_named(tmp_path: Path) -> None:
         source.read("layer.weight")
 
 
+def test_a_state_dict_that_vanished_is_named(tmp_path: Path) -> None:
+    source = open_weights(hostile.saved(tmp_path, {"model": hostile.good_state()}), state_dict_key="model")
+    hostile.saved(tmp_path, hostile.good_state())
+    with pytest.raises(CheckpointError, match="not a dict of tensors"):
+        source.read("layer.weight")
+
+
 SAFETENSORS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "header larger than the file": (
         lambda f: hostile.safetensors(f, {"a": hostile.entry(0, 4)}, b"\0" * 4, length=1000),
