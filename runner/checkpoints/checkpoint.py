@@ -1,27 +1,45 @@
 """What a checkpoint is, once its format is known: names, shapes, lazy tensors, and where it came from."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.npt_delta import NptLayer
 from runner.checkpoints.tensors import TensorSource, open_weights
 from runner.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
+class NptLayer:
+    """One NPT layer: `keys[projection][matrix]` are its tensors' names, one for each of the k rank-1 terms."""
+
+    layer: int
+    modulation: str
+    np_rank: int
+    num_ranks: int
+    hidden_size: int
+    intermediate_size: int
+    parameters: int
+    keys: Mapping[str, Mapping[str, tuple[str, ...]]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An opened checkpoint. Nothing but headers has been read."""
+    """An opened checkpoint. Nothing but headers has been read.
+
+    `details` is what its format read from names and shapes beyond the fields here: a dataclass of the format's
+    module, by whose type `loading` builds the model.
+    """
 
     path: Path
     format: str
     family: str
     evidence: str  # what decided the format
     weights: TensorSource
+    details: Any = None
     layers: tuple[NptLayer, ...] = ()
     base_name: str | None = None  # the base model's name as the checkpoint writes it
-    step: int | None = None
+    step: int | None = None  # that of the checkpoint's own state
     training: Mapping[str, Any] = field(default_factory=dict)
     findings: tuple[str, ...] = ()
 
@@ -62,3 +80,18 @@ class Listing:
         if name not in self._opened:
             self._opened[name] = open_weights(self.file(name))
         return self._opened[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFormat:
+    """One format: how it recognises itself, how it is opened, what `task=inspect` says of it.
+
+    `matches` gives the evidence from names and shapes, or None; it never raises for another format's files.
+    `open` gives the checkpoint or raises CheckpointError. `describe` gives further fields of the result contract.
+    """
+
+    name: str
+    family: str
+    matches: Callable[[Listing], str | None]
+    open: Callable[[Listing], Checkpoint]
+    describe: Callable[[Checkpoint], dict[str, Any]]

@@ -4,12 +4,12 @@ from the keys and shapes, layer by layer; nothing is assumed from a config."""
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from runner.checkpoints.checkpoint import NptLayer
 from runner.checkpoints.tensors import TensorInfo
 from runner.errors import CheckpointError
 
@@ -28,20 +28,6 @@ _KEY = re.compile(
     r"(?:layer_(?P<delta>\d+)_np|model\.layers\.(?P<full>\d+)\.np_component)"
     r"\.(?P<matrix>W_down|W_a_up|W_b_up)(?P<suffix>_gate|_up|_down)?(?:\.(?P<rank>\d+))?"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class NptLayer:
-    """One NPT layer: `keys[projection][matrix]` are its tensors' names, one for each of the k rank-1 terms."""
-
-    layer: int
-    modulation: str
-    np_rank: int
-    num_ranks: int
-    hidden_size: int
-    intermediate_size: int
-    parameters: int
-    keys: Mapping[str, Mapping[str, tuple[str, ...]]]
 
 
 def is_key(name: str) -> bool:
