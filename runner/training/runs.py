@@ -1,0 +1,101 @@
+"""Training that leaves a run directory: checkpoints in the npt_delta layout, and how to go on from one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runner.bases import Base
+from runner.checkpoints import npt_delta
+from runner.checkpoints.commit import staged
+from runner.checkpoints.detect import open_checkpoint
+from runner.checkpoints.pickles import load_pickle
+from runner.errors import CheckpointError
+from runner.loading import build, npt_tensors
+from runner.models.npt_llama import NptLlamaForCausalLM
+from runner.training.equivalence import EquivalenceSettings, OnStep, initial_updates, train_equivalence
+
+
+def train_run(
+    directory: Path,
+    base: Base,
+    batches: Sequence[torch.Tensor],
+    settings: EquivalenceSettings,
+    *,
+    base_name: str,
+    resume_from: Path | None = None,
+    on_step: OnStep | None = None,
+) -> tuple[dict[str, float], list[Path]]:
+    """Train NPT layers over `base`, writing `directory`/checkpoint-<step>; → the last losses, the checkpoints.
+
+    `base_name` is what the checkpoints say their base is: a hub name, or a path that starts at the checkpoint.
+    `resume_from`: a checkpoint of the same training to go on from.
+    """
+    state: Mapping[str, Any] | None = None
+    if resume_from is None:
+        updates = initial_updates(base.model.config, settings)
+        for layer_updates in updates.values():
+            for update in layer_updates.values():
+                update.to(device=base.model.device, dtype=base.model.dtype)
+        model = NptLlamaForCausalLM(base.model, updates)
+    else:
+        model, state = reopen(resume_from, base)
+    checkpoints = []
+
+    def on_checkpoint(step: int, training_state: Mapping[str, Any]) -> None:
+        target = directory / f"checkpoint-{step}"
+        save_checkpoint(target, model, training_state, settings, base_name=base_name)
+        checkpoints.append(target)
+
+    figures = train_equivalence(model, batches, settings, on_step=on_step, on_checkpoint=on_checkpoint, resume=state)
+    return figures, checkpoints
+
+
+def save_checkpoint(
+    target: Path,
+    model: NptLlamaForCausalLM,
+    training_state: Mapping[str, Any],
+    settings: EquivalenceSettings,
+    *,
+    base_name: str,
+) -> None:
+    """Write one checkpoint directory, absent or complete whatever happens. Raises CheckpointError where it exists."""
+    multi_layer_state = {
+        "layers_to_train": sorted(settings.layers),
+        "curriculum_schedule": [{"name": "equivalence", "until_step": settings.max_steps, "mixing_ratio": 1.0}],
+        "current_stage_index": 0,
+        "layer_weights": dict.fromkeys(sorted(settings.layers), 1.0),
+    }
+    config = {
+        "model_name": base_name,
+        **asdict(settings),
+        "gradient_accumulation_steps": 1,
+        "mixed_precision": False,
+    }
+    with staged(target) as partial:
+        npt_delta.save(
+            partial,
+            npt_tensors(model),
+            training_state=training_state,
+            multi_layer_state=multi_layer_state,
+            config=config,
+        )
+
+
+def reopen(path: Path, base: Base) -> tuple[NptLlamaForCausalLM, dict[str, Any]]:
+    """A checkpoint's model over `base` and its training state. Raises CheckpointError where it has no such state."""
+    checkpoint = open_checkpoint(path)
+    file = checkpoint.directory / npt_delta.TRAINING_STATE
+    if not file.is_file():
+        raise CheckpointError(f"{path}: has no {file.name} to go on from; start a new training instead")
+    state = load_pickle(file, tensors="mmap")
+    missing = [
+        name
+        for name in ("global_step", "optimizer_state_dict", "scheduler_state_dict")
+        if not isinstance(state, Mapping) or state.get(name) is None
+    ]
+    if missing:
+        raise CheckpointError(f"{file}: lacks {', '.join(missing)}, without which training cannot go on")
+    return build(checkpoint, base), dict(state)
