@@ -1,5 +1,6 @@
 """Base models: where they lie, and one copy of each in memory."""
 
+import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ def find_base(checkpoint: Checkpoint | None, base: str | Path | None) -> Path:
     name = checkpoint.base_name
     for start in (checkpoint.directory, checkpoint.directory.parent, Path()):
         if (start / name).is_dir():
-            return start / name
+            return Path(os.path.normpath(start / name))
     try:
         if is_hub_name(name):
             return snapshot("base", name, download=False)

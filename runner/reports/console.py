@@ -99,7 +99,10 @@ def print_result(
     for label, value, word in facts(result):
         grid.add_row(label, Text(value, style=COLOURS.get(word, "")))
     parts: list[Any] = [grid]
-    parts += [table for title, rows in _tables(result, verbose) if (table := _table(title, rows))]
+    for title, rows in _tables(result, verbose):
+        parts += ["", _table(title, rows)]
+    if result.get("findings"):
+        parts.append("")
     for finding in result.get("findings", []):
         parts.append(Text(f"! {printable(finding)}", style="yellow"))
     console.print(Panel(Group(*parts), title=f"runner · {result['task']}", title_align="left", padding=(1, 2)))
@@ -143,8 +146,8 @@ def print_sweep(rows: Sequence[Mapping[str, Any]], directory: Path) -> None:
         if "metrics" in row
     ]
     if console.is_terminal:
-        if table := _table(f"{len(done)} of {len(rows)} jobs", lines):
-            console.print(table)
+        if lines:
+            console.print(_table(f"{len(done)} of {len(rows)} jobs", lines))
     else:
         _print_columns(lines)
     print(f"Sweep: {printable(directory)}")
@@ -201,14 +204,12 @@ def _progress_bar(verdict: Mapping[str, Any] | None, drawn: bool) -> str:
     return f"{'█' * (percent // 10)}{'░' * (10 - percent // 10)} {percent}%" if drawn else f"{percent}%"
 
 
-def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table | None:
-    if not rows:
-        return None
+def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(
         title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, 2, 0, 0)
     )
     for name in rows[0]:
-        wide = name in ("prompt", "text", "reference_text", "details")
+        wide = name in ("checkpoint", "prompt", "text", "reference_text", "details")
         table.add_column(
             name, overflow="fold" if wide else "ellipsis", no_wrap=not wide, justify="left" if wide else "right"
         )
