@@ -2,19 +2,20 @@
 
 import os
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from runner.checkpoints import hf
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.tensors import TensorSource, non_finite
 from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.hub import is_hub_name, snapshot
-from runner.models import llama
+from runner.models import causal_lm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BASES_KEPT = 2
@@ -22,44 +23,57 @@ BASES_KEPT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """A base model in memory. `fingerprint` changes whenever one of its files does."""
+    """A model in memory that others run on or are compared with. `key` changes with its files, dtype and device."""
 
-    model: LlamaForCausalLM
+    model: PreTrainedModel
     path: Path
-    fingerprint: tuple[Any, ...]
+    key: tuple[Any, ...]
 
 
 _bases: OrderedDict[tuple[Any, ...], Base] = OrderedDict()
 
 
 def load_base(
-    checkpoint: Checkpoint | None, base: str | Path | None, *, device: str = "auto", dtype: str = "float32"
+    checkpoint: Checkpoint | None,
+    base: str | Path | None,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    llama: bool = False,
 ) -> Base:
     """The base model that `base` or else the checkpoint names, loaded once per process.
 
-    Raises CheckpointError where it is missing, ModelError where it is no Llama or its keys do not fit its config.
+    `llama`: refuse another architecture. Raises CheckpointError where the model is missing or not finite, ModelError
+    where its keys do not fit its config.
     """
     path = find_base(checkpoint, base)
-    config_values = hf.read_config(path)
+    values = hf.read_config(path)
+    if llama and values.get("model_type") != "llama":
+        kind = values.get("model_type")
+        raise ModelError(f"{path}: model_type is {kind!r}; NPT layers stand on a Llama base (model_type 'llama')")
     weights = hf.open_model_weights(path)
-    target = torch_dtype(dtype, weights)
-    where = torch_device(device)
-    fingerprint = _fingerprint(path, weights)
-    key = (fingerprint, target, where)
-    if key in _bases:
-        _bases.move_to_end(key)
-        return _bases[key]
-    config = llama.config_from(config_values, path)
-    names = llama.check_keys(config, {name: info.shape for name, info in weights.infos.items()}, path)
-    bad = non_finite(weights, names)
-    if bad:
-        raise CheckpointError(f"{path}: NaN or Inf in {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}")
-    model = llama.build(config, {name: weights.read(name) for name in names}, target, path)
-    model.to(where)  # type: ignore[arg-type]  # transformers wraps Module.to without its types
-    _bases[key] = Base(model=model, path=path, fingerprint=fingerprint)
-    while len(_bases) > BASES_KEPT:
-        _bases.popitem(last=False)
+    target, where = torch_dtype(dtype, weights), torch_device(device)
+    key = (_fingerprint(path, weights), target, where)
+    if key not in _bases:
+        _bases[key] = Base(model=build_plain(values, weights, weights.infos, target, where), path=path, key=key)
+        while len(_bases) > BASES_KEPT:
+            _bases.popitem(last=False)
+    _bases.move_to_end(key)
     return _bases[key]
+
+
+def build_plain(
+    values: Mapping[str, Any], weights: TensorSource, names: Iterable[str], dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The model that config.json's `values` describe, from the tensors `names` of `weights`, all accounted for."""
+    config = causal_lm.config_from(values, weights.path)
+    chosen = causal_lm.names_to_load(config, {name: weights.infos[name].shape for name in names}, weights.path)
+    bad = non_finite(weights, chosen)
+    if bad:
+        raise CheckpointError(f"{weights.path}: NaN or Inf in {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}")
+    model = causal_lm.build(config, {name: weights.read(name) for name in chosen}, dtype, weights.path)
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to without its types
+    return model
 
 
 def _fingerprint(path: Path, weights: TensorSource) -> tuple[Any, ...]:

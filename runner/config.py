@@ -78,9 +78,10 @@ class Family:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A checkpoint format; `auto` lets names and shapes decide."""
+    """A checkpoint format; `auto` lets names and shapes decide. `module`: where a format of your own lies."""
 
     name: str
+    module: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,17 +1,20 @@
-"""Hidden states and logits of a Llama, plain or NPT, from any layer on and in chunks of positions."""
+"""Hidden states and logits of any model here: of a Llama from any layer on, of all in chunks of positions."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from runner.measures.fidelity import Comparison, compare
 from runner.models.npt_llama import run_layers
 
 # Entries of one chunk of logits: 16 MiB in float32, and a few times that in float64 while they are compared.
 CHUNK_ENTRIES = 1 << 22
+Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +26,18 @@ class Trace:
 
 
 @torch.inference_mode()
-def trace(model: LlamaForCausalLM, token_ids: torch.Tensor, keep: frozenset[int] | None = None) -> Trace:
-    """Run `model` on `token_ids` [T] and keep the inputs of the layers in `keep` (of all layers for None)."""
-    record: list[torch.Tensor] = []
-    embedded = model.model.embed_tokens(token_ids.to(model.device).unsqueeze(0))
-    final = run_layers(model, embedded, record=record)
-    return Trace(inputs={i: h for i, h in enumerate(record) if keep is None or i in keep}, final=final)
+def trace(model: nn.Module, token_ids: torch.Tensor, keep: frozenset[int] | None = None) -> Trace:
+    """Run `model` on `token_ids` [T] and keep the inputs of the layers in `keep` (of all layers for None).
+
+    A model that is no Llama gives no layer inputs; one without a head of its own (`head`) gives its logits as `final`.
+    """
+    ids = token_ids.to(device_of(model)).unsqueeze(0)
+    if isinstance(model, LlamaForCausalLM):
+        record: list[torch.Tensor] = []
+        final = run_layers(model, model.model.embed_tokens(ids), record=record)
+        return Trace(inputs={i: h for i, h in enumerate(record) if keep is None or i in keep}, final=final)
+    hidden = getattr(model, "hidden", None)
+    return Trace(inputs={}, final=hidden(ids) if callable(hidden) else model(ids).logits)
 
 
 @torch.inference_mode()
@@ -37,44 +46,81 @@ def continue_from(model: LlamaForCausalLM, start: Trace, layer: int) -> torch.Te
     return run_layers(model, start.inputs[layer], start=layer)
 
 
+def head_of(model: nn.Module) -> Head:
+    """What turns a trace's `final` into logits."""
+    if isinstance(model, LlamaForCausalLM):
+        return model.lm_head
+    head = getattr(model, "head", None)
+    return head if callable(head) else nn.Identity()
+
+
+def logit_count(model: nn.Module) -> int:
+    """How many logits the model gives for a position."""
+    return limits(model)[0]
+
+
+def limits(model: nn.Module) -> tuple[int, int | None]:
+    """How many tokens the embedding knows, and how many positions the model has (None: any number)."""
+    config: Any = model.config
+    return config.vocab_size, getattr(config, "max_position_embeddings", None)
+
+
+def has_cache(model: nn.Module) -> bool:
+    """Whether the model takes and gives `past_key_values`."""
+    return isinstance(model, PreTrainedModel)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter lies."""
+    return next(model.parameters()).device
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What the model's first parameter is stored in."""
+    return next(model.parameters()).dtype
+
+
 @torch.inference_mode()
-def logits(model: LlamaForCausalLM, final: torch.Tensor) -> torch.Tensor:
+def logits(model: nn.Module, final: torch.Tensor) -> torch.Tensor:
     """All logits [T, V] of one sequence: for short ones."""
-    return model.lm_head(final[0])
+    found: torch.Tensor = head_of(model)(final[0])
+    return found
 
 
 @torch.inference_mode()
 def compare_finals(
-    reference_head: nn.Linear,
+    reference_head: Head,
     reference_final: torch.Tensor,
-    subject_head: nn.Linear,
+    subject_head: Head,
     subject_final: torch.Tensor,
     token_ids: torch.Tensor,
+    vocab_size: int,
 ) -> Comparison:
     """Compare the logits that two heads give to two inputs [1, T, d], chunk by chunk of positions."""
-    size = max(1, CHUNK_ENTRIES // reference_head.out_features)
+    size = max(1, CHUNK_ENTRIES // vocab_size)
     pairs = zip(reference_final[0].split(size), subject_final[0].split(size), strict=True)
     return compare(((reference_head(a), subject_head(b)) for a, b in pairs), token_ids)
 
 
 @torch.inference_mode()
-def first_non_finite(model: LlamaForCausalLM, token_ids: torch.Tensor) -> tuple[str, int] | None:
-    """Where a value first stops being finite: ("layer i" or "head", position), None where all are finite.
+def first_non_finite(model: nn.Module, token_ids: torch.Tensor) -> tuple[str, int] | None:
+    """Where a value first stops being finite: ("layer i", "embedding" or "head", position), None where all are finite.
 
-    "layer i" is the layer that made it.
+    "layer i" is the layer that made it; a model whose layers are not seen answers "logits".
     """
     seen = trace(model, token_ids)
-    states = [*(seen.inputs[i] for i in sorted(seen.inputs)), seen.final]
-    for index, state in enumerate(states):
+    states = [(i, seen.inputs[i]) for i in sorted(seen.inputs)]
+    states += [(len(states), seen.final)] if states else []
+    for index, state in states:
         bad = ~torch.isfinite(state[0]).all(-1)
         if bad.any():
             return ("embedding" if index == 0 else f"layer {index - 1}", int(bad.nonzero()[0, 0]))
     bad = ~torch.isfinite(logits(model, seen.final)).all(-1)
-    return ("head", int(bad.nonzero()[0, 0])) if bad.any() else None
+    return ("head" if states else "logits", int(bad.nonzero()[0, 0])) if bad.any() else None
 
 
 @torch.inference_mode()
-def in_other_precision(model: LlamaForCausalLM, token_ids: torch.Tensor) -> tuple[nn.Linear, torch.Tensor]:
+def in_other_precision(model: LlamaForCausalLM, token_ids: torch.Tensor) -> tuple[Head, torch.Tensor]:
     """The head and its input [1, T, d] when a float32 model runs in bfloat16, or another one in float32."""
     other = torch.bfloat16 if model.dtype == torch.float32 else torch.float32
     embedded = model.model.embed_tokens(token_ids.to(model.device).unsqueeze(0))

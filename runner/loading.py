@@ -4,11 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
-from runner.bases import Base, load_base
+from runner.bases import Base, build_plain, load_base, torch_device, torch_dtype
 from runner.checkpoints import npt_delta
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
+from runner.checkpoints.hf import HfDetails
+from runner.checkpoints.npt_full import NptFullDetails
 from runner.checkpoints.runs import resolve
 from runner.checkpoints.tensors import is_finite, non_finite
 from runner.errors import CheckpointError, ModelError
@@ -23,25 +27,54 @@ def load(
     dtype: str = "float32",
     format: str = "auto",
     step: int | None = None,
-) -> NptLlamaForCausalLM:
+) -> nn.Module:
     """The checkpoint at `path` as a module: `model(input_ids, attention_mask=None).logits` is [B, T, V].
 
     `base`: the model it needs to run (a directory or a hub name), by default the one that the checkpoint names.
-    `dtype`: float32, bfloat16, float16, or "stored" (the base's own). `step` chooses from a run directory.
+    `dtype`: float32, bfloat16, float16, or "stored" (that of the embedding). `step` chooses from a run directory.
     Raises CheckpointError, ModelError or ConfigError, each with one line that says what to do.
     """
-    checkpoint = open_checkpoint(resolve(Path(path), step), format)
-    return build(checkpoint, load_base(checkpoint, base, device=device, dtype=dtype))
+    checkpoint = open_checkpoint(resolve(Path(path).expanduser(), step), format)
+    return build(checkpoint, own_base(checkpoint, base, device=device, dtype=dtype), device=device, dtype=dtype)
 
 
-def build(checkpoint: Checkpoint, base: Base) -> NptLlamaForCausalLM:
-    """The checkpoint's model on `base`, whose weights it shares. Raises ModelError where the two do not fit.
+def own_base(checkpoint: Checkpoint, base: str | Path | None, *, device: str, dtype: str) -> Base | None:
+    """The base model that the checkpoint's format needs to run; None for a format that is complete by itself."""
+    if checkpoint.format == npt_delta.NAME:
+        return load_base(checkpoint, base, device=device, dtype=dtype, llama=True)
+    return None
 
-    Raises CheckpointError for weights with NaN or Inf, which would make every figure meaningless.
+
+def build(checkpoint: Checkpoint, base: Base | None, *, device: str = "auto", dtype: str = "float32") -> nn.Module:
+    """The checkpoint's model in evaluation mode; where it stands on `base` it shares the base's weights.
+
+    Raises ModelError where the two do not fit, CheckpointError for NaN or Inf, which would make figures meaningless.
     """
+    if base is not None and checkpoint.format == npt_delta.NAME:
+        return build_npt(checkpoint, base)
+    checkpoint.require_complete()
+    details = checkpoint.details
+    target, where = torch_dtype(dtype, checkpoint.weights), torch_device(device)
+    if isinstance(details, NptFullDetails):
+        names = [name for name in checkpoint.weights.infos if name not in details.adapter_keys]
+        plain = build_plain(details.config, checkpoint.weights, names, target, where)
+        return _npt(plain, npt_updates(checkpoint, target, where))
+    if isinstance(details, HfDetails):
+        return build_plain(details.config, checkpoint.weights, checkpoint.weights.infos, target, where)
+    raise ModelError(f"{checkpoint.path}: a checkpoint of the format {checkpoint.format} has no model here")
+
+
+def build_npt(checkpoint: Checkpoint, base: Base) -> NptLlamaForCausalLM:
+    """The model of an npt_delta checkpoint on its base. Raises the errors of `build`."""
+    checkpoint.require_complete()
     _check_fit(checkpoint, base)
-    updates = npt_updates(checkpoint, base.model.dtype, base.model.device)
-    return NptLlamaForCausalLM(base.model, updates).eval().requires_grad_(False)
+    return _npt(base.model, npt_updates(checkpoint, base.model.dtype, base.model.device))
+
+
+def _npt(plain: PreTrainedModel, updates: Mapping[int, Mapping[str, RankKUpdate]]) -> NptLlamaForCausalLM:
+    model = NptLlamaForCausalLM(plain, updates)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def _check_fit(checkpoint: Checkpoint, base: Base) -> None:
@@ -50,7 +83,7 @@ def _check_fit(checkpoint: Checkpoint, base: Base) -> None:
         if layer.layer >= config.num_hidden_layers:
             raise ModelError(
                 f"{checkpoint.path}: has NPT layer {layer.layer}, but the base {base.path} has only the layers 0 to "
-                f"{config.num_hidden_layers - 1}; give its own base as base="
+                f"{config.num_hidden_layers - 1}; give its own base model as base="
             )
         sizes, expected = (layer.hidden_size, layer.intermediate_size), (config.hidden_size, config.intermediate_size)
         if sizes != expected:
@@ -62,13 +95,20 @@ def _check_fit(checkpoint: Checkpoint, base: Base) -> None:
 
 def npt_updates(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> dict[int, dict[str, RankKUpdate]]:
     """The rank-k updates of every NPT layer, by layer and projection. Raises CheckpointError for NaN or Inf."""
+    full = checkpoint.details if isinstance(checkpoint.details, NptFullDetails) else None
 
     def matrices(names: tuple[str, ...]) -> list[torch.Tensor]:
-        return [checkpoint.weights.read(name).to(device=device, dtype=dtype) for name in names]
+        tensors = [checkpoint.weights.read(name).to(device=device, dtype=dtype) for name in names]
+        return [tensor.T for tensor in tensors] if full else tensors  # npt_full stores Linear weights: transposed
 
     updates = {
         layer.layer: {
-            projection: RankKUpdate(*(matrices(keys[matrix]) for matrix in npt_delta.MATRICES))
+            projection: RankKUpdate(
+                matrices(keys["W_down"]),
+                matrices(keys["W_a_up"]),
+                matrices(keys["W_b_up"]),
+                full.scale if full else 1.0,
+            )
             for projection, keys in layer.keys.items()
         }
         for layer in checkpoint.layers
@@ -94,5 +134,5 @@ def npt_tensors(model: NptLlamaForCausalLM) -> dict[str, torch.Tensor]:
     }
 
 
-def _projections(layer: NptDecoderLayer) -> Mapping[str, RankKUpdate]:
+def _projections(layer: NptDecoderLayer) -> dict[str, RankKUpdate]:
     return {name: update for name, update in layer.updates.items() if isinstance(update, RankKUpdate)}

@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from transformers import LlamaForCausalLM
 
-from runner.forward import Trace, trace
+from runner.forward import Trace, device_of, has_cache, trace
 from runner.measures.generation import generate
 
 MODELS_KEPT = 2
@@ -21,7 +22,7 @@ class Reference:
 
     _kept: ClassVar[OrderedDict[Any, tuple[dict[Any, Trace], dict[Any, list[int]]]]] = OrderedDict()
 
-    def __init__(self, model: LlamaForCausalLM, key: Any) -> None:
+    def __init__(self, model: nn.Module, key: Any) -> None:
         self.model = model
         self.key = key
         self._traces, self._continuations = self._kept.setdefault(key, ({}, {}))
@@ -31,7 +32,7 @@ class Reference:
 
     def trace(self, token_ids: torch.Tensor, layers: Iterable[int]) -> Trace:
         """The trace of `token_ids` [T] with at least the inputs of `layers`, computed when it is not there yet."""
-        wanted = frozenset(layers)
+        wanted = frozenset(layers) if isinstance(self.model, LlamaForCausalLM) else frozenset()
         key = tuple(token_ids.tolist())
         known = self._traces.get(key)
         if known is None or not wanted <= known.inputs.keys():
@@ -43,6 +44,8 @@ class Reference:
         """`count` tokens that the model generates after `token_ids` [T], as `generate` does."""
         key = (tuple(token_ids.tolist()), count, temperature, seed)
         if key not in self._continuations:
-            prompt = token_ids.to(self.model.device)
-            self._continuations[key] = generate(self.model, prompt, count, temperature=temperature, seed=seed)
+            prompt = token_ids.to(device_of(self.model))
+            self._continuations[key] = generate(
+                self.model, prompt, count, temperature=temperature, seed=seed, cache=has_cache(self.model)
+            )
         return self._continuations[key]

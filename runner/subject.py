@@ -1,15 +1,20 @@
-"""A checkpoint's model beside its base and its reference: every measure that needs a forward pass."""
+"""A checkpoint's model beside what it is compared with: every measure that needs a forward pass."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import LlamaForCausalLM
 
 from runner.forward import (
     compare_finals,
     continue_from,
+    device_of,
     first_non_finite,
+    has_cache,
+    head_of,
     in_other_precision,
     logits,
     trace,
@@ -22,57 +27,86 @@ from runner.reference import Reference
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """`model` runs on `base`; `reference` is what it is compared with, by default the base itself.
+    """`model` is compared with `reference` (None: with nothing), over `vocab_size` logits.
 
-    `shared_below`: the first layer where subject and reference differ (0 when they do not share the base).
+    `plain`: an NPT model with all of its layers standard: its base for npt_delta, its own Llama for npt_full; None
+    for models without NPT layers. `shared_below`: the layers below give the reference's hidden states (0: none do).
     """
 
-    model: NptLlamaForCausalLM
-    base: Reference
-    reference: Reference
+    model: nn.Module
+    reference: Reference | None
+    plain: Reference | None
     shared_below: int
+    vocab_size: int
+
+    @property
+    def npt(self) -> NptLlamaForCausalLM:
+        """The model, where it has NPT layers."""
+        assert isinstance(self.model, NptLlamaForCausalLM)
+        return self.model
+
+    @property
+    def _reference(self) -> Reference:
+        assert self.reference is not None
+        return self.reference
 
     def compare(self, token_ids: torch.Tensor) -> Comparison:
         """Logits of the subject against the reference's on one sequence [T]."""
-        known = self.reference.trace(token_ids, [self.shared_below])
-        final = continue_from(self.model, known, self.shared_below) if self.shared_below else self._final(token_ids)
-        return compare_finals(self.reference.model.lm_head, known.final, self.model.lm_head, final, token_ids)
+        known = self._reference.trace(token_ids, [self.shared_below])
+        if self.shared_below:
+            final = continue_from(self.npt, known, self.shared_below)
+        else:
+            final = trace(self.model, token_ids, frozenset()).final
+        return self._compare(self._reference.model, known.final, self.model, final, token_ids)
+
+    def has_floor(self) -> bool:
+        """Whether the reference can be run in another precision here."""
+        return self.reference is not None and isinstance(self.reference.model, LlamaForCausalLM)
 
     def compare_to_floor(self, token_ids: torch.Tensor) -> Comparison:
         """The reference in the other of float32 and bfloat16 against itself: what no subject can beat."""
-        known = self.reference.trace(token_ids, [])
-        head, final = in_other_precision(self.reference.model, token_ids)
-        return compare_finals(self.reference.model.lm_head, known.final, head, final, token_ids)
+        known = self._reference.trace(token_ids, [])
+        model = self._reference.model
+        assert isinstance(model, LlamaForCausalLM)
+        head, final = in_other_precision(model, token_ids)
+        return compare_finals(head_of(model), known.final, head, final, token_ids, self.vocab_size)
 
     def control(self, token_ids: torch.Tensor) -> Comparison:
-        """All layers standard, through the model's own forward pass, against the base: must be equal."""
-        known = self.base.trace(token_ids, [])
-        with self.model.npt_mode(set()), torch.inference_mode():
-            output = self.model.model(token_ids.to(self.model.device).unsqueeze(0), use_cache=False)
-        return compare_finals(
-            self.base.model.lm_head, known.final, self.model.lm_head, output.last_hidden_state, token_ids
-        )
+        """All layers standard, through the model's own forward pass, against the plain model: must be equal."""
+        assert self.plain is not None
+        known = self.plain.trace(token_ids, [])
+        with self.npt.npt_mode(set()), torch.inference_mode():
+            output = self.npt.model(token_ids.to(self.npt.device).unsqueeze(0), use_cache=False)
+        return self._compare(self.plain.model, known.final, self.model, output.last_hidden_state, token_ids)
+
+    def plain_against_reference(self, token_ids: torch.Tensor) -> Comparison:
+        """The plain model against the reference: differs where a checkpoint brings base weights of its own."""
+        assert self.plain is not None
+        ours, theirs = self.plain.trace(token_ids, []), self._reference.trace(token_ids, [])
+        return self._compare(self._reference.model, theirs.final, self.plain.model, ours.final, token_ids)
 
     def layer_run(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, layers.Run]:
-        """The base's logits [T, V] and a function from active NPT layers to the subject's, for the per-layer tests.
+        """The reference's logits [T, V] and a function from active NPT layers to the subject's, for per-layer tests.
 
-        Layers below the first active one give the base's hidden states, so a run starts there.
+        Layers below the first active one give the plain model's hidden states, so a run starts there.
         """
-        known = self.base.trace(token_ids, self.model.npt_layers)
+        assert self.plain is not None
+        known = self.plain.trace(token_ids, self.npt.npt_layers)
 
         def run(active: frozenset[int]) -> torch.Tensor:
-            with self.model.npt_mode(set(active)):
-                return logits(self.model, continue_from(self.model, known, min(active)))
+            with self.npt.npt_mode(set(active)):
+                return logits(self.model, continue_from(self.npt, known, min(active)))
 
-        return logits(self.base.model, known.final), run
+        return logits(self._reference.model, self._reference.trace(token_ids, []).final), run
 
     def continuation(
         self, token_ids: torch.Tensor, count: int, *, temperature: float, seed: int, decode: Callable[[list[int]], str]
     ) -> dict[str, Any]:
         """Continuations of one prompt [T] by subject and reference from the same seed, and how far they agree."""
         settings: dict[str, Any] = {"temperature": temperature, "seed": seed}
-        tokens = generation.generate(self.model, token_ids.to(self.model.device), count, **settings)
-        theirs = self.reference.continuation(token_ids, count, **settings)
+        prompt = token_ids.to(device_of(self.model))
+        tokens = generation.generate(self.model, prompt, count, cache=has_cache(self.model), **settings)
+        theirs = self._reference.continuation(token_ids, count, **settings)
         return {
             **settings,
             "tokens": tokens,
@@ -91,9 +125,11 @@ class Subject:
             place = first_non_finite(self.model, token_ids)
             if place:
                 findings.append(f"{name}: values are not finite from {place[0]} on, first at position {place[1]}")
-            elif place := first_non_finite(self.reference.model, token_ids):
+            elif self.reference and (place := first_non_finite(self.reference.model, token_ids)):
                 findings.append(f"{name}: the reference itself is not finite from {place[0]} on")
         return findings
 
-    def _final(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return trace(self.model, token_ids, frozenset()).final
+    def _compare(
+        self, first: nn.Module, first_final: torch.Tensor, second: nn.Module, final: torch.Tensor, ids: torch.Tensor
+    ) -> Comparison:
+        return compare_finals(head_of(first), first_final, head_of(second), final, ids, self.vocab_size)

@@ -97,7 +97,7 @@ CASES = {
     "both formats": (lambda p, b: (p / "npt_weights.safetensors").write_bytes(b"x"), "npt_weights.pt and npt_weights.safetensors"),
     "integers": (changed(lambda t: t.update({k: v.to(torch.int8) for k, v in t.items()})), "int8"),
     "overflow": (changed(lambda t: t.update({k: v.double() * 1e300 for k, v in t.items()})), "overflow|Inf"),
-    "a config that is no JSON": (lambda p, b: (p / "config.json").write_text("{"), "cannot be read as JSON"),
+    "a config that is no JSON": (lambda p, b: (p / "config.json").write_text("{"), "config.json is not valid JSON"),
     "a missing base": (lambda p, b: (p / "config.json").write_text('{"model_name": "nowhere"}'), "base model 'nowhere'"),
     "no base named": (lambda p, b: (p / "config.json").unlink(), "names no base model"),
 }  # fmt: skip
@@ -191,7 +191,7 @@ def test_base_of_another_width_and_kind(run, checkpoint, tmp_path):
         ({"num_hidden_layers": 2}, "unexpected keys"),
         ({"num_hidden_layers": 4}, "missing keys"),
         ({"num_attention_heads": 8}, "shapes contradict"),
-        ({"tie_word_embeddings": True}, "ties the embeddings"),
+        ({"tie_word_embeddings": True}, "ties lm_head.weight to model.embed_tokens.weight, but the two differ"),
     ):
         (other / "config.json").write_text(json.dumps(config | change))
         check(run(f"ckpt={checkpoint}", f"base={other}"), message)

@@ -22,6 +22,16 @@ class NptLayer:
     parameters: int
     keys: Mapping[str, Mapping[str, tuple[str, ...]]]
 
+    def summary(self) -> dict[str, Any]:
+        """The layer's row of the result contract, without figures."""
+        return {
+            "layer": self.layer,
+            "modulation": self.modulation,
+            "np_rank": self.np_rank,
+            "num_ranks": self.num_ranks,
+            "parameters": self.parameters,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -41,7 +51,16 @@ class Checkpoint:
     base_name: str | None = None  # the base model's name as the checkpoint writes it
     step: int | None = None  # that of the checkpoint's own state
     training: Mapping[str, Any] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()  # names that its format needs and that are not there
+    unknown: tuple[str, ...] = ()  # names that its format does not know
     findings: tuple[str, ...] = ()
+
+    def require_complete(self) -> None:
+        """Raise CheckpointError with every missing and unknown name, for whoever needs all of the weights."""
+        if self.missing or self.unknown:
+            raise CheckpointError(
+                f"{self.path}: missing keys {sorted(self.missing)}, unexpected keys {sorted(self.unknown)}"
+            )
 
     @property
     def directory(self) -> Path:

@@ -4,12 +4,15 @@ from the keys and shapes, layer by layer; nothing is assumed from a config."""
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from runner.checkpoints.checkpoint import NptLayer
+from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, NptLayer
+from runner.checkpoints.pickles import load_pickle
+from runner.checkpoints.strict_json import read_object
 from runner.checkpoints.tensors import TensorInfo
 from runner.errors import CheckpointError
 
@@ -19,6 +22,11 @@ WEIGHT_FILES = ("npt_weights.pt", "npt_weights.safetensors")
 TRAINING_STATE = "training_state.pt"
 MULTI_LAYER_STATE = "multi_layer_state.pt"
 CONFIG = "config.json"
+
+# Other files of a checkpoint directory that hold tensors but no weights.
+_NOT_WEIGHTS = (TRAINING_STATE, MULTI_LAYER_STATE, "training_info.pt", "optimizer.pt", "scheduler.pt", "optimizer.bin",
+                "scheduler.bin", "skill_library.pt", "router.pt")  # fmt: skip
+_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 MODULATIONS = {"single": ("",), "dual": ("_gate", "_up"), "triple": ("_gate", "_up", "_down")}
 PROJECTIONS = {"": "gate", "_gate": "gate", "_up": "up", "_down": "down"}
@@ -41,18 +49,27 @@ def key(layer: int, modulation: str, projection: str, matrix: str, rank: int, nu
     return f"layer_{layer}_np.{matrix}{suffix}" + (f".{rank}" if num_ranks > 1 else "")
 
 
-def layers(infos: Mapping[str, TensorInfo], where: Path) -> tuple[NptLayer, ...]:
-    """The NPT layers that names and shapes describe, lowest first.
+@dataclass(frozen=True, kw_only=True)
+class NptKeys:
+    """What names and shapes say: the complete layers, lowest first, and the names that are missing or unknown."""
 
-    Every name is used exactly once. Raises CheckpointError with all missing and unexpected names, and for shapes
-    that contradict each other.
+    layers: tuple[NptLayer, ...]
+    missing: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def read_keys(infos: Mapping[str, TensorInfo], where: Path) -> NptKeys:
+    """The NPT layers that names and shapes describe; every name is used exactly once, or stands in `unknown`.
+
+    Raises CheckpointError where no name is one of an NPT layer, where two are one tensor, or where shapes contradict
+    each other.
     """
     found: dict[int, dict[tuple[str, str], dict[int | None, str]]] = {}
-    unexpected = []
+    unknown = []
     for name in infos:
         match = _KEY.fullmatch(name)
         if match is None:
-            unexpected.append(name)
+            unknown.append(name)
             continue
         if not infos[name].dtype.is_floating_point:
             raise CheckpointError(f"{where}: {name} is {str(infos[name].dtype)[6:]}; NPT weights are floating-point")
@@ -67,12 +84,12 @@ def layers(infos: Mapping[str, TensorInfo], where: Path) -> tuple[NptLayer, ...]
     if not found:
         raise CheckpointError(f"{where}: No NPT layers found: no key looks like layer_<i>_np.W_down…; {_some(infos)}")
     missing: list[str] = []
-    result = []
-    for index in sorted(found):
-        result.append(_layer(index, found[index], infos, where, missing, unexpected))
-    if missing or unexpected:
-        raise CheckpointError(f"{where}: missing keys {sorted(missing)}, unexpected keys {sorted(unexpected)}")
-    return tuple(layer for layer in result if layer is not None)
+    layers = [_layer(index, found[index], infos, where, missing, unknown) for index in sorted(found)]
+    return NptKeys(
+        layers=tuple(layer for layer in layers if layer is not None),
+        missing=tuple(missing),
+        unknown=tuple(unknown),
+    )
 
 
 def _layer(
@@ -81,9 +98,9 @@ def _layer(
     infos: Mapping[str, TensorInfo],
     where: Path,
     missing: list[str],
-    unexpected: list[str],
+    unknown: list[str],
 ) -> NptLayer | None:
-    """One layer from its names by (suffix, matrix) and rank; None when `missing` or `unexpected` names were added."""
+    """One layer from its names by (suffix, matrix) and rank; None when `missing` or `unknown` names were added."""
     suffixes = {suffix for suffix, _ in found}
     modulation = "triple" if "_down" in suffixes else "single" if suffixes == {""} else "dual"
     ranks = {rank for by_rank in found.values() for rank in by_rank}
@@ -99,14 +116,14 @@ def _layer(
             by_rank = found.get((suffix, matrix), {})
             absent = [rank for rank in expected_ranks if rank not in by_rank]
             missing += [f"layer_{index}_np.{matrix}{suffix}" + ("" if rank is None else f".{rank}") for rank in absent]
-            unexpected += [name for rank, name in by_rank.items() if rank not in expected_ranks]
+            unknown += [name for rank, name in by_rank.items() if rank not in expected_ranks]
             complete = complete and not absent and len(by_rank) == len(expected_ranks)
             keys.setdefault(PROJECTIONS[suffix], {})[matrix] = tuple(
                 by_rank[rank] for rank in expected_ranks if rank in by_rank
             )
     for (suffix, _), by_rank in found.items():
         if suffix not in MODULATIONS[modulation]:
-            unexpected += by_rank.values()
+            unknown += by_rank.values()
             complete = False
     if not complete:
         return None
@@ -155,6 +172,66 @@ def _some(infos: Mapping[str, TensorInfo]) -> str:
     return f"its keys are {', '.join(names[:4])}{', …' if len(names) > 4 else ''}" if names else "it has no tensors"
 
 
+def matches(listing: Listing) -> str | None:
+    """Evidence: the file that the format names, or exactly one file with NPT keys among its names."""
+    name = _weights_file(listing)
+    if name is None:
+        return None
+    return f"{name}: {sum(map(is_key, listing.weights(name).infos))} NPT keys"
+
+
+def open_npt_delta(listing: Listing) -> Checkpoint:
+    """The checkpoint. Raises CheckpointError for no, several or incomplete NPT weights."""
+    name = _weights_file(listing)
+    if name is None:
+        raise CheckpointError(f"{listing.path}: No NPT layers found: neither npt_weights.pt nor a file with NPT keys")
+    weights = listing.weights(name)
+    keys = read_keys(weights.infos, listing.file(name))
+    state, config = _side_files(listing)
+    step = state.get("global_step")
+    return Checkpoint(
+        path=listing.path,
+        format=NAME,
+        family=FAMILY,
+        evidence=f"{name}: {len(weights.infos)} NPT keys",
+        weights=weights,
+        layers=keys.layers,
+        missing=keys.missing,
+        unknown=keys.unknown,
+        base_name=config.get("model_name") or (state.get("config") or {}).get("model_name"),
+        step=step if isinstance(step, int) else None,
+        training={"state": state, "config": config},
+    )
+
+
+def _weights_file(listing: Listing) -> str | None:
+    """The name of the file that holds the NPT weights, or None. Raises CheckpointError for several candidates."""
+    if not listing.path.is_dir():
+        return listing.path.name if any(map(is_key, listing.weights(listing.path.name).infos)) else None
+    named = [name for name in WEIGHT_FILES if name in listing.entries]
+    if len(named) > 1:
+        raise CheckpointError(f"{listing.path}: holds {' and '.join(named)}; name one of them as ckpt=")
+    if named:
+        return named[0]
+    files = [name for name in listing.entries if name.endswith(_SUFFIXES) and name not in _NOT_WEIGHTS]
+    found = [name for name in files if any(map(is_key, listing.weights(name).infos))]
+    if len(found) > 1:
+        raise CheckpointError(f"{listing.path}: several files hold NPT weights: {', '.join(found)}; name one as ckpt=")
+    return found[0] if found else None
+
+
+def _side_files(listing: Listing) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The training state (tensors on the meta device) and the config beside the weights; {} where there is none."""
+    directory = listing if listing.path.is_dir() else Listing.of(listing.path.parent)
+    state: Any = {}
+    if TRAINING_STATE in directory.entries:
+        state = load_pickle(directory.file(TRAINING_STATE), tensors="meta")
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{directory.file(TRAINING_STATE)}: holds a {type(state).__name__}, not a dictionary")
+    config = read_object(directory.file(CONFIG), CONFIG, 16 << 20) if CONFIG in directory.entries else {}
+    return state, config
+
+
 def save(
     directory: Path,
     tensors: Mapping[str, torch.Tensor],
@@ -182,3 +259,11 @@ def save(
     if multi_layer_state is not None:
         torch.save(dict(multi_layer_state), directory / MULTI_LAYER_STATE)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Training state, curriculum and merge history, as far as the files beside the weights tell them."""
+    return {}
+
+
+FORMATS = (CheckpointFormat(name=NAME, family=FAMILY, matches=matches, open=open_npt_delta, describe=describe),)

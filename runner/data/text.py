@@ -25,6 +25,8 @@ class Data:
             raise ConfigError(
                 "data=text needs data.path=FILE, a text file whose documents are separated by empty lines"
             )
+        if self.path is not None and not Path(self.path).expanduser().is_file():
+            raise ConfigError(f"data.path={self.path}: no such file")
 
     def documents(self, seed: int = 0) -> list[str]:
         """The documents of text, at most `MAX_DOCUMENTS`; none for the plain prompts."""

@@ -19,9 +19,11 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     tokens, past = prompt.unsqueeze(0), None
     for _ in range(count):
-        fed = tokens if past is None else tokens[:, -1:]
-        output = model(fed, past_key_values=past, use_cache=cache)
-        past = output.past_key_values if cache else None
+        if cache:
+            output = model(tokens if past is None else tokens[:, -1:], past_key_values=past, use_cache=True)
+            past = output.past_key_values
+        else:
+            output = model(tokens)
         logits = output.logits[0, -1].float().cpu()
         if temperature == 0:
             chosen = int(logits.argmax())

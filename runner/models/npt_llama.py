@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from runner.errors import ModelError
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -27,13 +29,18 @@ class RankKUpdate(nn.Module):
 
     Made from k matrices of each kind: `w_down` [d, r], `w_a_up` [r, d_in], `w_b_up` [r, d_out]; for gate and up
     d_in = d and d_out = f, for down d_in = f and d_out = d. Held stacked over k·r, so that a pass is three matrix
-    products.
+    products. `scale` multiplies the update (npt_full's modulation_scale).
     """
 
     def __init__(
-        self, w_down: Iterable[torch.Tensor], w_a_up: Iterable[torch.Tensor], w_b_up: Iterable[torch.Tensor]
+        self,
+        w_down: Iterable[torch.Tensor],
+        w_a_up: Iterable[torch.Tensor],
+        w_b_up: Iterable[torch.Tensor],
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
+        self.scale = scale
         terms = tuple(w_down)
         self.num_ranks, self.np_rank = len(terms), terms[0].shape[1]
         self.w_down = nn.Parameter(torch.cat(terms, dim=1))  # [d, k·r]
@@ -54,7 +61,8 @@ class RankKUpdate(nn.Module):
         per_rank = s.unflatten(-1, (self.num_ranks, self.np_rank))
         products = (s * (x @ self.w_a_up.T)).unflatten(-1, (self.num_ranks, self.np_rank))
         dot = products.sum(-1, keepdim=True)  # v_a_i · x, [..., k, 1]
-        return (dot * per_rank).flatten(-2) @ self.w_b_up
+        update = (dot * per_rank).flatten(-2) @ self.w_b_up
+        return update if self.scale == 1 else self.scale * update
 
     def vectors(self, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """v_a [..., k, d_in] and v_b [..., k, d_out] at `attention` [..., d]: for looking at a few positions only."""
@@ -109,10 +117,13 @@ class NptDecoderLayer(LlamaDecoderLayer):
 class NptLlamaForCausalLM(LlamaForCausalLM):
     """A Llama with NPT layers at some depths. It shares every base weight with `base`, which stays usable by itself.
 
-    `updates`: layer index → projection name → `RankKUpdate`. Raises IndexError for a layer beyond the base's depth.
+    `updates`: layer index → projection name → `RankKUpdate`. Raises ModelError for a base that is no Llama, IndexError
+    for a layer beyond its depth.
     """
 
-    def __init__(self, base: LlamaForCausalLM, updates: Mapping[int, Mapping[str, RankKUpdate]]) -> None:
+    def __init__(self, base: PreTrainedModel, updates: Mapping[int, Mapping[str, RankKUpdate]]) -> None:
+        if not isinstance(base, LlamaForCausalLM):
+            raise ModelError(f"NPT layers stand on a Llama, not on a {type(base).__name__}")
         empty = copy.copy(base.config)
         empty.num_hidden_layers = 0
         with torch.device("meta"):
@@ -135,6 +146,13 @@ class NptLlamaForCausalLM(LlamaForCausalLM):
     def npt_layers(self) -> dict[int, NptDecoderLayer]:
         """The NPT layers by depth, lowest first."""
         return {i: layer for i, layer in enumerate(self.model.layers) if isinstance(layer, NptDecoderLayer)}
+
+    def plain(self) -> "NptLlamaForCausalLM":
+        """A model over the same tensors with all layers standard, whatever the modes here."""
+        twin = NptLlamaForCausalLM(self, {})
+        for layer in twin.npt_layers.values():
+            layer.npt_mode = False
+        return twin
 
     @contextmanager
     def npt_mode(self, active: set[int]) -> Iterator[None]:

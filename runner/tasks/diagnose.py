@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from runner.checkpoints import npt_full
 from runner.config import DiagnoseConfig
+from runner.forward import device_of, dtype_of
 from runner.measures import layers as layer_measures
 from runner.measures.fidelity import Comparison, perplexities, summarise
 from runner.measures.verdict import judge
@@ -29,7 +31,7 @@ class _Page:
         return measure in self.config.tier.measures
 
     def encode(self, text: str, limit: int | None = None) -> torch.Tensor:
-        return encode(self.opened.tokenizer, text, self.opened.base.model.config.vocab_size, limit)
+        return encode(self.opened.tokenizer, text, self.opened.vocab_size, limit)
 
 
 def run(config: DiagnoseConfig, context: Context) -> Result:
@@ -39,59 +41,53 @@ def run(config: DiagnoseConfig, context: Context) -> Result:
     result = Result(
         task="diagnose",
         ckpt=str(checkpoint.path),
-        base=str(opened.base.path),
-        reference=str(opened.reference_path) if config.accuracy else None,
+        base=str(opened.base) if opened.base else None,
+        reference=str(opened.reference) if opened.reference else None,
         step=checkpoint.step,
         family=checkpoint.family,
         format=checkpoint.format,
         tier=config.tier.name,
-        layers=[
-            {
-                "layer": layer.layer,
-                "modulation": layer.modulation,
-                "np_rank": layer.np_rank,
-                "num_ranks": layer.num_ranks,
-                "parameters": layer.parameters,
-            }
-            for layer in checkpoint.layers
-        ],
+        layers=[layer.summary() for layer in checkpoint.layers],
         checks=[
             {"name": "load", "status": "pass", "details": checkpoint.evidence},
-            {"name": "finite", "status": "pass", "details": "no NaN or Inf in the checkpoint's or the base's weights"},
+            {"name": "finite", "status": "pass", "details": "no NaN or Inf in the weights of checkpoint and base"},
         ],
         findings=list(checkpoint.findings),
         timing=context.timing,
         versions=versions(),
     )
     page = _Page(config, context, opened, result)
-    if config.accuracy:
-        _measure(page)
-    else:
+    if opened.subject.reference is None:
         _only_run(page)
+    else:
+        _measure(page)
     return result
 
 
 def _measure(page: _Page) -> None:
-    """Every measure of the tier, then the verdict."""
-    steps: list[tuple[str, Callable[[_Page], None]]] = [
-        ("control", _control),
-        ("logits", _logits),
-        ("isolation", _isolation),
-        ("progressive", _progressive),
-        ("additivity", _additivity),
-        ("generation", _generation),
-        ("text", _text),
-        ("floor", _floor),
+    """Every measure of the tier that the model has, then the verdict."""
+    npt = page.opened.subject.plain is not None
+    steps: list[tuple[str, bool, Callable[[_Page], None]]] = [
+        ("control", npt, _control),
+        ("logits", True, _logits),
+        ("isolation", npt, _isolation),
+        ("progressive", npt, _progressive),
+        ("additivity", npt, _additivity),
+        ("generation", True, _generation),
+        ("text", True, _text),
+        ("floor", page.opened.subject.has_floor(), _floor),
     ]
     wanted = [
         (name, step)
-        for name, step in steps
-        if page.wants(name) or (name == "text" and page.config.data.name != "prompts")
+        for name, possible, step in steps
+        if possible and (page.wants(name) or (name == "text" and page.config.data.name != "prompts"))
     ]
     for name, step in page.context.track(wanted, "measuring", total=len(wanted)):
         with page.context.timed(name):
             step(page)
-    result, isolated = page.result, [row.get("mse") for row in page.result.layers]
+    result = page.result
+    if not npt:
+        return
     if not page.opened.against_base:
         result.findings.append("the reference is not the base model: no verdict on progress is given")
     elif page.wants("logits"):
@@ -99,41 +95,37 @@ def _measure(page: _Page) -> None:
             result.metrics["mse"],
             result.metrics["cosine"],
             page.config.verdict,
-            layer_mses=isolated if page.wants("isolation") else None,
+            layer_mses=[row["mse"] for row in result.layers] if page.wants("isolation") else None,
             generations=[row for row in result.generation if row["temperature"] == 0],
         )
 
 
 def _only_run(page: _Page) -> None:
-    """`accuracy=false`: the model runs on every prompt and its logits are finite."""
-    with page.context.timed("forward"):
+    """Nothing to compare with: the model runs on every prompt and its logits are finite."""
+    model = page.opened.subject.model
+    with page.context.timed("forward"), torch.inference_mode():
         prompts = [page.encode(text) for text in page.config.data.prompts]
-        with torch.inference_mode():
-            finite = [
-                bool(
-                    torch.isfinite(page.opened.subject.model(ids.to(page.opened.base.model.device)[None]).logits).all()
-                )
-                for ids in prompts
-            ]
+        finite = [bool(torch.isfinite(model(ids.to(device_of(model))[None]).logits).all()) for ids in prompts]
     names = [f"prompt {text!r}" for text, ok in zip(page.config.data.prompts, finite, strict=True) if not ok]
     bad = [ids for ids, ok in zip(prompts, finite, strict=True) if not ok]
     page.result.findings += page.opened.subject.non_finite_findings(names, bad)
+    why = "no reference= is given" if page.config.accuracy else "accuracy=false"
     page.result.checks.append(
         {
             "name": "forward",
             "status": "pass" if all(finite) else "fail",
-            "details": f"ran on {len(prompts)} prompts; the comparison was skipped (accuracy=false)",
+            "details": f"ran on {len(prompts)} prompts; the comparison was skipped ({why})",
         }
     )
 
 
 def _control(page: _Page) -> None:
-    """All layers standard must equal the base: exactly on a CPU in float32, elsewhere within the floor."""
+    """All layers standard must equal the plain model: exactly on a CPU in float32, elsewhere within the floor."""
     subject, token_ids = page.opened.subject, page.encode(page.config.data.prompts[0])
     control = subject.control(token_ids)
     allowed: float | None = 0.0
-    model = page.opened.base.model
-    if control.squared_difference and (model.device.type != "cpu" or model.dtype != torch.float32):
+    exact = device_of(subject.model).type == "cpu" and dtype_of(subject.model) == torch.float32
+    if control.squared_difference and not exact:
         floor = subject.compare_to_floor(token_ids)
         allowed = floor.mse if floor.finite else None
     passed = control.finite and allowed is not None and control.mse <= allowed
@@ -143,13 +135,19 @@ def _control(page: _Page) -> None:
         {
             "name": "control",
             "status": "pass" if passed else "fail",
-            "details": f"all layers standard against the base: mse {mse}, allowed {allowed}",
+            "details": f"all layers standard against the plain model: mse {mse}, allowed {allowed}",
         }
     )
     if not passed:
         page.result.findings.append(
             f"control: with all layers standard the mse is {mse}, not 0: the architecture is at fault"
         )
+    if page.opened.against_base and page.opened.checkpoint.format == npt_full.NAME:
+        own = subject.plain_against_reference(token_ids)
+        if own.squared_difference:
+            page.result.findings.append(
+                f"the checkpoint's base weights differ from the base model's: without adapters its mse is {own.mse:.6g}"
+            )
 
 
 def _logits(page: _Page) -> None:
@@ -196,10 +194,10 @@ def _generation(page: _Page) -> None:
     config, tier = page.config, page.config.tier
     prompts = [*config.data.prompts, config.data.layer_prompt]
     wanted = [(text, 0.0) for text in prompts] + [(config.data.layer_prompt, float(t)) for t in tier.temperatures]
-    limit = page.opened.base.model.config.max_position_embeddings
+    limit = page.opened.max_length
     for text, temperature in wanted:
         token_ids = page.encode(text)
-        count = min(tier.new_tokens, limit - len(token_ids))
+        count = tier.new_tokens if limit is None else min(tier.new_tokens, limit - len(token_ids))
         if count < 1:
             page.result.findings.append(f"prompt {text!r} fills the model's {limit} positions: no continuation of it")
             continue
@@ -214,7 +212,7 @@ def _generation(page: _Page) -> None:
 
 def _text(page: _Page) -> None:
     """Fidelity and perplexity over text, in sequences of up to the tier's length."""
-    limit = min(page.config.tier.sequence_length, page.opened.base.model.config.max_position_embeddings)
+    limit = min(page.config.tier.sequence_length, page.opened.max_length or page.config.tier.sequence_length)
     documents = page.config.data.documents()
     if page.wants("text"):
         documents.insert(0, _long_document())

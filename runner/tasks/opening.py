@@ -5,14 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from runner.bases import Base, find_base, load_base
+from runner.checkpoints import hf
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
+from runner.checkpoints.npt_full import FAMILY
 from runner.checkpoints.runs import find_run, resolve
 from runner.config import DiagnoseConfig, ModelConfig
 from runner.errors import ConfigError, ModelError
-from runner.loading import build
+from runner.forward import limits, logit_count
+from runner.loading import build, own_base
+from runner.models.npt_llama import NptLlamaForCausalLM
 from runner.reference import Reference
 from runner.subject import Subject
 from runner.tasks.context import Context
@@ -23,14 +28,20 @@ DEMO = "demo"
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A checkpoint, ready to be measured. `against_base`: whether the reference is its base model."""
+    """A checkpoint, ready to be measured.
+
+    `base` is what it runs on, or for npt_full what it was made from; `against_base`: whether that is its reference.
+    `vocab_size`: how many tokens its embedding knows; `max_length`: how many positions, None for any number.
+    """
 
     checkpoint: Checkpoint
-    base: Base
-    reference_path: Path
+    base: Path | None
+    reference: Path | None
     against_base: bool
     subject: Subject
     tokenizer: Any
+    vocab_size: int
+    max_length: int | None
 
 
 def checkpoint_path(config: ModelConfig, context: Context) -> Path:
@@ -54,66 +65,91 @@ def demo_run(cache: str | None, progress: Console) -> Path:
 
 def open_subject(config: DiagnoseConfig, context: Context) -> Opened:
     """Open what `config` names, with the models in memory. Raises the errors of `runner.load`."""
+    options: dict[str, Any] = {"device": config.device, "dtype": config.dtype}
     with context.timed("open"):
-        checkpoint = open_checkpoint(checkpoint_path(config, context), config.format.name)
+        checkpoint = open_checkpoint(checkpoint_path(config, context), config.format.name, config.format.module)
         _check_family(config, checkpoint)
     with context.timed("load_base"):
-        base = load_base(checkpoint, config.base, device=config.device, dtype=config.dtype)
+        own = own_base(checkpoint, config.base, **options)
     with context.timed("load_checkpoint"):
-        model = build(checkpoint, base)
-    with context.timed("load_tokenizer"):
-        tokenizer = load_tokenizer(config.tokenizer, [checkpoint.directory, base.path])
-    base_reference = Reference(base.model, (base.fingerprint, base.model.dtype, base.model.device))
-    first = min(model.npt_layers)
-    if config.reference is None or config.reference == config.base:
-        subject = Subject(model=model, base=base_reference, reference=base_reference, shared_below=first)
-        return Opened(
-            checkpoint=checkpoint,
-            base=base,
-            reference_path=base.path,
-            against_base=True,
-            subject=subject,
-            tokenizer=tokenizer,
-        )
+        model = build(checkpoint, own, **options)
     with context.timed("load_reference"):
-        path, reference, reference_first = _open_reference(config, base)
-    if reference.model.config.vocab_size != model.config.vocab_size:
+        base = own or (_base_of_a_complete_model(checkpoint, config, options) if config.accuracy else None)
+        reference, path = _reference(config, base, options)
+    plain = None
+    if isinstance(model, NptLlamaForCausalLM):
+        plain = _kept(own) if own else Reference(model.plain(), ("plain", id(model)))
+    with context.timed("load_tokenizer"):
+        directories = [checkpoint.directory, *([base.path] if base else [])]
+        tokenizer = load_tokenizer(config.tokenizer, directories)
+    vocab_size, max_length = limits(model)
+    if reference is not None and logit_count(reference.model) != logit_count(model):
         raise ModelError(
-            f"reference={path}: its vocabulary has {reference.model.config.vocab_size} entries, that of "
-            f"{checkpoint.path} {model.config.vocab_size}; the two cannot be compared"
+            f"reference={path}: gives {logit_count(reference.model)} logits, {checkpoint.path} gives "
+            f"{logit_count(model)}; the two cannot be compared"
         )
-    shared = min(first, reference_first) if reference_first is not None else 0
-    same = reference.model is base.model
     return Opened(
         checkpoint=checkpoint,
-        base=base,
-        reference_path=path,
-        against_base=same,
-        subject=Subject(model=model, base=base_reference, reference=reference, shared_below=first if same else shared),
+        base=base.path if base else None,
+        reference=path,
+        against_base=base is not None and reference is not None and reference.model is base.model,
+        subject=Subject(
+            model=model,
+            reference=reference,
+            plain=plain,
+            shared_below=_shared_below(model, own, reference),
+            vocab_size=logit_count(model),
+        ),
         tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        max_length=max_length,
     )
 
 
-def _open_reference(config: DiagnoseConfig, base: Base) -> tuple[Path, Reference, int | None]:
-    """The path and model of `reference=`, and its first NPT layer where it stands on the same base."""
-    path = Path(str(config.reference)).expanduser()
-    if not (path / "config.json").is_file() or not _is_model(path):
-        checkpoint = open_checkpoint(resolve(path)) if path.exists() else None
-        if checkpoint is not None:
-            own = load_base(checkpoint, config.base, device=config.device, dtype=config.dtype)
-            model = build(checkpoint, own)
-            stats = tuple((f.name, f.stat().st_mtime_ns) for f in checkpoint.weights.files)
-            key = (str(checkpoint.path.resolve()), stats, own.fingerprint, model.dtype, model.device)
-            return checkpoint.path, Reference(model, key), min(model.npt_layers) if own.model is base.model else None
-    found = load_base(None, find_base(None, config.reference), device=config.device, dtype=config.dtype)
-    return found.path, Reference(found.model, (found.fingerprint, found.model.dtype, found.model.device)), None
+def _kept(base: Base) -> Reference:
+    return Reference(base.model, base.key)
 
 
-def _is_model(path: Path) -> bool:
-    """Whether a Hugging Face model lies in the directory, told by its config's `model_type`."""
-    from runner.checkpoints.hf import read_config
+def _base_of_a_complete_model(checkpoint: Checkpoint, config: DiagnoseConfig, options: dict[str, Any]) -> Base | None:
+    """The base that a checkpoint with weights of its own is compared with; None where another reference is given."""
+    if checkpoint.family != FAMILY or (config.reference is not None and config.reference != config.base):
+        return None
+    return load_base(checkpoint, config.base, **options)
 
-    return "model_type" in read_config(path)
+
+def _reference(
+    config: DiagnoseConfig, base: Base | None, options: dict[str, Any]
+) -> tuple[Reference | None, Path | None]:
+    """What is compared with, and its path: `reference=`, else the base; nothing where there is neither."""
+    if not config.accuracy:
+        return None, None
+    if config.reference is None or config.reference == config.base:
+        return (_kept(base), base.path) if base else (None, None)
+    path = Path(config.reference).expanduser()
+    if not path.exists():
+        found = load_base(None, find_base(None, config.reference), **options)
+        return _kept(found), found.path
+    checkpoint = open_checkpoint(resolve(path))
+    if checkpoint.format == hf.NAME:
+        found = load_base(None, checkpoint.path, **options)
+        return _kept(found), found.path
+    own = own_base(checkpoint, config.base, **options)
+    stats = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in checkpoint.weights.files)
+    key = (str(checkpoint.path.resolve()), stats, own.key if own else None, *options.values())
+    return Reference(build(checkpoint, own, **options), key), checkpoint.path
+
+
+def _shared_below(model: nn.Module, own: Base | None, reference: Reference | None) -> int:
+    """The first layer whose input the reference's hidden states do not give."""
+    if own is None or reference is None or not isinstance(model, NptLlamaForCausalLM):
+        return 0
+    first = min(model.npt_layers)
+    if reference.model is own.model:
+        return first
+    other = reference.model
+    if not isinstance(other, NptLlamaForCausalLM) or other.lm_head.weight is not own.model.lm_head.weight:
+        return 0
+    return min(first, *other.npt_layers)
 
 
 def _check_family(config: DiagnoseConfig, checkpoint: Checkpoint) -> None:
