@@ -8,7 +8,7 @@ result = runner.diagnose("run7/checkpoint-22000", base="path/to/base")  # the di
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["diagnose", "load"]
+__all__ = ["diagnose", "inspect", "load"]
 
 
 def load(path: Any, **options: Any) -> Any:
@@ -19,7 +19,14 @@ def load(path: Any, **options: Any) -> Any:
 
 
 def diagnose(path: Any, **options: Any) -> dict[str, Any]:
-    """The result of `task=diagnose` as a dict: see `runner.run.diagnose` for the options and errors."""
-    from runner.run import diagnose as run_diagnose
+    """The result of `task=diagnose` as a dict: see `runner.run.call` for the options and errors."""
+    from runner.run import call
 
-    return run_diagnose(path, **options)
+    return call("diagnose", path, **options)
+
+
+def inspect(path: Any, **options: Any) -> dict[str, Any]:
+    """The result of `task=inspect` as a dict, from headers only: see `runner.run.call` for options and errors."""
+    from runner.run import call
+
+    return call("inspect", path, **options)

@@ -5,13 +5,12 @@ jobs failed; 130 interrupted.
 """
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from runner.confdir import config_directory
-from runner.errors import ConfigError, RunnerError, printable
+from runner.errors import ConfigError, RunnerError
 from runner.overrides import CommandLine, parse, spell
 
 INTERRUPTED = 130
@@ -69,6 +68,8 @@ def _hydra(line: CommandLine, job: object) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from runner.config import translated
+
     # With it Hydra raises instead of printing and exiting.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     overrides = [key if value is None else spell(key, value, multirun=line.multirun) for key, value in line.overrides]
@@ -76,7 +77,8 @@ def _hydra(line: CommandLine, job: object) -> None:
     try:
         hydra.main(config_path=str(config_directory()), config_name="config", version_base="1.3")(job)()  # type: ignore[arg-type]
     except (HydraException, OmegaConfBaseException) as error:
-        raise _translated(error, line) from error
+        task = line.get("task") or "diagnose"
+        raise translated(error, task, dict(line.overrides)) from error
     except OSError as error:
         raise ConfigError(f"{error.filename or Path.cwd()}: cannot be written: {error.strerror}") from error
     finally:
@@ -101,28 +103,10 @@ def _check_choices(line: CommandLine) -> None:
                 raise ConfigError(f"{key}={choice} is no {key}{did_you_mean(choice, choices)}")
 
 
-def _translated(error: Exception, line: CommandLine) -> RunnerError:
-    """Hydra's refusal in one line that says what to do."""
-    from runner.config import unknown_key
-
-    text = " ".join(str(error).split())
-    cause = " ".join(str(error.__cause__).split()) if error.__cause__ is not None else ""
-    if match := re.search(r"Could not override '([^']+)'", text):
-        key = match[1].lstrip("+").partition("@")[0]
-        if "not in" in text + cause or "No match" in text or "Key" in cause:
-            return unknown_key(key, line.get("task") or "diagnose")
-        return ConfigError(f"{key}={line.get(key)}: {cause or text}")
-    if match := re.search(r"Missing mandatory value: (\S+)", text + cause):
-        return ConfigError(f"{match[1]} is needed; give it as {match[1]}=…")
-    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        return ConfigError(f"{match[1]}: several values are a sweep: add -m")
-    return ConfigError(printable(f"{text}{f' ({cause})' if cause and cause not in text else ''}"))
-
-
 def _demo_run(line: CommandLine) -> Path:
     """The demonstration's run directory, trained if it is not there yet."""
     from rich.console import Console
 
-    from runner.tasks.opening import demo_run
+    from runner.tasks.naming import demo_run
 
     return demo_run(line.get("cache"), Console(stderr=True))

@@ -1,7 +1,8 @@
 """The typed root of every task's config. Nothing heavy is imported here: `--help` and `--cfg job` stay fast."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -24,17 +25,28 @@ class CommonConfig:
 
 
 @dataclass
-class ModelConfig(CommonConfig):
-    """What every task that opens a checkpoint or a model has."""
+class CheckpointConfig(CommonConfig):
+    """What every task that opens a checkpoint has."""
 
     ckpt: str = "demo"
     step: Any = None
+    family: Any = MISSING
+    format: Any = MISSING
+
+
+@dataclass
+class InspectConfig(CheckpointConfig):
+    """`task=inspect`."""
+
+
+@dataclass
+class ModelConfig(CheckpointConfig):
+    """What every task that runs a checkpoint's model has."""
+
     base: str | None = None
     tokenizer: str | None = None
     device: str = "auto"
     dtype: str = "float32"
-    family: Any = MISSING
-    format: Any = MISSING
     data: Any = MISSING
 
 
@@ -60,7 +72,11 @@ class TrainConfig(CommonConfig):
     train: Any = field(default_factory=dict)
 
 
-TASKS: dict[str, type[CommonConfig]] = {"diagnose": DiagnoseConfig, "train": TrainConfig}
+TASKS: dict[str, type[CommonConfig]] = {
+    "diagnose": DiagnoseConfig,
+    "inspect": InspectConfig,
+    "train": TrainConfig,
+}
 PATH_KEYS = {
     "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "tracker.dir", "train.resume_from",
     "hydra.run.dir", "hydra.sweep.dir",
@@ -131,3 +147,19 @@ def unknown_key(key: str, task: str) -> ConfigError:
     if owners and task not in owners:
         return ConfigError(f"{key} belongs to task={' and task='.join(owners)}, not to task={task}")
     return ConfigError(f"unknown key {key!r}{did_you_mean(key, [n for n in own if n not in FIXED_KEYS])}")
+
+
+def translated(error: Exception, task: str, given: Mapping[str, str | None]) -> ConfigError:
+    """What Hydra refuses, in one line that says what to do; `given`: the overrides as they were typed."""
+    text = " ".join(str(error).split())
+    cause = " ".join(str(error.__cause__).split()) if error.__cause__ is not None else ""
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match[1].lstrip("+").partition("@")[0]
+        if "not in" in text + cause or "No match" in text or "Key" in cause:
+            return unknown_key(key, task)
+        return ConfigError(f"{key}={given.get(key)}: {cause or text}")
+    if match := re.search(r"Missing mandatory value: (\S+)", text + cause):
+        return ConfigError(f"{match[1]} is needed; give it as {match[1]}=…")
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return ConfigError(f"{match[1]}: several values are a sweep: add -m")
+    return ConfigError(f"{text}{f' ({cause})' if cause and cause not in text else ''}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from runner.confdir import config_directory
-from runner.config import TASKS, CommonConfig, register, unknown_key
+from runner.config import TASKS, CommonConfig, register, translated, unknown_key
 from runner.errors import ConfigError, RunnerError
 from runner.overrides import quoted
 from runner.reports.console import print_line, print_result
@@ -50,20 +51,23 @@ def job(cfg: DictConfig) -> None:
         print(f"runner: error: {result['error']['message']}", file=sys.stderr)
 
 
-def diagnose(path: str | Path, **options: Any) -> dict[str, Any]:
-    """`task=diagnose` for notebooks: the dict of `result.json`, nothing written.
+def call(task: str, path: str | Path, **options: Any) -> dict[str, Any]:
+    """One task for notebooks: the dict of `result.json`, nothing written.
 
     `options` are the keys of the command line: base, reference, tier, format, step, dtype, device, accuracy, …
     (a nested key as `**{"data.path": …}`). Raises the RunnerError that the command line would print.
     """
-    overrides = ["task=diagnose", "tracker=none", f"ckpt={quoted(str(path))}"]
+    overrides = [f"task={task}", "tracker=none", f"ckpt={quoted(str(path))}"]
     for key, value in options.items():
         if value is not None:
             spelled = quoted(str(value)) if isinstance(value, (str, Path)) else str(value).replace("'", '"')
             overrides.append(f"{key}={spelled}")
     setup()
-    with initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
-        cfg = compose("config", overrides=overrides)
+    try:
+        with initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
+            cfg = compose("config", overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise translated(error, task, {key: str(value) for key, value in options.items()}) from error
     with tempfile.TemporaryDirectory() as directory:
         return _run(cfg, Path(directory), NullTracker()).to_dict()
 

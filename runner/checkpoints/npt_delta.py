@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, NptLayer
+from runner.checkpoints.describing import describe_training, plain
 from runner.checkpoints.pickles import load_pickle
 from runner.checkpoints.strict_json import read_object
 from runner.checkpoints.tensors import TensorInfo
@@ -22,6 +23,7 @@ WEIGHT_FILES = ("npt_weights.pt", "npt_weights.safetensors")
 TRAINING_STATE = "training_state.pt"
 MULTI_LAYER_STATE = "multi_layer_state.pt"
 CONFIG = "config.json"
+MERGE_SUMMARY = "merge_summary.json"
 
 # Other files of a checkpoint directory that hold tensors but no weights.
 _NOT_WEIGHTS = (TRAINING_STATE, MULTI_LAYER_STATE, "training_info.pt", "optimizer.pt", "scheduler.pt", "optimizer.bin",
@@ -263,7 +265,19 @@ def save(
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Training state, curriculum and merge history, as far as the files beside the weights tell them."""
-    return {}
+    state, config = checkpoint.training["state"], checkpoint.training["config"]
+    described: dict[str, Any] = {}
+    if state or config:
+        described["training"] = describe_training(state, config)
+    listing = Listing.of(checkpoint.directory)
+    if MULTI_LAYER_STATE in listing.entries:
+        described["curriculum"] = plain(load_pickle(listing.file(MULTI_LAYER_STATE), tensors="meta"))
+    merge = config.get("merge_info") or state.get("merge_info")
+    if MERGE_SUMMARY in listing.entries:
+        merge = {**(merge or {}), **read_object(listing.file(MERGE_SUMMARY), MERGE_SUMMARY, 16 << 20)}
+    if merge:
+        described["merge"] = merge
+    return described
 
 
 FORMATS = (CheckpointFormat(name=NAME, family=FAMILY, matches=matches, open=open_npt_delta, describe=describe),)

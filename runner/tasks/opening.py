@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import nn
 
 from runner.bases import Base, find_base, load_base
@@ -12,18 +11,17 @@ from runner.checkpoints import hf
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.npt_full import FAMILY
-from runner.checkpoints.runs import find_run, resolve
-from runner.config import DiagnoseConfig, ModelConfig
-from runner.errors import ConfigError, ModelError
+from runner.checkpoints.runs import resolve
+from runner.config import DiagnoseConfig
+from runner.errors import ModelError
 from runner.forward import limits, logit_count
 from runner.loading import build, own_base
 from runner.models.npt_llama import NptLlamaForCausalLM
 from runner.reference import Reference
 from runner.subject import Subject
 from runner.tasks.context import Context
+from runner.tasks.naming import check_family, checkpoint_path
 from runner.tokens import load_tokenizer
-
-DEMO = "demo"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,31 +42,12 @@ class Opened:
     max_length: int | None
 
 
-def checkpoint_path(config: ModelConfig, context: Context) -> Path:
-    """The one checkpoint that `ckpt` and `step` name; `demo` is built when missing, its last step the default."""
-    if config.step is not None and (isinstance(config.step, bool) or not isinstance(config.step, int)):
-        raise ConfigError(f"step={config.step}: a step is a whole number; several steps are a sweep: add -m")
-    if config.ckpt != DEMO:
-        return resolve(Path(config.ckpt).expanduser(), config.step)
-    run = find_run(demo_run(config.cache, context.progress))
-    if run is None:
-        raise ConfigError("the demonstration holds no checkpoints; delete its cache directory and run again")
-    return resolve(run.path, run.steps[-1] if config.step is None else config.step)
-
-
-def demo_run(cache: str | None, progress: Console) -> Path:
-    """The run directory of the built-in demonstration, trained on the first call; `cache` is where it is kept."""
-    from runner.training.demo import ensure_demo
-
-    return ensure_demo(Path(cache).expanduser() if cache else Path.home() / ".cache" / "runner", progress=progress)
-
-
 def open_subject(config: DiagnoseConfig, context: Context) -> Opened:
     """Open what `config` names, with the models in memory. Raises the errors of `runner.load`."""
     options: dict[str, Any] = {"device": config.device, "dtype": config.dtype}
     with context.timed("open"):
         checkpoint = open_checkpoint(checkpoint_path(config, context), config.format.name, config.format.module)
-        _check_family(config, checkpoint)
+        check_family(config, checkpoint)
     with context.timed("load_base"):
         own = own_base(checkpoint, config.base, **options)
     with context.timed("load_checkpoint"):
@@ -150,11 +129,3 @@ def _shared_below(model: nn.Module, own: Base | None, reference: Reference | Non
     if not isinstance(other, NptLlamaForCausalLM) or other.lm_head.weight is not own.model.lm_head.weight:
         return 0
     return min(first, *other.npt_layers)
-
-
-def _check_family(config: DiagnoseConfig, checkpoint: Checkpoint) -> None:
-    if config.family.name not in ("auto", checkpoint.family):
-        raise ConfigError(
-            f"family={config.family.name}, but {checkpoint.path} is of the family {checkpoint.family} "
-            f"(format {checkpoint.format}: {checkpoint.evidence})"
-        )
