@@ -121,7 +121,7 @@ def _only_run(page: _Page) -> None:
 
 def _control(page: _Page) -> None:
     """All layers standard must equal the plain model: exactly on a CPU in float32, elsewhere within the floor."""
-    subject, token_ids = page.opened.subject, page.encode(page.config.data.prompts[0])
+    subject, token_ids = page.opened.subject, page.encode(min(page.config.data.prompts, key=len))
     control = subject.control(token_ids)
     allowed: float | None = 0.0
     exact = device_of(subject.model).type == "cpu" and dtype_of(subject.model) == torch.float32
