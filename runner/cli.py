@@ -18,6 +18,8 @@ INTERRUPTED = 130
 
 def main(words: Sequence[str] | None = None) -> None:
     """The console script and `python -m runner`; exits with the codes above."""
+    # Threads that wait asleep: on a busy machine spinning ones make a run several times as long. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.exit(run(list(sys.argv[1:] if words is None else words)))
 
 
