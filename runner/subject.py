@@ -9,6 +9,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from runner.forward import (
+    CHUNK_ENTRIES,
     compare_finals,
     continue_from,
     device_of,
@@ -58,6 +59,18 @@ class Subject:
         else:
             final = trace(self.model, token_ids, frozenset()).final
         return self._compare(self._reference.model, known.final, self.model, final, token_ids)
+
+    @torch.inference_mode()
+    def next_logprobs(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [T - 1] that the subject gives to the true next tokens of one sequence [T]."""
+        final, head = trace(self.model, token_ids, frozenset()).final[0], head_of(self.model)
+        size = max(1, CHUNK_ENTRIES // self.vocab_size)
+        parts = []
+        for start in range(0, len(token_ids) - 1, size):
+            known = token_ids[start + 1 : start + 1 + size].to(final.device)
+            logprobs = head(final[start : start + len(known)]).double().log_softmax(-1)
+            parts.append(logprobs.gather(-1, known.unsqueeze(-1)).squeeze(-1).cpu())
+        return torch.cat(parts)
 
     def has_floor(self) -> bool:
         """Whether the reference can be run in another precision here."""

@@ -1,5 +1,6 @@
 """Tokenizers: the checkpoint's own, else the base's; text to token ids."""
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,12 @@ def encode(tokenizer: Any, text: str, vocab_size: int, limit: int | None = None)
             "it is another model's tokenizer: give the right one as tokenizer="
         )
     return torch.tensor(ids, dtype=torch.long)
+
+
+def seeded_ids(text: str, vocab_size: int, length: int, seed: int = 0) -> torch.Tensor:
+    """`length` uniform token ids [T] that stand for `text` where there is no tokenizer: the same for the same seed."""
+    generator = torch.Generator().manual_seed(zlib.crc32(text.encode()) + (seed << 32))
+    return torch.randint(vocab_size, (length,), generator=generator)
 
 
 def first_line(error: BaseException) -> str:

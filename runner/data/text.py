@@ -3,8 +3,12 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runner.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_DOCUMENTS = 200
 
@@ -17,6 +21,7 @@ class Data:
     prompts: tuple[str, ...]
     layer_prompt: str
     path: str | None = None
+    max_tokens: int = 65536
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(isinstance(p, str) and p for p in (*self.prompts, self.layer_prompt)):
@@ -25,14 +30,16 @@ class Data:
             raise ConfigError(
                 "data=text needs data.path=FILE, a text file whose documents are separated by empty lines"
             )
-        if self.path is not None and not Path(self.path).expanduser().is_file():
+        if self.name == "shards" and not self.path:
+            raise ConfigError("data=shards needs data.path: a .bin file of tokens, a directory of them, or a glob")
+        if self.name == "text" and not Path(str(self.path)).expanduser().is_file():
             raise ConfigError(f"data.path={self.path}: no such file")
 
     def documents(self, seed: int = 0) -> list[str]:
         """The documents of text, at most `MAX_DOCUMENTS`; none for the plain prompts."""
         if self.name == "world":
             return world_documents(seed)
-        if self.path is None:
+        if self.path is None or self.name == "shards":
             return []
         try:
             text = Path(self.path).expanduser().read_text(encoding="utf-8")
@@ -42,6 +49,12 @@ class Data:
         if not documents:
             raise ConfigError(f"data.path={self.path}: holds no text")
         return documents[:MAX_DOCUMENTS]
+
+    def token_sequences(self, length: int, vocab_size: int) -> "list[torch.Tensor]":
+        """The first `max_tokens` of the shards in sequences [T] of `length`. Raises ConfigError or CheckpointError."""
+        from runner.data.shards import read_shards, sequences
+
+        return sequences(read_shards(str(self.path), self.max_tokens, vocab_size), length)
 
 
 def world_documents(seed: int = 0, sentences: int = 8) -> list[str]:

@@ -151,17 +151,28 @@ def summarise(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 
 
 def perplexities(comparisons: Sequence[Comparison]) -> dict[str, float | None]:
-    """`ppl` of the subject and of the reference over all known next tokens, and their ratio. None on overflow."""
+    """`loss` (nats a token) and `ppl` of subject and reference over all known next tokens. None where undefined."""
     known = [c for c in comparisons if len(c.next_logprob)]
     if not known or not all(c.finite for c in known):
-        return {"ppl": None, "ppl_reference": None, "ppl_ratio": None}
+        return dict.fromkeys(("loss", "loss_reference", "ppl", "ppl_reference", "ppl_ratio"))
     subject = -float(torch.cat([c.next_logprob for c in known]).mean())
     reference = -float(torch.cat([c.next_logprob_reference for c in known]).mean())
     return {
+        "loss": subject,
+        "loss_reference": reference,
         "ppl": _exp(subject),
         "ppl_reference": _exp(reference),
         "ppl_ratio": _exp(subject - reference),
     }
+
+
+def perplexity(logprobs: Sequence[torch.Tensor]) -> dict[str, float | None]:
+    """`loss` (nats a token) and `ppl` of one model, from the log-probabilities of the true next tokens."""
+    known = torch.cat(list(logprobs))
+    if not len(known) or not bool(torch.isfinite(known).all()):
+        return {"loss": None, "ppl": None}
+    loss = -float(known.mean())
+    return {"loss": loss, "ppl": _exp(loss)}
 
 
 def standard_error(values: Sequence[float]) -> float | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -9,13 +10,16 @@ from runner.checkpoints import npt_full
 from runner.config import DiagnoseConfig
 from runner.forward import device_of, dtype_of
 from runner.measures import layers as layer_measures
-from runner.measures.fidelity import Comparison, perplexities, summarise
+from runner.measures.fidelity import Comparison, perplexities, perplexity, summarise
 from runner.measures.verdict import judge
 from runner.results import Result
 from runner.tasks.context import Context
 from runner.tasks.opening import Opened, open_subject
-from runner.tokens import encode
+from runner.tokens import encode, seeded_ids
 from runner.versions import versions
+
+# Tokens that stand for a prompt where there is no tokenizer.
+SEEDED_LENGTH = 64
 
 
 @dataclass
@@ -30,8 +34,15 @@ class _Page:
     def wants(self, measure: str) -> bool:
         return measure in self.config.tier.measures
 
-    def encode(self, text: str, limit: int | None = None) -> torch.Tensor:
-        return encode(self.opened.tokenizer, text, self.opened.vocab_size, limit)
+    def encode(self, text: str) -> torch.Tensor:
+        if self.opened.tokenizer is None:
+            return seeded_ids(text, self.opened.vocab_size, SEEDED_LENGTH, self.config.seed)
+        return encode(self.opened.tokenizer, text, self.opened.vocab_size)
+
+    def decode(self, token_ids: list[int]) -> str:
+        if self.opened.tokenizer is None:
+            return " ".join(map(str, token_ids))
+        return str(self.opened.tokenizer.decode(token_ids))
 
 
 def run(config: DiagnoseConfig, context: Context) -> Result:
@@ -57,6 +68,10 @@ def run(config: DiagnoseConfig, context: Context) -> Result:
         versions=versions(),
     )
     page = _Page(config, context, opened, result)
+    if opened.tokenizer is None:
+        result.findings.append(
+            f"no tokenizer: each prompt is {SEEDED_LENGTH} token ids drawn with seed={config.seed}; give tokenizer="
+        )
     if opened.subject.reference is None:
         _only_run(page)
     else:
@@ -202,7 +217,7 @@ def _generation(page: _Page) -> None:
             page.result.findings.append(f"prompt {text!r} fills the model's {limit} positions: no continuation of it")
             continue
         row = page.opened.subject.continuation(
-            token_ids, count, temperature=temperature, seed=config.seed, decode=page.opened.tokenizer.decode
+            token_ids, count, temperature=temperature, seed=config.seed, decode=page.decode
         )
         page.result.generation.append({"prompt": text, "prompt_tokens": token_ids.tolist(), **row})
     greedy = [row["agreement"] for row in page.result.generation if row["temperature"] == 0]
@@ -211,28 +226,37 @@ def _generation(page: _Page) -> None:
 
 
 def _text(page: _Page) -> None:
-    """Fidelity and perplexity over text, in sequences of up to the tier's length."""
-    limit = min(page.config.tier.sequence_length, page.opened.max_length or page.config.tier.sequence_length)
-    documents = page.config.data.documents()
-    if page.wants("text"):
-        documents.insert(0, _long_document())
-    sequences, cut = [], 0
-    for document in documents:
+    """Fidelity and perplexity over text or token shards, in sequences of up to the tier's length."""
+    sequences, facts = _text_sequences(page)
+    subject = page.opened.subject
+    facts |= {"documents": len(sequences), "tokens": sum(map(len, sequences)), "longest": max(map(len, sequences))}
+    tracked = page.context.track(sequences, "text")
+    if subject.reference is None:
+        logprobs = [subject.next_logprobs(ids) for ids in tracked]
+        page.result.metrics["text"] = {**facts, **perplexity(logprobs)}
+        return
+    comparisons = [subject.compare(ids) for ids in tracked]
+    page.result.metrics["text"] = {**facts, **summarise(comparisons), **perplexities(comparisons)}
+    names = [f"text document {i}" for i in range(len(sequences))]
+    _report_non_finite(page, names, sequences, comparisons)
+
+
+def _text_sequences(page: _Page) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """The sequences [T] of text, each under the limit of tier and model, and how many documents were cut."""
+    data, tier = page.config.data, page.config.tier
+    limit = min(tier.sequence_length, page.opened.max_length or tier.sequence_length)
+    sequences: list[torch.Tensor] = []
+    cut = 0
+    if data.name == "shards":
+        sequences += data.token_sequences(limit, page.opened.vocab_size)
+    if page.opened.tokenizer is None:
+        return sequences or [seeded_ids("text", page.opened.vocab_size, limit, page.config.seed)], {"cut": cut}
+    for document in [*([_long_document()] if page.wants("text") else []), *data.documents()]:
         token_ids = page.encode(document)
         cut += len(token_ids) > limit
         if len(token_ids) > 1:
             sequences.append(token_ids[:limit])
-    comparisons = [page.opened.subject.compare(ids) for ids in page.context.track(sequences, "text")]
-    page.result.metrics["text"] = {
-        "documents": len(sequences),
-        "tokens": sum(map(len, sequences)),
-        "longest": max(map(len, sequences)),
-        "cut": cut,
-        **summarise(comparisons),
-        **perplexities(comparisons),
-    }
-    names = [f"text document {i}" for i in range(len(sequences))]
-    _report_non_finite(page, names, sequences, comparisons)
+    return sequences, {"cut": cut}
 
 
 def _long_document() -> str:

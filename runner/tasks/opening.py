@@ -23,6 +23,8 @@ from runner.tasks.context import Context
 from runner.tasks.naming import check_family, checkpoint_path
 from runner.tokens import load_tokenizer
 
+GPT_FAMILY = "gpt"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
@@ -37,7 +39,7 @@ class Opened:
     reference: Path | None
     against_base: bool
     subject: Subject
-    tokenizer: Any
+    tokenizer: Any  # None: measured on seeded token ids
     vocab_size: int
     max_length: int | None
 
@@ -59,8 +61,7 @@ def open_subject(config: DiagnoseConfig, context: Context) -> Opened:
     if isinstance(model, NptLlamaForCausalLM):
         plain = _kept(own) if own else Reference(model.plain(), ("plain", id(model)))
     with context.timed("load_tokenizer"):
-        directories = [checkpoint.directory, *([base.path] if base else [])]
-        tokenizer = load_tokenizer(config.tokenizer, directories)
+        tokenizer = _tokenizer(config, checkpoint, base)
     vocab_size, max_length = limits(model)
     if reference is not None and logit_count(reference.model) != logit_count(model):
         raise ModelError(
@@ -83,6 +84,14 @@ def open_subject(config: DiagnoseConfig, context: Context) -> Opened:
         vocab_size=vocab_size,
         max_length=max_length,
     )
+
+
+def _tokenizer(config: DiagnoseConfig, checkpoint: Checkpoint, base: Base | None) -> Any:
+    """The tokenizer; None for a GPT that has none, which is then measured on seeded token ids."""
+    directories = [checkpoint.directory, *([base.path] if base else [])]
+    if config.tokenizer is None and checkpoint.family == GPT_FAMILY and not any(map(hf.has_tokenizer, directories)):
+        return None
+    return load_tokenizer(config.tokenizer, directories)
 
 
 def _kept(base: Base) -> Reference:

@@ -54,6 +54,7 @@ def test_probability_of_the_true_next_token():
 
 def test_perplexity():
     found = perplexities([one()])
+    assert (found.pop("loss"), found.pop("loss_reference")) == (pytest.approx(LN2), pytest.approx(2 * LN2))
     assert found == {"ppl": pytest.approx(2.0), "ppl_reference": pytest.approx(4.0), "ppl_ratio": pytest.approx(0.5)}
 
 
