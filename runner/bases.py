@@ -1,6 +1,5 @@
 """Base models: where they lie, and one copy of each in memory."""
 
-import os
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -124,10 +123,9 @@ def find_base(checkpoint: Checkpoint | None, base: str | Path | None) -> Path:
     if checkpoint is None or not checkpoint.base_name:
         where = f"{checkpoint.path}: names no base model" if checkpoint else "no base model is named"
         raise CheckpointError(f"{where}; give one as base=DIRECTORY or base=HUB_NAME")
+    if found := checkpoint.local_base():
+        return found
     name = checkpoint.base_name
-    for start in (checkpoint.directory, checkpoint.directory.parent, Path()):
-        if (start / name).is_dir():
-            return Path(os.path.normpath(start / name))
     try:
         if is_hub_name(name):
             return snapshot("base", name, download=False)

@@ -1,5 +1,6 @@
 """What a checkpoint is, once its format is known: names, shapes, lazy tensors, and where it came from."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,13 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path}: missing keys {sorted(self.missing)}, unexpected keys {sorted(self.unknown)}"
             )
+
+    def local_base(self) -> Path | None:
+        """The directory of the base model that it names: beside it, beside its directory, or in the current one."""
+        if not self.base_name:
+            return None
+        places = (start / self.base_name for start in (self.directory, self.directory.parent, Path()))
+        return next((Path(os.path.normpath(place)) for place in places if place.is_dir()), None)
 
     @property
     def directory(self) -> Path:
