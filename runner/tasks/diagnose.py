@@ -92,3 +92,6 @@ def _only_run(page: Page) -> None:
             "details": f"ran on {len(prompts)} prompts; the comparison was skipped ({why})",
         }
     )
+    if page.config.accuracy and (page.wants("text") or page.config.data.name != "prompts"):
+        with page.context.timed("text"):
+            measure_text(page)
