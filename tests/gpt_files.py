@@ -1,0 +1,71 @@
+"""Tiny random GPTs of both dialects, named and shaped as the training scripts save them."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runner.checkpoints.checkpoint import Checkpoint, Listing
+from runner.checkpoints.gpt import FORMATS
+from runner.models import gpt
+
+DEPTHS = {"small": 8, "medium": 16}
+BY_NAME = {each.name: each for each in FORMATS}
+
+
+def random_state(
+    dialect: str, *, layers: int | None = None, width: int = 128, vocab: int = 24, head_rows: int | None = None,
+    scalar_padding: int = 0, seed: int = 0,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """A state dict whose every part moves the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = layers or DEPTHS[dialect]
+
+    def weight(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    small = dialect == "small"
+    state = {"embed.weight": weight(vocab, width) * width**0.5}
+    state |= {f"value_embeds.{i}.weight": weight(vocab, width) * width**0.5 for i in range(3)}
+    for i in range(layers):
+        if i != 7:
+            state[f"blocks.{i}.attn." + ("qkv_w" if small else "qkvo_w")] = weight(3 if small else 4, width, width)
+            if small:
+                state[f"blocks.{i}.attn.c_proj.weight"] = weight(width, width)
+        state[f"blocks.{i}.mlp." + ("c_fc.weight" if small else "fc_w")] = weight(4 * width, width)
+        state[f"blocks.{i}.mlp." + ("c_proj.weight" if small else "proj_w")] = weight(width, 4 * width)
+    scale = 20.0 if small else 8.0
+    state["lm_head.weight" if small else "lm_head_w"] = weight(head_rows or vocab, width) * scale
+    state["scalars"] = torch.rand(5 * layers + scalar_padding, generator=generator) + 0.3
+    return state
+
+
+def script_file(path: Path, state: dict[str, torch.Tensor], *, prefix: str = "_orig_mod.", **entries: Any) -> Path:
+    """`state` as the training script saves it."""
+    content = {"step": 300, "code": "import torch\n", "model": {prefix + name: t for name, t in state.items()}}
+    torch.save(content | {"optimizers": [], "val_loss": 3.25} | entries, path)
+    return path
+
+
+def opened(path: Path, dialect: str) -> Checkpoint:
+    return BY_NAME[f"gpt_{dialect}"].open(Listing.of(path))
+
+
+def built(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> gpt.Gpt:
+    config = gpt.GptConfig(**{field.name: getattr(checkpoint.details, field.name) for field in fields(gpt.GptConfig)})
+    return gpt.build(config, {name: checkpoint.weights.read(name) for name in checkpoint.details.keys}, dtype)
+
+
+def model(dialect: str, state: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> gpt.Gpt:
+    """The model of a state dict, without a file between."""
+    head = state["lm_head.weight" if dialect == "small" else "lm_head_w"]
+    config = gpt.GptConfig(
+        dialect=dialect,
+        vocab_size=len(state["embed.weight"]),
+        head_rows=len(head),
+        num_layers=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        model_dim=head.shape[1],
+        num_scalars=len(state["scalars"]),
+    )
+    return gpt.build(config, state, dtype)
