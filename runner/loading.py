@@ -40,7 +40,7 @@ def load(
 
 def own_base(checkpoint: Checkpoint, base: str | Path | None, *, device: str, dtype: str) -> Base | None:
     """The base model that the checkpoint's format needs to run; None for a format that is complete by itself."""
-    if checkpoint.format == npt_delta.NAME:
+    if _is_delta(checkpoint):
         return load_base(checkpoint, base, device=device, dtype=dtype, llama=True)
     return None
 
@@ -50,7 +50,7 @@ def build(checkpoint: Checkpoint, base: Base | None, *, device: str = "auto", dt
 
     Raises ModelError where the two do not fit, CheckpointError for NaN or Inf, which would make figures meaningless.
     """
-    if base is not None and checkpoint.format == npt_delta.NAME:
+    if base is not None and _is_delta(checkpoint):
         return build_npt(checkpoint, base)
     checkpoint.require_complete()
     details = checkpoint.details
@@ -62,6 +62,11 @@ def build(checkpoint: Checkpoint, base: Base | None, *, device: str = "auto", dt
     if isinstance(details, HfDetails):
         return build_plain(details.config, checkpoint.weights, checkpoint.weights.infos, target, where)
     raise ModelError(f"{checkpoint.path}: a checkpoint of the format {checkpoint.format} has no model here")
+
+
+def _is_delta(checkpoint: Checkpoint) -> bool:
+    """Whether it holds NPT layers and nothing else, in whatever format."""
+    return bool(checkpoint.layers) and not isinstance(checkpoint.details, NptFullDetails)
 
 
 def build_npt(checkpoint: Checkpoint, base: Base) -> NptLlamaForCausalLM:
