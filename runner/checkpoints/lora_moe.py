@@ -129,14 +129,16 @@ def _setting(
 ) -> Any:
     """top_k or temperature: from config.json or router.pt, which must agree."""
     values = [source[name] for source in (config, router.values) if source.get(name) is not None]
-    if any(value != values[0] for value in values):
+    for value in values:
+        if highest is not None and (type(value) is not int or not 1 <= value <= highest):
+            raise CheckpointError(
+                f"{root}: {name} is {value!r}; with {highest} experts it is a number from 1 to {highest}"
+            )
+        if highest is None and (type(value) not in (int, float) or not 0 < value < 1e9):
+            raise CheckpointError(f"{root}: {name} is {value!r}, not a number above 0")
+    if len(values) > 1 and values[0] != values[1]:
         raise CheckpointError(f"{root}: {name} is {values[0]!r} in config.json but {values[1]!r} in {router.file.name}")
-    value = values[0] if values else default
-    if highest is not None and (type(value) is not int or not 1 <= value <= highest):
-        raise CheckpointError(f"{root}: {name} is {value!r}; with {highest} experts it is a number from 1 to {highest}")
-    if highest is None and (type(value) not in (int, float) or not 0 < value < 1e9):
-        raise CheckpointError(f"{root}: {name} is {value!r}, not a number above 0")
-    return value
+    return values[0] if values else default
 
 
 def _weights(

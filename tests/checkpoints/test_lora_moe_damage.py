@@ -275,6 +275,7 @@ CONFIGS = [
     ),
     ({"num_experts": "3"}, "num_experts is '3', not a number"),
     ({"top_k": 4}, "top_k is 4; with 3 experts it is a number from 1 to 3"),
+    ({"top_k": float("nan")}, "top_k is nan; with 3 experts"),
     ({"temperature": 0}, "temperature is 0, not a number above 0"),
 ]
 for values, message in CONFIGS:
