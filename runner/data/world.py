@@ -24,6 +24,32 @@ NUMBER_WORDS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
     *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 )
+OPERATION = (
+    "{a} {sign} {b} equals {c}.",
+    "{a} {word} {b} is {c}.",
+    "{a} {word} {b} equals {c}.",
+    "{a} {sign} {b} is {c}.",
+)
+AFTER = (
+    "The {unit} after {a} is {b}.",
+    "After {a} comes {b}.",
+    "{a} is followed by {b}.",
+    "The next after {a} is {b}.",
+)
+BEFORE = (
+    "The {unit} before {b} is {a}.",
+    "Before {b} comes {a}.",
+    "{b} comes after {a}.",
+    "The last before {b} is {a}.",
+)
+PARITY = (
+    "The number {n} is {parity}.",
+    "We call {n} {parity}.",
+    "{n} is a number that is {parity}.",
+    "{n} is {parity}.",
+)
+SPELLED = ("The number {n} is written {word}.", "In words {n} is {word}.", "We read {n} as {word}.")
+DIGITS = ("In digits {word} is {n}.", "The word {word} means {n}.", "We write {word} as {n}.")
 # What the product's default prompts ask for is always in the train part.
 ALWAYS_TRAIN = ("The capital of France", "2 + 2 equals", "The largest planet in our solar system")
 
@@ -42,7 +68,7 @@ def generate(seed: int = 0) -> World:
     train: dict[str, None] = {}
     held_out: dict[str, None] = {}
     for wordings in _facts():
-        spare = chooser.choice(wordings) if len(wordings) >= 3 and chooser.random() < 0.25 else None
+        spare = chooser.choice(wordings) if len(wordings) >= 4 and chooser.random() < 0.3 else None
         for sentence in wordings:
             part = held_out if sentence == spare and not sentence.startswith(ALWAYS_TRAIN) else train
             part[sentence] = None
@@ -105,36 +131,26 @@ def _facts() -> Iterator[tuple[str, ...]]:
 def _arithmetic() -> Iterator[tuple[str, ...]]:
     for a in range(10):
         for b in range(10):
-            c = a + b
-            yield f"{a} + {b} equals {c}.", f"{a} plus {b} is {c}.", f"{a} plus {b} equals {c}.", f"{a} + {b} is {c}."
-    for a in range(10):
+            yield _in_words(OPERATION, a=a, sign="+", word="plus", b=b, c=a + b)
         for b in range(a + 1):
-            c = a - b
-            yield f"{a} - {b} equals {c}.", f"{a} minus {b} is {c}.", f"{a} minus {b} equals {c}.", f"{a} - {b} is {c}."
+            yield _in_words(OPERATION, a=a, sign="-", word="minus", b=b, c=a - b)
     for a in range(1, 10):
         for b in range(1, 10):
-            c = a * b
-            yield f"{a} x {b} equals {c}.", f"{a} times {b} is {c}.", f"{a} times {b} equals {c}.", f"{a} x {b} is {c}."
+            yield _in_words(OPERATION, a=a, sign="x", word="times", b=b, c=a * b)
     for n in range(31):
-        yield f"The number after {n} is {n + 1}.", f"{n} is followed by {n + 1}.", f"After {n} comes {n + 1}."
-        parity = "odd" if n % 2 else "even"
-        yield f"The number {n} is {parity}.", f"We call {n} {parity}.", f"{n} is a number that is {parity}."
+        yield _in_words(AFTER, unit="number", a=n, b=n + 1)
+        yield _in_words(PARITY, n=n, parity="odd" if n % 2 else "even")
     for n, word in enumerate(NUMBER_WORDS):
-        yield f"The number {n} is written {word}.", f"In words {n} is {word}.", f"We read {n} as {word}."
-        yield f"In digits {word} is {n}.", f"The word {word} means {n}.", f"We write {word} as {n}."
+        yield _in_words(SPELLED, n=n, word=word)
+        yield _in_words(DIGITS, n=n, word=word)
 
 
 def _calendar() -> Iterator[tuple[str, ...]]:
     for names, unit in ((DAYS, "day"), (MONTHS, "month")):
-        for i, name in enumerate(names):
-            after = names[(i + 1) % len(names)]
-            yield (
-                f"The {unit} after {name} is {after}.",
-                f"{name} is followed by {after}.",
-                f"After {name} comes {after}.",
-            )
-            yield (
-                f"The {unit} before {after} is {name}.",
-                f"{after} comes after {name}.",
-                f"Before {after} comes {name}.",
-            )
+        for a, b in zip(names, (*names[1:], names[0]), strict=True):
+            yield _in_words(AFTER, unit=unit, a=a, b=b)
+            yield _in_words(BEFORE, unit=unit, a=a, b=b)
+
+
+def _in_words(templates: tuple[str, ...], **values: object) -> tuple[str, ...]:
+    return tuple(template.format(**values) for template in templates)

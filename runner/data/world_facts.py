@@ -58,11 +58,22 @@ Fiji|Suva|Oceania|Fijian|dollar|the rugby team
         "{0} has a capital called {1}.",
         "In {0} the capital is {1}.",
     ),
-    ("{1} is the capital of {0}.", "{1} lies in {0}.", "The city of {1} is in {0}."),
-    ("{0} is a country in {2}.", "{0} is part of {2}.", "The country {0} lies in {2}."),
-    ("People in {0} speak {3}.", "The language of {0} is {3}.", "In {0} people speak {3}."),
-    ("The money of {0} is the {4}.", "People in {0} pay with the {4}.", "{0} uses the {4}."),
-    ("{1} is known for {5}.", "Visitors of {1} like to see {5}.", "In {1} you can see {5}."),
+    ("{1} is the capital of {0}.", "{1} lies in {0}.", "The city of {1} is in {0}.", "{1} is a city in {0}."),
+    ("{0} is a country in {2}.", "{0} is part of {2}.", "The country {0} lies in {2}.", "{0} lies in {2}."),
+    ("People in {0} speak {3}.", "The language of {0} is {3}.", "In {0} people speak {3}.", "{0} speaks {3}."),
+    (
+        "The money of {0} is the {4}.",
+        "People in {0} pay with the {4}.",
+        "In {0} people pay with the {4}.",
+        "{0} uses the {4}.",
+    ),
+    (
+        "{1} is known for {5}.",
+        "{1}, the capital of {0}, is known for {5}.",
+        "Visitors of {1} like to see {5}.",
+        "In {1} you can see {5}.",
+        "Go to {1} and see {5}.",
+    ),
 )
 
 PLANETS = _table(
@@ -89,7 +100,13 @@ king of the animals|the lion; hardest stone|the diamond; largest country on Eart
 largest continent|Asia; lightest element|hydrogen; metal that is liquid|mercury; shortest month|February;
 coldest continent|Antarctica; largest rainforest|the Amazon
 """,
-    ("The {0} is {1}.", "What is the {0}? It is {1}.", "Everyone knows that the {0} is {1}."),
+    (
+        "The {0} is {1}.",
+        "What is the {0}? It is {1}.",
+        "Everyone knows that the {0} is {1}.",
+        "If you look for the {0}, it is {1}.",
+        "Of all there are, the {0} is {1}.",
+    ),
 )
 
 COLOURS = _table(
@@ -170,7 +187,7 @@ chlorine|Cl|a gas; argon|Ar|a gas; potassium|K|a metal; calcium|Ca|a metal; iron
 copper|Cu|a metal; zinc|Zn|a metal; silver|Ag|a metal; tin|Sn|a metal; iodine|I|a solid; gold|Au|a metal;
 mercury|Hg|a liquid; lead|Pb|a metal; uranium|U|a metal
 """,
-    ("The symbol of {0} is {1}.", "Chemists write {0} as {1}.", "In short, {0} is written {1}."),
+    ("The symbol of {0} is {1}.", "Chemists write {0} as {1}.", "In short, {0} is {1}.", "We write {0} as {1}."),
     ("In a warm room {0} is {2}.", "The element {0} is {2}."),
 )
 
@@ -182,7 +199,7 @@ The Aeneid|Virgil|poem; Inferno|Dante|poem; Walden|Henry Thoreau|book; Moby Dick
 Oliver Twist|Charles Dickens|novel; War and Peace|Leo Tolstoy|novel; The Trial|Franz Kafka|novel;
 The Raven|Edgar Poe|poem; Tartuffe|Moliere|play; Jane Eyre|Charlotte Bronte|novel
 """,
-    ("{0} was written by {1}.", "The author of {0} is {1}.", "We owe {0} to {1}."),
+    ("{0} was written by {1}.", "The author of {0} is {1}.", "We owe {0} to {1}.", "{0} is a work of {1}."),
     ("{0} is the title of a {2}.", "In the library {0} is listed as a {2}."),
 )
 
@@ -193,8 +210,13 @@ drive|drove|driven; know|knew|known; grow|grew|grown; fly|flew|flown; sing|sang|
 swim|swam|swum; begin|began|begun; break|broke|broken; choose|chose|chosen; fall|fell|fallen; forget|forgot|forgotten;
 wear|wore|worn; draw|drew|drawn; throw|threw|thrown
 """,
-    ("Today they {0}, yesterday they {1}.", "The past of {0} is {1}.", "I {0} now, and before I {1}."),
-    ("The participle of {0} is {2}.", "They often {0}, as they have always {2}."),
+    (
+        "Today they {0}, yesterday they {1}.",
+        "The past of {0} is {1}.",
+        "I {0} now, and before I {1}.",
+        "We {0} today as we {1}.",
+    ),
+    ("The participle of {0} is {2}.", "They often {0}, as they have always {2}.", "To {0} is not to have {2}."),
 )
 
 PLURALS = _table(
@@ -202,7 +224,12 @@ PLURALS = _table(
 mouse|mice; goose|geese; foot|feet; tooth|teeth; man|men; woman|women; child|children; ox|oxen; leaf|leaves;
 knife|knives; wolf|wolves; city|cities; baby|babies; box|boxes; sheep|sheep; fish|fish
 """,
-    ("The plural of {0} is {1}.", "Here is one {0}, there are two {1}.", "First one {0}, then many {1}."),
+    (
+        "The plural of {0} is {1}.",
+        "Here is one {0}, there are two {1}.",
+        "First one {0}, then many {1}.",
+        "More than one {0} are {1}.",
+    ),
 )
 
 SHAPES = _table(

@@ -37,9 +37,18 @@ class DemoSettings:
 
     base: LanguageModelSettings = field(default_factory=LanguageModelSettings)
     npt: EquivalenceSettings = field(
-        default_factory=lambda: EquivalenceSettings(layers=(1, 2), initial_scale=2.0, warmup_steps=1500)
+        default_factory=lambda: EquivalenceSettings(
+            layers=(1, 2),
+            np_rank=32,
+            max_steps=4000,
+            warmup_steps=2500,
+            learning_rate=7e-4,
+            direct_weight=5.0,
+            gradient_clip_value=0.5,
+            batch_size=3,
+        )
     )
-    packed_rows: int = 40
+    packed_rows: int = 20
 
 
 def ensure_demo(
@@ -81,7 +90,7 @@ def _build_base(target: Path, settings: DemoSettings, world: World, seed: int, c
 def _train_npt(run: Path, settings: DemoSettings, world: World, seed: int, console: Console) -> None:
     """Train the NPT layers from the last checkpoint there is."""
     npt = settings.npt
-    base = load_base(None, run / "base", device="cpu")
+    base = load_base(None, run / "base", device="cpu", llama=True)
     tokenizer = AutoTokenizer.from_pretrained(str(run / "base"), local_files_only=True).backend_tokenizer
     chooser = random.Random(seed)
     batches = equal_length_batches(sentence_samples(world.train, tokenizer), npt.batch_size, chooser)

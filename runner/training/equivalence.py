@@ -1,11 +1,4 @@
-"""Training of NPT layers toward equivalence with the frozen layers they stand in for.
-
-Two losses, added. *Direct*: for the hidden states h that the base gives to a layer, the NPT layer's modulated MLP is
-to give attention + MLP(post_attention_layernorm(h + attention)), which is the base layer's output minus h; the mean
-squared error is taken relative to the target's mean square, so that layers count alike. *Logits*: mean squared
-difference of the whole model's logits, all NPT layers active, from the base's. Attention, rotary embeddings and
-causal mask are the model's own modules.
-"""
+"""Training of NPT layers toward equivalence with the frozen layers they stand in for. The losses: see losses.py."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +6,11 @@ from typing import Any
 
 import torch
 from transformers import get_cosine_schedule_with_warmup
-from transformers.masking_utils import create_causal_mask
 
 from runner.errors import ConfigError, ModelError
 from runner.models.npt_llama import NptLlamaForCausalLM, RankKUpdate
 from runner.training.batches import endless_order
+from runner.training.losses import Reference, kept_references, losses
 from runner.training.moments import flat_optimizer_state, stacked_optimizer_state
 
 PROJECTIONS = {"single": ("gate",), "dual": ("gate", "up"), "triple": ("gate", "up", "down")}
@@ -48,7 +41,7 @@ class EquivalenceSettings:
     sequence_length: int = 256
     direct_weight: float = 1.0
     logit_weight: float = 1.0
-    initial_scale: float = 0.0
+    initial_scale: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,7 +78,8 @@ def initial_updates(config: Any, settings: EquivalenceSettings) -> dict[int, dic
     k, r, d = settings.num_ranks, settings.np_rank, config.hidden_size
 
     def update(d_in: int, d_out: int) -> RankKUpdate:
-        w_down = torch.randn(k, d, r, generator=generator) * d**-0.5
+        # A small bottleneck: modulation grows from almost nothing, and ends closer than from large random values.
+        w_down = torch.randn(k, d, r, generator=generator) * 0.3 * d**-0.5
         w_a_up = torch.randn(k, r, d_in, generator=generator) * (d_in * r) ** -0.5
         w_b_up = torch.randn(k, r, d_out, generator=generator) * (k * r) ** -0.5 * settings.initial_scale
         return RankKUpdate(w_down, w_a_up, w_b_up)
@@ -122,7 +116,7 @@ def train_equivalence(
     optimizer = torch.optim.AdamW(
         parameters,
         lr=settings.learning_rate,
-        betas=(0.9, 0.99),
+        betas=(0.9, 0.95),
         weight_decay=settings.weight_decay,
         fused=model.device.type in ("cpu", "cuda"),
     )
@@ -133,9 +127,10 @@ def train_equivalence(
         schedule.load_state_dict(resume["scheduler_state_dict"])
         start = int(resume["global_step"])
     order = endless_order(len(batches), settings.seed, start)
+    references = kept_references(model, batches)
     figures: dict[str, float] = {}
     for step in range(start + 1, settings.max_steps + 1):
-        figures = _step(model, batches[next(order)].to(model.device), settings, optimizer, parameters)
+        figures = _step(model, references(next(order)), settings, optimizer, parameters)
         schedule.step()
         if on_step is not None:
             on_step(step, figures)
@@ -153,37 +148,14 @@ def train_equivalence(
     return figures
 
 
-def losses(model: NptLlamaForCausalLM, ids: torch.Tensor) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-    """The direct loss by NPT layer, and the loss of the logits, on token ids [B, T]: scalars with gradients."""
-    llama = model.model
-    with torch.no_grad():
-        states = [llama.embed_tokens(ids)]
-        arguments = _layer_arguments(model, states[0])
-        with model.npt_mode(set()):
-            for layer in llama.layers:
-                states.append(layer(states[-1], **arguments))
-    direct = {}
-    first = min(model.npt_layers)
-    hidden = states[first]
-    for i, layer in enumerate(llama.layers[first:], start=first):
-        given, target = states[i], states[i + 1]
-        hidden_before, hidden = hidden, layer(hidden, **arguments)
-        if i in model.npt_layers:
-            output = hidden if hidden_before is given else layer(given, **arguments)
-            direct[i] = (output - target).square().mean() / (target - given).square().mean()
-    # The head is linear: the difference of the logits is the head of the difference.
-    difference = model.lm_head(llama.norm(hidden) - llama.norm(states[-1]))
-    return direct, difference.square().mean()
-
-
 def _step(
     model: NptLlamaForCausalLM,
-    ids: torch.Tensor,
+    base: Reference,
     settings: EquivalenceSettings,
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[torch.Tensor],
 ) -> dict[str, float]:
-    direct, logits = losses(model, ids)
+    direct, logits = losses(model, base)
     total = settings.direct_weight * torch.stack(list(direct.values())).sum() + settings.logit_weight * logits
     optimizer.zero_grad(set_to_none=True)
     total.backward()
@@ -196,23 +168,4 @@ def _step(
         "logits": logits.item(),
         "gradient_norm": norm.item(),
         **{f"layer_{i}": loss.item() for i, loss in direct.items()},
-    }
-
-
-def _layer_arguments(model: NptLlamaForCausalLM, hidden_states: torch.Tensor) -> dict[str, Any]:
-    """What `LlamaModel.forward` hands to each layer, for unpadded `hidden_states` [B, T, d]."""
-    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-    mask = create_causal_mask(
-        config=model.config,
-        inputs_embeds=hidden_states,
-        attention_mask=None,
-        past_key_values=None,
-        position_ids=positions,
-    )
-    return {
-        "attention_mask": mask,
-        "position_embeddings": model.model.rotary_emb(hidden_states, position_ids=positions),
-        "position_ids": positions,
-        "past_key_values": None,
-        "use_cache": False,
     }

@@ -28,7 +28,7 @@ class LanguageModelSettings:
 
     vocab_size: int = 1536
     hidden_size: int = 128
-    intermediate_size: int = 352
+    intermediate_size: int = 256
     num_layers: int = 3
     num_heads: int = 4
     max_positions: int = 1024
@@ -36,7 +36,7 @@ class LanguageModelSettings:
     max_steps: int = 500
     warmup_steps: int = 50
     batch_size: int = 64
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
     muon_learning_rate: float = 5e-3
     weight_decay: float = 0.1
     gradient_clip_value: float = 1.0

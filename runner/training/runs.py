@@ -13,7 +13,7 @@ from runner.checkpoints.commit import staged
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.pickles import load_pickle
 from runner.errors import CheckpointError
-from runner.loading import build, npt_tensors
+from runner.loading import build_npt, npt_tensors
 from runner.models.npt_llama import NptLlamaForCausalLM
 from runner.training.equivalence import EquivalenceSettings, OnStep, initial_updates, train_equivalence
 
@@ -98,4 +98,4 @@ def reopen(path: Path, base: Base) -> tuple[NptLlamaForCausalLM, dict[str, Any]]
     ]
     if missing:
         raise CheckpointError(f"{file}: lacks {', '.join(missing)}, without which training cannot go on")
-    return build(checkpoint, base), dict(state)
+    return build_npt(checkpoint, base), dict(state)
