@@ -93,14 +93,12 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def torch_dtype(name: str, weights: TensorSource) -> torch.dtype:
-    """The compute dtype that `name` asks for; "stored" is that of the embedding."""
+def torch_dtype(name: str, weights: TensorSource, embedding: str = "model.embed_tokens.weight") -> torch.dtype:
+    """The compute dtype that `name` asks for; "stored" is that of the tensor `embedding`."""
     if name == "stored":
-        info = weights.infos.get("model.embed_tokens.weight")
+        info = weights.infos.get(embedding)
         if info is None or not info.dtype.is_floating_point:
-            raise ModelError(
-                f"{weights.path}: has no floating-point model.embed_tokens.weight to take dtype=stored from"
-            )
+            raise ModelError(f"{weights.path}: has no floating-point {embedding} to take dtype=stored from")
         return info.dtype
     if name not in DTYPES:
         raise ConfigError(f"dtype={name} is unknown; choose float32, bfloat16, float16 or stored")

@@ -4,13 +4,14 @@
 jobs failed; 130 interrupted.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from runner.confdir import config_directory
-from runner.errors import ConfigError, RunnerError
+from runner.errors import ConfigError, RunnerError, printable
 from runner.overrides import CommandLine, parse, spell
 
 INTERRUPTED = 130
@@ -42,6 +43,10 @@ def run(words: Sequence[str]) -> int:
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for the interpreter's own flush at exit
         return 0
+    except Exception as error:
+        logging.getLogger(__name__).exception("internal error")
+        print(f"runner: error: internal error ({type(error).__name__}: {printable(error)})", file=sys.stderr)
+        return 1
 
 
 def _run(line: CommandLine) -> int:

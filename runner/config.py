@@ -61,6 +61,13 @@ class DiagnoseConfig(ModelConfig):
 
 
 @dataclass
+class ConvertConfig(CheckpointConfig):
+    """`task=convert`."""
+
+    convert: Any = MISSING
+
+
+@dataclass
 class TrainConfig(CommonConfig):
     """`task=train`."""
 
@@ -75,10 +82,12 @@ class TrainConfig(CommonConfig):
 TASKS: dict[str, type[CommonConfig]] = {
     "diagnose": DiagnoseConfig,
     "inspect": InspectConfig,
+    "convert": ConvertConfig,
     "train": TrainConfig,
 }
 PATH_KEYS = {
     "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "tracker.dir", "train.resume_from",
+    "convert.output",
     "hydra.run.dir", "hydra.sweep.dir",
 }  # fmt: skip
 # Keys that a group's choice sets for all tasks alike and that nobody overrides.
@@ -87,9 +96,21 @@ FIXED_KEYS = ("verdict",)
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A model family; `auto` takes that of the checkpoint."""
+    """A model family; `auto` takes that of the checkpoint.
+
+    For lora_moe: `top_k` in the place of the checkpoint's own, `router_features` all_experts, base or expert_0, and
+    whether the `experts` are on.
+    """
 
     name: str
+    top_k: int | None = None
+    router_features: str | None = None
+    experts: bool = True
+
+    def routing(self) -> dict[str, Any]:
+        """The options that take the place of the checkpoint's own."""
+        given = {"top_k": self.top_k, "router_features": self.router_features}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +142,24 @@ class Tier:
                 raise ConfigError(f"tier.measures: {name!r} is unknown{did_you_mean(name, known)}")
         if self.sequence_length < 2 or self.new_tokens < 1:
             raise ConfigError("tier.sequence_length must be at least 2 and tier.new_tokens at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What `task=convert` writes: `to` safetensors or pt (the same checkpoint), or hf (base and adapters apart)."""
+
+    to: str
+    output: str
+    vocab_size: int | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise ConfigError("convert.output is needed: the directory to write")
+        if self.to not in ("safetensors", "pt", "hf"):
+            raise ConfigError(f"convert.to={self.to}: choose safetensors, pt or hf")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ConfigError(f"convert.vocab_size={self.vocab_size}: give the number of tokens to keep")
 
 
 def register() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from runner.measures.fidelity import Comparison, compare
+from runner.models.lora_moe import LoraForCausalLM
 from runner.models.npt_llama import run_layers
 
 # Entries of one chunk of logits: 16 MiB in float32, and a few times that in float64 while they are compared.
@@ -56,7 +57,8 @@ def head_of(model: nn.Module) -> Head:
 
 def logit_count(model: nn.Module) -> int:
     """How many logits the model gives for a position."""
-    return limits(model)[0]
+    config: Any = model.config
+    return getattr(config, "head_rows", config.vocab_size)
 
 
 def limits(model: nn.Module) -> tuple[int, int | None]:
@@ -67,17 +69,12 @@ def limits(model: nn.Module) -> tuple[int, int | None]:
 
 def has_cache(model: nn.Module) -> bool:
     """Whether the model takes and gives `past_key_values`."""
-    return isinstance(model, PreTrainedModel)
+    return isinstance(model, (PreTrainedModel, LoraForCausalLM))
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter lies."""
     return next(model.parameters()).device
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """What the model's first parameter is stored in."""
-    return next(model.parameters()).dtype
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from runner.run import _components, _typed, setup
 CONF = config_directory()
 GROUPS = ("family", "format", "tier", "data", "tracker", "experiment")
 CHOICES = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
-MANDATORY = {("data", "text"): [f"data.path={CONF / 'config.yaml'}"]}
+MANDATORY = {("data", "text"): [f"data.path={CONF / 'config.yaml'}"], ("data", "shards"): ["data.path=x.bin"]}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -66,6 +66,21 @@ def test_run_directory(run, checkpoint, base):
         ("npt/second_spelling/npt_weights.pt", {"format": "npt_delta", "keys": 6}),
         ("npt/base", {"format": "hf", "family": "hf", "keys": 39}),
         ("npt_full/pytorch_bin", {"format": "npt_full", "step": 502, "modulation_scale": 1.0}),
+        (
+            "gpt/small",
+            {
+                "format": "gpt_small",
+                "vocab_size": 512,
+                "num_layers": 12,
+                "num_heads": 1,
+                "model_dim": 128,
+                "step": 22550,
+            },
+        ),
+        ("gpt/medium", {"format": "gpt_medium", "num_layers": 16, "keys": 53, "val_loss": 1.2727}),
+        ("moe/two_experts", {"format": "lora_moe", "family": "lora_moe", "experts": 2, "top_k": 1}),
+        ("moe/three_experts_top2", {"format": "lora_moe", "experts": 3, "top_k": 2}),
+        ("moe/two_experts/peft_adapters/expert_0/expert_0", {"format": "peft", "family": "hf"}),
         ("npt_full/sharded_no_tokenizer", {"format": "npt_full", "step": 501}),
     ],
 )

@@ -12,6 +12,9 @@ from runner.errors import CheckpointError, ConfigError
 MODULES = (
     "runner.checkpoints.npt_delta",
     "runner.checkpoints.npt_full",
+    "runner.checkpoints.gpt",
+    "runner.checkpoints.lora_moe",
+    "runner.checkpoints.peft_adapter",
     "runner.checkpoints.hf",
 )
 _SUBDIRECTORIES = 200

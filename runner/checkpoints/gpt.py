@@ -5,13 +5,13 @@ of the same names. The dialect, and every size, is read from names and shapes.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
 from runner.checkpoints.content import Kind, kind_of
+from runner.checkpoints.describing import components
 from runner.checkpoints.gpt_layout import MEDIUM_DEPTH, SCALARS, Dialect, GptDetails, component, read_details
 from runner.checkpoints.gpt_provenance import METADATA, STATE, TOP_LEVEL, optimizer_summaries, provenance
 from runner.checkpoints.tensors import TensorSource, open_weights
@@ -117,14 +117,8 @@ def _other_entries(weights: TensorSource, nested: bool) -> tuple[list[str], list
 
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Sizes, parameters and bytes by component, scalars by what they are, and where the checkpoint comes from."""
+    """Sizes, tensors by component, scalars by what they are, and where the checkpoint comes from."""
     details: GptDetails = checkpoint.details
-    infos = checkpoint.weights.infos
-    components: dict[str, dict[str, int]] = {}
-    for name, info in infos.items():
-        entry = components.setdefault(component(name), {"parameters": 0, "bytes": 0})
-        entry["parameters"] += info.numel
-        entry["bytes"] += info.nbytes
     return {
         "dialect": details.dialect,
         "vocab_size": details.vocab_size,
@@ -133,10 +127,7 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "num_layers": details.num_layers,
         "num_heads": details.num_heads,
         "model_dim": details.model_dim,
-        "parameters": sum(info.numel for info in infos.values()),
-        "bytes": sum(info.nbytes for info in infos.values()),
-        "components": components,
-        "dtypes": dict(Counter(str(info.dtype).removeprefix("torch.") for info in infos.values())),
+        "components": components(checkpoint, component),
         "scalars": _scalars(checkpoint),
         **checkpoint.training,
     }

@@ -23,6 +23,7 @@ SHOWN = (
 )  # fmt: skip
 # Model types of other formats, whose directories may hold weights as pollution.
 _OTHERS = ("dylora-moe",)
+_OTHER_PARTS = ("peft_adapters", "dylo_moe_state", "adapter_config.json")
 _CONFIG_LIMIT = 16 << 20
 
 
@@ -61,7 +62,7 @@ def is_model_directory(listing: Listing) -> bool:
     """Whether it holds a config.json with a model type of its own, and weights beside it."""
     if not listing.path.is_dir() or CONFIG not in listing.entries:
         return False
-    if not any(name in listing.entries for name in (*SINGLE, *SHARDED)):
+    if not any(name in listing.entries for name in (*SINGLE, *SHARDED)) or set(_OTHER_PARTS) & set(listing.entries):
         return False
     model_type = read_config(listing.path).get("model_type")
     return isinstance(model_type, str) and model_type not in _OTHERS

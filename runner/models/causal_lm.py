@@ -44,7 +44,9 @@ def config_from(values: Mapping[str, Any], where: object) -> PreTrainedConfig:
     try:
         if kind == "llama":
             return LlamaConfig(**{name: values[name] for name in _LLAMA if name in values})
-        return AutoConfig.for_model(str(kind), **{name: value for name, value in values.items() if name not in _DROPPED})
+        return AutoConfig.for_model(
+            str(kind), **{name: value for name, value in values.items() if name not in _DROPPED}
+        )
     except Exception as error:  # transformers raises many kinds for a bad value; the user needs the value
         lines = str(error).splitlines() or [type(error).__name__]
         raise ModelError(f"{where}: config.json (model_type {kind!r}) makes no model: {lines[0]}") from error

@@ -32,9 +32,12 @@ def facts(result: Mapping[str, Any]) -> list[Fact]:
             ("KL Divergence", f"{number(metrics['kl'])} nats/token", ""),
             ("Top-1 Agreement", percent(metrics.get("top1")), ""),
         ]
+    rows += [("Forward", check["details"], check["status"]) for check in result["checks"] if check["name"] == "forward"]
     if text := metrics.get("text"):
-        perplexity = f"{number(text.get('ppl'), 2)} (reference {number(text.get('ppl_reference'), 2)})"
-        figures = f"mse {number(text['mse'])}, kl {number(text['kl'])}, perplexity {perplexity}"
+        figures = f"perplexity {number(text.get('ppl'), 2)}"
+        if "mse" in text:
+            figures += f" (reference {number(text.get('ppl_reference'), 2)})"
+            figures += f", mse {number(text['mse'])}, kl {number(text['kl'])}"
         rows.append(("Text", f"{figures} on {text['tokens']} tokens", ""))
     if floor := metrics.get("floor"):
         rows.append(

@@ -8,7 +8,7 @@ import torch
 
 from runner.checkpoints import npt_full
 from runner.config import DiagnoseConfig
-from runner.forward import device_of, dtype_of
+from runner.forward import device_of
 from runner.measures import layers as layer_measures
 from runner.measures.fidelity import Comparison, perplexities, perplexity, summarise
 from runner.results import Result
@@ -51,7 +51,7 @@ def control(page: Page) -> None:
     subject, token_ids = page.opened.subject, page.encode(min(page.config.data.prompts, key=len))
     compared = subject.control(token_ids)
     allowed: float | None = 0.0
-    exact = device_of(subject.model).type == "cpu" and dtype_of(subject.model) == torch.float32
+    exact = device_of(subject.model).type == "cpu" and subject.npt.dtype == torch.float32
     if compared.squared_difference and not exact:
         lowest = subject.compare_to_floor(token_ids)
         allowed = lowest.mse if lowest.finite else None

@@ -16,6 +16,7 @@ from runner.config import DiagnoseConfig
 from runner.errors import ModelError
 from runner.forward import limits, logit_count
 from runner.loading import build, own_base
+from runner.models.lora_moe import LoraForCausalLM
 from runner.models.npt_llama import NptLlamaForCausalLM
 from runner.reference import Reference
 from runner.subject import Subject
@@ -53,7 +54,9 @@ def open_subject(config: DiagnoseConfig, context: Context) -> Opened:
     with context.timed("load_base"):
         own = own_base(checkpoint, config.base, **options)
     with context.timed("load_checkpoint"):
-        model = build(checkpoint, own, **options)
+        model = build(checkpoint, own, routing=config.family.routing(), **options)
+        if isinstance(model, LoraForCausalLM):
+            model.experts_on = config.family.experts
     with context.timed("load_reference"):
         base = own or (_base_of_a_complete_model(checkpoint, config, options) if config.accuracy else None)
         reference, path = _reference(config, base, options)
