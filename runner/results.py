@@ -62,6 +62,7 @@ class Result:
     timing: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    exit_code: int = 0  # of the process, not in the file: 1 where a task whose purpose it is found a failure
 
     @classmethod
     def failed(cls, task: str, error: RunnerError, ckpt: str | None = None) -> "Result":
@@ -70,7 +71,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """The contract as plain JSON values."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "details"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("details", "exit_code")}
         kept = {name: value for name, value in values.items() if value not in (None, {}, [])}
         if self.status == "ok" and self.task == "diagnose":
             kept.setdefault("verdict", None)

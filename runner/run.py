@@ -97,6 +97,7 @@ def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tupl
         if cfg.task in _LIVE:
             tracker.start(_identity(cfg, {}, sweep), _plain(cfg))
         outcome = _run(cfg, directory, tracker)
+        code = outcome.exit_code
     except RunnerError as error:
         log.error("%s", error)
         outcome, code = _failed(cfg, error), error.exit_code
