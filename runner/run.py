@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
 from runner.confdir import config_directory
@@ -188,6 +188,9 @@ def _components(cfg: DictConfig, names: list[str]) -> dict[str, Any]:
             cause = error.__cause__ or error
             if isinstance(cause, RunnerError):
                 raise cause from error
+            if isinstance(cause, MissingMandatoryValue):
+                key = str(cause).splitlines()[0].rpartition(" ")[2]
+                raise ConfigError(f"{key} is needed; give it as {key}=…") from error
             raise ConfigError(f"{name}: {str(cause).splitlines()[0]}") from error
     return built
 
