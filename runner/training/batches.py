@@ -78,6 +78,15 @@ def equal_length_batches(samples: Sequence[Sample], batch_size: int, chooser: ra
     return chooser.sample(batches, len(batches))
 
 
+def document_batches(
+    documents: Sequence[Sequence[int]], length: int, batch_size: int, chooser: random.Random
+) -> list[torch.Tensor]:
+    """Token ids [B, T] of documents cut into rows of at most `length` tokens; a rest of one token is left out."""
+    rows = [document[i : i + length] for document in documents for i in range(0, len(document), length)]
+    samples = [Sample(ids=tuple(row), weights=(1.0,) * len(row)) for row in rows if len(row) > 1]
+    return [batch.ids for batch in equal_length_batches(samples, batch_size, chooser)]
+
+
 def endless_order(count: int, seed: int, start: int = 0) -> Iterator[int]:
     """Indices below `count`, each once an epoch, from position `start` of the one order that `seed` gives."""
     epoch, skip = divmod(start, count)

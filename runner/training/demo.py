@@ -19,10 +19,10 @@ from runner.checkpoints.commit import staged
 from runner.checkpoints.runs import find_run
 from runner.data.world import World, generate, train_tokenizer
 from runner.training.batches import equal_length_batches, packed_samples, sentence_samples
-from runner.training.equivalence import EquivalenceSettings
 from runner.training.language_model import LanguageModelSettings, save_language_model, train_language_model
 from runner.training.progress import step_bar
 from runner.training.runs import train_run
+from runner.training.settings import EquivalenceSettings
 
 # Part of the cache's key: change it with whatever changes the bytes and is neither a setting nor a sentence.
 FORMAT = 1

@@ -1,72 +1,20 @@
 """Training of NPT layers toward equivalence with the frozen layers they stand in for. The losses: see losses.py."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from runner.errors import ConfigError, ModelError
+from runner.errors import ModelError
 from runner.models.npt_llama import NptLlamaForCausalLM, RankKUpdate
 from runner.training.batches import endless_order
 from runner.training.losses import Reference, kept_references, losses
 from runner.training.moments import flat_optimizer_state, stacked_optimizer_state
-
-PROJECTIONS = {"single": ("gate",), "dual": ("gate", "up"), "triple": ("gate", "up", "down")}
+from runner.training.settings import PROJECTIONS, EquivalenceSettings
 
 OnStep = Callable[[int, Mapping[str, float]], None]
 OnCheckpoint = Callable[[int, Mapping[str, Any]], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EquivalenceSettings:
-    """Which layers become NPT layers, and how they are trained.
-
-    `batch_size` rows of `sequence_length` tokens are what a caller's batches are made of. `initial_scale`: the size
-    of the random W_b_up relative to that of the other matrices; 0 starts from the unmodulated MLP.
-    """
-
-    layers: tuple[int, ...]
-    modulation: str = "triple"
-    np_rank: int = 16
-    num_ranks: int = 4
-    max_steps: int = 3000
-    save_every: int = 500
-    learning_rate: float = 3e-3
-    warmup_steps: int = 500
-    weight_decay: float = 0.0
-    gradient_clip_value: float = 1.0
-    batch_size: int = 4
-    sequence_length: int = 256
-    direct_weight: float = 1.0
-    logit_weight: float = 1.0
-    initial_scale: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
-        if not self.layers or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.layers):
-            raise ConfigError(f"train.layers={list(self.layers)}: give layer numbers from 0 on, at least one")
-        if len(set(self.layers)) < len(self.layers):
-            raise ConfigError(f"train.layers={list(self.layers)}: names a layer twice")
-        if self.modulation not in PROJECTIONS:
-            raise ConfigError(f"train.modulation={self.modulation!r} is unknown; choose {', '.join(PROJECTIONS)}")
-        for name in ("np_rank", "num_ranks", "max_steps", "save_every", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
-        for name in ("learning_rate", "gradient_clip_value"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"train.{name}={getattr(self, name)} must be greater than 0")
-        for name in ("warmup_steps", "weight_decay", "direct_weight", "logit_weight", "initial_scale"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"train.{name}={getattr(self, name)} must not be negative")
-        if not self.direct_weight and not self.logit_weight:
-            raise ConfigError("train.direct_weight and train.logit_weight are both 0: nothing would be trained")
-        if self.sequence_length < 2:
-            raise ConfigError(f"train.sequence_length={self.sequence_length} must be at least 2")
-        if self.warmup_steps >= self.max_steps:
-            raise ConfigError(f"train.warmup_steps={self.warmup_steps} must be below max_steps={self.max_steps}")
 
 
 def initial_updates(config: Any, settings: EquivalenceSettings) -> dict[int, dict[str, RankKUpdate]]:

@@ -12,10 +12,11 @@ from runner.checkpoints import npt_delta
 from runner.checkpoints.commit import staged
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.pickles import load_pickle
-from runner.errors import CheckpointError
+from runner.errors import CheckpointError, ConfigError
 from runner.loading import build_npt, npt_tensors
 from runner.models.npt_llama import NptLlamaForCausalLM
-from runner.training.equivalence import EquivalenceSettings, OnStep, initial_updates, train_equivalence
+from runner.training.equivalence import OnStep, initial_updates, train_equivalence
+from runner.training.settings import EquivalenceSettings
 
 
 def train_run(
@@ -31,7 +32,7 @@ def train_run(
     """Train NPT layers over `base`, writing `directory`/checkpoint-<step>; → the last losses, the checkpoints.
 
     `base_name` is what the checkpoints say their base is: a hub name, or a path that starts at the checkpoint.
-    `resume_from`: a checkpoint of the same training to go on from.
+    `resume_from`: a checkpoint of the same training to go on from. Raises CheckpointError, ConfigError or ModelError.
     """
     state: Mapping[str, Any] | None = None
     if resume_from is None:
@@ -41,19 +42,19 @@ def train_run(
                 update.to(device=base.model.device, dtype=base.model.dtype)
         model = NptLlamaForCausalLM(base.model, updates)
     else:
-        model, state = reopen(resume_from, base)
+        model, state = _reopen(resume_from, base, settings)
     checkpoints = []
 
     def on_checkpoint(step: int, training_state: Mapping[str, Any]) -> None:
         target = directory / f"checkpoint-{step}"
-        save_checkpoint(target, model, training_state, settings, base_name=base_name)
+        _save(target, model, training_state, settings, base_name=base_name)
         checkpoints.append(target)
 
     figures = train_equivalence(model, batches, settings, on_step=on_step, on_checkpoint=on_checkpoint, resume=state)
     return figures, checkpoints
 
 
-def save_checkpoint(
+def _save(
     target: Path,
     model: NptLlamaForCausalLM,
     training_state: Mapping[str, Any],
@@ -84,18 +85,29 @@ def save_checkpoint(
         )
 
 
-def reopen(path: Path, base: Base) -> tuple[NptLlamaForCausalLM, dict[str, Any]]:
-    """A checkpoint's model over `base` and its training state. Raises CheckpointError where it has no such state."""
-    checkpoint = open_checkpoint(path)
+def _reopen(path: Path, base: Base, settings: EquivalenceSettings) -> tuple[NptLlamaForCausalLM, Mapping[str, Any]]:
+    """A checkpoint's model over `base` and its training state.
+
+    Raises CheckpointError where it has no such state, ConfigError where its layers are not those of `settings` or
+    nothing is left to train.
+    """
+    checkpoint = open_checkpoint(path, npt_delta.NAME)
     file = checkpoint.directory / npt_delta.TRAINING_STATE
     if not file.is_file():
         raise CheckpointError(f"{path}: has no {file.name} to go on from; start a new training instead")
     state = load_pickle(file, tensors="mmap")
-    missing = [
-        name
-        for name in ("global_step", "optimizer_state_dict", "scheduler_state_dict")
-        if not isinstance(state, Mapping) or state.get(name) is None
-    ]
-    if missing:
-        raise CheckpointError(f"{file}: lacks {', '.join(missing)}, without which training cannot go on")
-    return build_npt(checkpoint, base), dict(state)
+    needed = ("global_step", "optimizer_state_dict", "scheduler_state_dict")
+    if not isinstance(state, Mapping) or any(state.get(name) is None for name in needed):
+        raise CheckpointError(f"{file}: training goes on from {', '.join(needed)}, and not all of them are there")
+    kinds = {(layer.layer, layer.modulation, layer.np_rank, layer.num_ranks) for layer in checkpoint.layers}
+    wanted = {(layer, settings.modulation, settings.np_rank, settings.num_ranks) for layer in settings.layers}
+    if kinds != wanted:
+        raise ConfigError(
+            f"train.resume_from={path}: its (layer, modulation, np_rank, num_ranks) are {sorted(kinds)}, "
+            f"those asked for {sorted(wanted)}; they must be the same"
+        )
+    if state["global_step"] >= settings.max_steps:
+        raise ConfigError(
+            f"train.resume_from={path}: is at step {state['global_step']} already; give a larger train.max_steps"
+        )
+    return build_npt(checkpoint, base), state
