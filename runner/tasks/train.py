@@ -9,6 +9,7 @@ from runner.bases import Base, load_base
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.runs import find_run
 from runner.config import TrainConfig
+from runner.data.text import MAX_DOCUMENTS
 from runner.data.world import generate
 from runner.errors import ConfigError
 from runner.results import Result
@@ -37,9 +38,9 @@ def run(config: TrainConfig, context: Context) -> Result:
         base_option = config.base or str(demo_run(config.cache, context.progress) / "base")
         base = load_base(None, base_option, device=config.device, dtype=config.dtype, llama=True)
     with context.timed("data"):
-        batches = document_batches(
-            _documents(config, base), settings.sequence_length, settings.batch_size, random.Random(config.seed)
-        )
+        documents = _documents(config, base)
+        chooser = random.Random(config.seed)
+        batches = document_batches(documents, settings.sequence_length, settings.batch_size, chooser)
     if not batches:
         raise ConfigError("the data holds no text to train on; give data=world, or data=text with data.path=FILE")
     done = 0 if resume_from is None else open_checkpoint(resume_from).step or 0
@@ -67,6 +68,11 @@ def run(config: TrainConfig, context: Context) -> Result:
         family="npt",
         format="npt_delta",
         metrics=figures,
+        findings=[
+            f"data=text reads at most {MAX_DOCUMENTS} documents: what follows them in {config.data.path} was not used"
+        ]
+        if config.data.name == "text" and len(documents) == MAX_DOCUMENTS
+        else [],
         timing=context.timing,
         versions=versions(),
         details={"checkpoints": [str(path) for path in checkpoints]},
