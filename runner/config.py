@@ -68,6 +68,33 @@ class ConvertConfig(CheckpointConfig):
 
 
 @dataclass
+class MergeConfig(CommonConfig):
+    """`task=merge`; all but `merge` is for `merge.verify=functional`, which runs the models."""
+
+    merge: Any = MISSING
+    base: str | None = None
+    tokenizer: str | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+    data: Any = MISSING
+    tier: Any = MISSING
+    verdict: Any = MISSING
+
+
+@dataclass
+class VerifyConfig(CheckpointConfig):
+    """`task=verify`."""
+
+
+@dataclass
+class DiffConfig(CheckpointConfig):
+    """`task=diff`."""
+
+    base: str | None = None
+    reference: str | None = None
+
+
+@dataclass
 class TrainConfig(CommonConfig):
     """`task=train`."""
 
@@ -83,11 +110,14 @@ TASKS: dict[str, type[CommonConfig]] = {
     "diagnose": DiagnoseConfig,
     "inspect": InspectConfig,
     "convert": ConvertConfig,
+    "merge": MergeConfig,
+    "verify": VerifyConfig,
+    "diff": DiffConfig,
     "train": TrainConfig,
 }
 PATH_KEYS = {
     "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "tracker.dir", "train.resume_from",
-    "convert.output",
+    "convert.output", "merge.output", "merge.sources",
     "hydra.run.dir", "hydra.sweep.dir",
 }  # fmt: skip
 # Keys that a group's choice sets for all tasks alike and that nobody overrides.

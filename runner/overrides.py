@@ -19,6 +19,9 @@ FLAGS = {
     "--cfg": 1, "-c": 1, "--package": 1, "-p": 1, "--config-dir": 1, "-cd": 1, "--config-name": 1, "-cn": 1,
     "--info": "?", "-i": "?", "--help": 0, "-h": 0,
 }  # fmt: skip
+# Keys whose value is a list of paths, each alone or as one field of a dict.
+LIST_KEYS = ("merge.sources",)
+PATH_FIELD = "path"
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
@@ -100,7 +103,8 @@ def spell(key: str, value: str, *, multirun: bool) -> str:
     """One override for Hydra: a path value quoted, each path of a list or a sweep by itself; any other as typed."""
     if key.lstrip("+") not in PATH_KEYS or not value or value == "null":
         return f"{key}={value}"
-    return f"{key}={_spell_path(value, multirun)}"
+    spelled = _spell_list(value) if key.lstrip("+") in LIST_KEYS else _spell_path(value, multirun)
+    return f"{key}={spelled}"
 
 
 def _spell_path(value: str, multirun: bool) -> str:
@@ -114,6 +118,31 @@ def _spell_path(value: str, multirun: bool) -> str:
     if multirun and "," in value:
         return ",".join(quoted(unquoted(part)) for part in split_list(value))
     return quoted(value)
+
+
+def _spell_list(value: str) -> str:
+    """A list of paths and of `{path: …, layers: […]}`; one path alone is a list of one."""
+    if Path(unquoted(value)).expanduser().exists() or not (value.startswith("[") and value.endswith("]")):
+        return f"[{quoted(unquoted(value))}]"
+    return f"[{','.join(map(_spell_item, _paths_with_commas(split_list(value))))}]"
+
+
+def _paths_with_commas(parts: list[str]) -> list[str]:
+    """`parts` with those joined again that only together, with their commas, are the path of something."""
+    joined: list[str] = []
+    while parts:
+        longest = next((n for n in range(len(parts), 1, -1) if Path(",".join(parts[:n])).expanduser().exists()), 1)
+        joined.append(",".join(parts[:longest]))
+        parts = parts[longest:]
+    return joined
+
+
+def _spell_item(item: str) -> str:
+    if not (item.startswith("{") and item.endswith("}")) or Path(item).exists():
+        return quoted(unquoted(item))
+    fields = [field.partition(":") for field in split_list(f"[{item[1:-1]}]")]
+    spelled = [(name.strip(), value.strip()) for name, _, value in fields]
+    return f"{{{','.join(f'{k}:{quoted(unquoted(v)) if k == PATH_FIELD else v}' for k, v in spelled)}}}"
 
 
 def split_list(value: str) -> list[str]:

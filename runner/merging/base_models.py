@@ -1,0 +1,91 @@
+"""Whether the sources of a merge stand on one base model, as far as names, shapes and files at hand tell."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runner.checkpoints import hf
+from runner.checkpoints.content import sha256_of
+from runner.errors import CheckpointError
+from runner.hub import is_hub_name, snapshot
+from runner.merging.sources import Source
+
+
+def check_bases(sources: Sequence[Source], base: str | None) -> list[str]:
+    """What should be said of the sources' bases. Raises CheckpointError where layers do not fit theirs, or two differ.
+
+    `base` is the user's own answer for all sources. Bases under different names are compared by their weights where
+    both are at hand; else their names are only said.
+    """
+    if base is not None:
+        path = Path(base).expanduser()
+        for source in sources if path.is_dir() else ():
+            _check_fit(source, path)
+        return []
+    places: dict[str, Path | None] = {name: None for source in sources if (name := source.checkpoint.base_name)}
+    for source in sources:
+        name = source.checkpoint.base_name
+        if name and (place := _at_hand(source, name)) is not None:
+            _check_fit(source, place)
+            places[name] = places[name] or place
+    return _compared(list(places.items()), sources) if len(places) > 1 else []
+
+
+def _compared(places: Sequence[tuple[str, Path | None]], sources: Sequence[Source]) -> list[str]:
+    (first, there), *others = places
+    findings = []
+    for name, place in others:
+        named = f"{first} ({_who(first, sources)}) and {name} ({_who(name, sources)})"
+        names = f"the sources name different base models, {named}"
+        if there is None or place is None:
+            findings.append(f"{names}; they are not both at hand, so only the sizes of layers were compared")
+        elif there.samefile(place) or _weights(there) == _weights(place):
+            findings.append(f"{names}, which hold the same weights")
+        else:
+            raise CheckpointError(
+                f"{names}, whose weights differ: layers of different bases cannot be merged; if this is wrong, name "
+                "the one base as base="
+            )
+    return findings
+
+
+def _who(name: str, sources: Sequence[Source]) -> str:
+    return ", ".join(str(source.path) for source in sources if source.checkpoint.base_name == name)
+
+
+def _weights(place: Path) -> list[str]:
+    """The hashes of a base's weight files."""
+    return [sha256_of(file) for file in hf.open_model_weights(place).files]
+
+
+def _check_fit(source: Source, base: Path) -> None:
+    """Raise CheckpointError where the base's config.json says that a layer cannot stand on it."""
+    if not (base / hf.CONFIG).is_file():
+        return
+    config: dict[str, Any] = hf.read_config(base)
+    for layer in source.layers.values():
+        sizes = {"hidden_size": layer.hidden_size, "intermediate_size": layer.intermediate_size}
+        for key, size in sizes.items():
+            if config.get(key) not in (None, size):
+                raise CheckpointError(
+                    f"{source.path}: layer {layer.layer} is made for {key} {size}, but its base {base} has "
+                    f"{config[key]}; give the right one as base="
+                )
+        depth = config.get("num_hidden_layers")
+        if isinstance(depth, int) and layer.layer >= depth:
+            raise CheckpointError(
+                f"{source.path}: has NPT layer {layer.layer}, but its base {base} has only the layers 0 to "
+                f"{depth - 1}; give the right one as base="
+            )
+
+
+def _at_hand(source: Source, name: str) -> Path | None:
+    """Where the base lies that a checkpoint names: beside it, in the current directory, or in the hub's cache."""
+    if found := source.checkpoint.local_base():
+        return found
+    if not is_hub_name(name):
+        return None
+    try:
+        return snapshot("base", name, download=False)
+    except CheckpointError:
+        return None

@@ -1,0 +1,117 @@
+"""Writing a planned merge into a staged directory, one tensor at a time."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runner.checkpoints import npt_delta
+from runner.checkpoints.tensors import is_finite
+from runner.errors import CheckpointError
+from runner.merging.pieces import Piece
+from runner.merging.plan import Plan
+from runner.merging.safetensors_file import write_safetensors
+from runner.merging.sinks import new_file
+from runner.merging.states import State
+from runner.merging.torch_file import RECORD_BYTES, write_torch_file
+
+# config.json, merge_summary.json and MANIFEST.json together.
+_SMALL_FILES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """Everything that a merge writes. `format` is pt or safetensors, that of the weights."""
+
+    plan: Plan
+    format: str
+    training_state: State | None
+    multi_layer_state: State | None
+    config: State
+
+    @property
+    def weights_file(self) -> str:
+        """The name of the weights file."""
+        return f"npt_weights.{self.format}"
+
+    @property
+    def weights(self) -> dict[str, Piece]:
+        """The weights by name, in their order."""
+        return {tensor.name: tensor.piece for tensor in self.plan.tensors}
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What the user should know."""
+        states = (self.training_state, self.multi_layer_state, self.config)
+        return (*self.plan.findings, *(finding for state in states if state for finding in state.findings))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors: what takes the time."""
+        return sum(piece.nbytes for piece in self._pieces())
+
+    @property
+    def expected_bytes(self) -> int:
+        """About how much space the output takes, never less."""
+        return sum(piece.nbytes + RECORD_BYTES for piece in self._pieces()) + _SMALL_FILES
+
+    def _pieces(self) -> Iterator[Piece]:
+        yield from self.weights.values()
+        for state in (self.training_state, self.multi_layer_state):
+            if state is not None:
+                yield from pieces_of(state.content)
+
+
+def pieces_of(value: Any) -> Iterator[Piece]:
+    """Every `Piece` inside plain containers, in order."""
+    if isinstance(value, Piece):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from pieces_of(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from pieces_of(item)
+
+
+def write_tensors(partial: Path, content: Content, on_bytes: Callable[[int], None] = lambda count: None) -> None:
+    """Write weights and states into `partial`; `on_bytes` hears how many bytes each write took.
+
+    Raises CheckpointError where a weight is NaN or Inf, OSError where the disk fails.
+    """
+    weights = {name: _finite(piece) for name, piece in content.weights.items()}
+    with new_file(partial / content.weights_file, on_bytes) as sink:
+        if content.format == "safetensors":
+            write_safetensors(sink, weights)
+        else:
+            write_torch_file(sink, Path(content.weights_file).stem, weights)
+    states = {
+        npt_delta.TRAINING_STATE: content.training_state,
+        npt_delta.MULTI_LAYER_STATE: content.multi_layer_state,
+    }
+    for name, state in states.items():
+        if state is not None:
+            with new_file(partial / name, on_bytes) as sink:
+                write_torch_file(sink, Path(name).stem, state.content)
+
+
+def write_texts(partial: Path, content: Content, summary: Mapping[str, Any]) -> None:
+    """Write config.json and merge_summary.json into `partial`. Raises OSError where the disk fails."""
+    for name, values in ((npt_delta.CONFIG, content.config.content), (npt_delta.MERGE_SUMMARY, summary)):
+        with new_file(partial / name) as sink:
+            sink.write((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _finite(piece: Piece) -> Piece:
+    """The same piece, which raises CheckpointError where an element is NaN or Inf."""
+
+    def parts() -> Iterator[torch.Tensor]:
+        for part in piece.parts():
+            if not is_finite(part):
+                raise CheckpointError(f"{piece.origin}: NaN or Inf; such weights are not merged")
+            yield part
+
+    return replace(piece, parts=parts)

@@ -1,0 +1,135 @@
+"""Whether the files that a merge reads are sound, and what they are: CRCs and hashes, computed beside other work.
+
+Nothing heavy is imported here, so that files are being read while torch is still being imported.
+"""
+
+import hashlib
+import mmap
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+
+from runner.checkpoints.archives import check_archive
+from runner.errors import CheckpointError
+
+# Large, because each step waits for the interpreter's lock, which an import holds most of the time.
+_STEP = 1 << 26
+
+
+@dataclass(frozen=True)
+class _Reading:
+    stat: tuple[int, int, int]
+    crc: "Future[None]"
+    sha256: "Future[str]"
+
+
+class Inputs:
+    """The files of a merge, each read once for its CRCs and once for its hash, in two threads."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._stop = Event()
+        self._readings: dict[Path, _Reading] = {}
+
+    def start(self, paths: Iterable[Path]) -> None:
+        """Begin to read `paths`. Errors are raised by `check` and `sha256`."""
+        new = [path for path in dict.fromkeys(paths) if path not in self._readings]
+        stats = [_stat(path) for path in new]
+        # The CRCs of all files come first: the merge waits for them before it writes.
+        crcs = [self._pool.submit(self._crc, path) for path in new]
+        hashes = [self._pool.submit(self._sha256, path) for path in new]
+        for path, stat, crc, sha256 in zip(new, stats, crcs, hashes, strict=True):
+            self._readings[path] = _Reading(stat, crc, sha256)
+
+    def check(self, path: Path) -> None:
+        """Wait for the CRCs of `path`. Raises CheckpointError for a damaged record; other layouts carry no CRC."""
+        self.start([path])
+        self._readings[path].crc.result()
+
+    def sha256(self, path: Path) -> str:
+        """The hash of `path`, in hexadecimal. Raises CheckpointError where the file changed since it was opened."""
+        self.start([path])
+        reading = self._readings[path]
+        found = reading.sha256.result()
+        if _stat(path) != reading.stat:
+            raise CheckpointError(f"{path}: was changed while it was merged; start again when nobody writes it")
+        return found
+
+    def stop(self) -> None:
+        """Give up what is still being read."""
+        self._stop.set()
+
+    def _crc(self, path: Path) -> None:
+        view = _mapped(path)
+        if view[:4] == b"PK\x03\x04":
+            check_archive(path)
+            check_records(path, view, self._steps)
+
+    def _sha256(self, path: Path) -> str:
+        digest = hashlib.sha256()
+        for step in self._steps(_mapped(path)):
+            digest.update(step)
+        return digest.hexdigest()
+
+    def _steps(self, view: memoryview) -> Iterator[memoryview]:
+        for start in range(0, len(view), _STEP):
+            if self._stop.is_set():
+                raise CheckpointError("given up")
+            yield view[start : start + _STEP]
+
+
+@contextmanager
+def reading(paths: Iterable[Path]) -> Iterator[Inputs]:
+    """`Inputs` that begin with `paths` and give up, without waiting for the rest, when the block is left."""
+    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="reading") as pool:
+        inputs = Inputs(pool)
+        inputs.start(paths)
+        try:
+            yield inputs
+        finally:
+            inputs.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def check_records(path: Path, view: memoryview, steps: Callable[[memoryview], Iterable[memoryview]]) -> None:
+    """Compare the CRC of every record of the torch.save file `path` with what `view`, its bytes, holds.
+
+    Raises CheckpointError that names the first damaged record. Files written without CRCs have none to compare.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if not any(entry.CRC for entry in entries):
+        return
+    for entry in entries:
+        # The lengths of name and padding stand at bytes 26 to 29 of a record's own header.
+        at = entry.header_offset
+        start = at + 30 + sum(int.from_bytes(view[i : i + 2], "little") for i in (at + 26, at + 28))
+        crc = 0
+        for step in steps(view[start : start + entry.file_size]):
+            crc = zlib.crc32(step, crc)
+        if crc != entry.CRC or start + entry.file_size > len(view):
+            raise CheckpointError(
+                f"{path}: record {entry.filename} (at byte {at}) is damaged: its CRC does not match; copy or download "
+                "the file again"
+            )
+
+
+def _mapped(path: Path) -> memoryview:
+    try:
+        with path.open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _stat(path: Path) -> tuple[int, int, int]:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino

@@ -1,0 +1,209 @@
+"""`task=merge`: layers of several checkpoints in one, verified against their sources before it gets its name.
+
+Nothing heavy is imported at the top: the sources' bytes are being checked while torch is imported.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.checkpoints.runs import resolve
+from runner.config import DiagnoseConfig, Family, Format, MergeConfig
+from runner.errors import ConfigError
+from runner.merging.inputs import Inputs, reading
+from runner.merging.progress import byte_bar
+from runner.merging.spec import MergeSpec
+from runner.reports.cells import size
+from runner.results import Result
+from runner.tasks.context import Context
+from runner.versions import versions
+
+if TYPE_CHECKING:
+    from runner.merging.execute import Content
+
+# The files that a source is likely to consist of; what else there is, is read once it is known.
+_LIKELY = ("npt_weights.pt", "npt_weights.safetensors", "training_state.pt", "multi_layer_state.pt", "config.json")
+# What the joint measurement has in common with task=diagnose.
+_SHARED = ("seed", "base", "tokenizer", "device", "dtype", "data", "tier", "verdict")
+
+
+def run(config: MergeConfig, context: Context) -> Result:
+    """Merge, or with dry_run only say what would be done.
+
+    Raises ConfigError, CheckpointError or ModelError where the merge is refused, RunnerError where writing or
+    verifying fails; then there is no output.
+    """
+    spec: MergeSpec = config.merge
+    if spec.demo:
+        from runner.merging.demo import write_demo
+
+        with context.timed("demo"):
+            spec = write_demo(context.directory / "demo", spec, seed=config.seed)
+    output, paths = _output(spec), _paths(spec)
+    with reading(_likely(paths)) as inputs:
+        from runner.checkpoints.outputs import check_output
+        from runner.merging.gather import gather
+
+        with context.timed("plan"):
+            content = gather(spec, paths, config.base, output)
+            check_output(output, replace=spec.force, inputs=paths, expected_bytes=content.expected_bytes)
+        if spec.dry_run:
+            return _result(content, spec, context, output)
+        return _merge(config, spec, content, output, context, inputs)
+
+
+def _output(spec: MergeSpec) -> Path:
+    if not spec.output:
+        raise ConfigError("merge.output is needed: the directory to write")
+    return Path(os.path.abspath(Path(spec.output).expanduser()))  # noqa: PTH100 - a link must be seen, not followed
+
+
+def _paths(spec: MergeSpec) -> list[Path]:
+    if not spec.sources:
+        raise ConfigError("merge.sources is needed: the checkpoints to merge, as [A,B] or [{path: A, layers: [11]},B]")
+    return [resolve(Path(source.path).expanduser()) for source in spec.sources]
+
+
+def _likely(paths: Sequence[Path]) -> list[Path]:
+    files = [path / name for path in paths for name in _LIKELY] + list(paths)
+    return [file for file in files if file.is_file()]
+
+
+def _merge(
+    config: MergeConfig, spec: MergeSpec, content: "Content", output: Path, context: Context, inputs: Inputs
+) -> Result:
+    """Check the sources, write, verify, publish."""
+    from runner.checkpoints.commit import staged
+    from runner.merging.execute import write_tensors, write_texts
+    from runner.merging.states import summary
+    from runner.merging.verify import check_bytes, check_structure
+
+    plan = content.plan
+    files = list(dict.fromkeys(file for source in plan.sources for file in source.files))
+    with context.timed("check"):
+        inputs.start(files)
+        for file in files:
+            inputs.check(file)
+    manifest: dict[str, Any] = {"recipe": spec.recipe()}
+    places = [source.path for source in plan.sources]
+    options: dict[str, Any] = {"replace": spec.force, "inputs": places, "expected_bytes": content.expected_bytes}
+    with context.timed("commit"), staged(output, manifest=manifest, **options) as partial:
+        with context.timed("write"), byte_bar(context.progress, "merging", content.nbytes) as on_bytes:
+            write_tensors(partial, content, on_bytes)
+        with context.timed("hash"):
+            manifest["inputs"] = {str(file): inputs.sha256(file) for file in files}
+        differences = content.training_state.differences if content.training_state else ()
+        write_texts(partial, content, summary(plan, manifest["inputs"], differences))
+        with context.timed("verify"):
+            found = check_structure(partial, content)
+            check_bytes(partial, content)
+        measured = _measured(config, content, partial, context) if spec.verify == "functional" else None
+    return _result(content, spec, context, output, found, measured)
+
+
+def _measured(config: MergeConfig, content: "Content", partial: Path, context: Context) -> tuple[Result, list[int]]:
+    """All layers together, measured as diagnose does, and the layers that alone give the logits of their source."""
+    from runner.bases import load_base
+    from runner.checkpoints.detect import open_checkpoint
+    from runner.merging.functional import check_functions
+    from runner.tasks import diagnose
+    from runner.tokens import encode, load_tokenizer
+
+    with context.timed("functional"):
+        base = load_base(open_checkpoint(partial), config.base, device=config.device, dtype=config.dtype, llama=True)
+        places = [source.checkpoint.directory for source in content.plan.sources]
+        tokenizer = load_tokenizer(config.tokenizer, [*places, base.path])
+        size = base.model.config.vocab_size
+        prompts = {text: encode(tokenizer, text, size) for text in config.data.prompts}
+        checked = check_functions(partial, content.plan, base, prompts)
+    options = {name: getattr(config, name) for name in _SHARED}
+    asked = DiagnoseConfig(
+        task="diagnose", ckpt=str(partial), family=Family(name="auto"), format=Format(name="auto"), **options
+    )
+    return diagnose.run(asked, replace(context, timing={})), checked
+
+
+def _result(
+    content: "Content",
+    spec: MergeSpec,
+    context: Context,
+    output: Path,
+    found: Sequence[int] | None = None,
+    measured: tuple[Result, list[int]] | None = None,
+) -> Result:
+    """What was merged; without `found` layers, what would be."""
+    plan = content.plan
+    joint, checked = measured or (Result(task="diagnose"), [])
+    figures = {row["layer"]: row for row in joint.layers}
+    expected = [planned.layer.layer for planned in plan.layers]
+    checks = _checks(content, found, None if measured is None else checked)
+    return Result(
+        task="merge",
+        ckpt=None if found is None else str(output),
+        base=joint.base,
+        step=_step(content),
+        family="npt",
+        format="npt_delta",
+        tier=joint.tier,
+        metrics=joint.metrics,
+        per_prompt=joint.per_prompt,
+        layers=[
+            {
+                **figures.get(planned.layer.layer, {}),
+                **planned.layer.summary(),
+                "how": planned.how,
+                "sources": [str(source.path) for source in planned.sources],
+            }
+            for planned in plan.layers
+        ],
+        progressive=joint.progressive,
+        generation=joint.generation,
+        checks=checks,
+        verdict=joint.verdict,
+        findings=[*content.findings, *joint.findings],
+        timing=context.timing,
+        versions=versions(),
+        details={
+            "output": str(output),
+            "dry_run": spec.dry_run,
+            "expected_layers": expected,
+            "found_layers": None if found is None else list(found),
+            "keys": len(plan.tensors),
+            "parameters": plan.parameters,
+            "bytes": content.nbytes,
+            "sources": {str(planned.layer.layer): _named(planned.sources) for planned in plan.layers},
+            "conflicts": [conflict.summary() for conflict in plan.conflicts],
+            "verification": {check["name"]: check["status"] for check in checks},
+        },
+    )
+
+
+def _step(content: "Content") -> int | None:
+    steps = [source.step for source in content.plan.sources if source.step is not None]
+    return max(steps, default=None)
+
+
+def _named(sources: Sequence[Any]) -> Any:
+    """The path of the one source of a layer, or a list of several."""
+    paths = [str(source.path) for source in sources]
+    return paths[0] if len(paths) == 1 else paths
+
+
+def _checks(content: "Content", found: Sequence[int] | None, checked: Sequence[int] | None) -> list[dict[str, str]]:
+    """What was verified, row by row. A merge that fails a verification leaves an error and no output."""
+    skipped = {"status": "skipped", "details": "nothing was written (merge.dry_run)"}
+    if found is None:
+        return [{"name": name, **skipped} for name in ("structure", "bytes", "functional")]
+    layers = ", ".join(map(str, found))
+    rows = [
+        {"name": "structure", "status": "pass", "details": f"reads back with the layers {layers}, as planned"},
+        {"name": "bytes", "status": "pass", "details": f"{size(content.nbytes)} equal to what the sources hold"},
+    ]
+    if checked is None:
+        return [*rows, {"name": "functional", "status": "skipped", "details": "not asked for: merge.verify=functional"}]
+    computed = [layer for layer in found if layer not in checked]
+    words = f"layers {', '.join(map(str, checked)) or 'none'}, each alone: the logits of their sources, bit for bit"
+    words += f"; computed from several sources: {', '.join(map(str, computed))}" if computed else ""
+    return [*rows, {"name": "functional", "status": "pass", "details": words}]
