@@ -4,8 +4,7 @@ import gc
 import logging
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -143,22 +142,21 @@ def _run(cfg: DictConfig, directory: Path, tracker: Tracker) -> Result:
     """Check the config, build its components, run the task's page."""
     config = _typed(cfg)
     context = Context(directory=directory, tracker=tracker, progress=Console(stderr=True))
-    with _collector_off():
-        page = import_module(f"runner.tasks.{config.task}")
-    return page.run(config, context)
+    return _page(config.task).run(config, context)
 
 
-@contextmanager
-def _collector_off() -> Iterator[None]:
-    """Imports make objects that stay: to go through them for garbage takes a quarter of the import time."""
-    was_on = gc.isenabled()
+def _page(task: str) -> Any:
+    """The task's module. Imported with the garbage collector off: to go through the million objects that torch and
+    transformers leave takes a quarter of the import time."""
+    name = f"runner.tasks.{task}"
+    if name in sys.modules or not gc.isenabled():
+        return import_module(name)
     gc.disable()
     try:
-        yield
+        return import_module(name)
     finally:
         gc.freeze()
-        if was_on:
-            gc.enable()
+        gc.enable()
 
 
 def _typed(cfg: DictConfig) -> CommonConfig:
