@@ -41,7 +41,7 @@ def find_run(path: Path) -> Run | None:
     if not path.is_dir():
         return None
     try:
-        names = sorted(entry.name for entry in path.iterdir())
+        names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be listed: {error.strerror}") from error
     steps = {name: step_in_name(name) for name in names}

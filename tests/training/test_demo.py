@@ -42,7 +42,8 @@ SETTINGS = DemoSettings(
 
 
 def hashes(run: Path) -> dict[str, str]:
-    files = sorted(path for path in run.rglob("*") if path.is_file())
+    # A kill may leave an empty lock behind: the next writer of that name takes it away.
+    files = sorted(path for path in run.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
     return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
