@@ -11,7 +11,7 @@ import torch
 from runner.checkpoints import npt_delta
 from runner.checkpoints.tensors import is_finite
 from runner.errors import CheckpointError
-from runner.merging.pieces import Piece
+from runner.merging.pieces import Piece, contained, replaced
 from runner.merging.plan import Plan
 from runner.merging.safetensors_file import write_safetensors
 from runner.merging.sinks import new_file
@@ -43,10 +43,16 @@ class Content:
         return {tensor.name: tensor.piece for tensor in self.plan.tensors}
 
     @property
+    def states(self) -> dict[str, State]:
+        """The states that there are, by the name of their file."""
+        named = {npt_delta.TRAINING_STATE: self.training_state, npt_delta.MULTI_LAYER_STATE: self.multi_layer_state}
+        return {name: state for name, state in named.items() if state is not None}
+
+    @property
     def findings(self) -> tuple[str, ...]:
         """What the user should know."""
-        states = (self.training_state, self.multi_layer_state, self.config)
-        return (*self.plan.findings, *(finding for state in states if state for finding in state.findings))
+        states = (*self.states.values(), self.config)
+        return (*self.plan.findings, *(finding for state in states for finding in state.findings))
 
     @property
     def nbytes(self) -> int:
@@ -60,42 +66,31 @@ class Content:
 
     def _pieces(self) -> Iterator[Piece]:
         yield from self.weights.values()
-        for state in (self.training_state, self.multi_layer_state):
-            if state is not None:
-                yield from pieces_of(state.content)
+        for state in self.states.values():
+            yield from contained(state.content)
 
 
-def pieces_of(value: Any) -> Iterator[Piece]:
-    """Every `Piece` inside plain containers, in order."""
-    if isinstance(value, Piece):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from pieces_of(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from pieces_of(item)
-
-
-def write_tensors(partial: Path, content: Content, on_bytes: Callable[[int], None] = lambda count: None) -> None:
+def write_tensors(partial: Path, content: Content, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:
     """Write weights and states into `partial`; `on_bytes` hears how many bytes each write took.
 
-    Raises CheckpointError where a weight is NaN or Inf, OSError where the disk fails.
+    Returns what the user should know of the states' tensors. Raises CheckpointError where a weight is NaN or Inf,
+    OSError where the disk fails.
     """
-    weights = {name: _finite(piece) for name, piece in content.weights.items()}
+    weights = {name: _watched(piece, _refuse) for name, piece in content.weights.items()}
     with new_file(partial / content.weights_file, on_bytes) as sink:
         if content.format == "safetensors":
             write_safetensors(sink, weights)
         else:
             write_torch_file(sink, Path(content.weights_file).stem, weights)
-    states = {
-        npt_delta.TRAINING_STATE: content.training_state,
-        npt_delta.MULTI_LAYER_STATE: content.multi_layer_state,
-    }
-    for name, state in states.items():
-        if state is not None:
-            with new_file(partial / name, on_bytes) as sink:
-                write_torch_file(sink, Path(name).stem, state.content)
+    bad: dict[str, None] = {}
+
+    def note(piece: Piece) -> None:
+        bad[piece.origin] = None
+
+    for name, state in content.states.items():
+        with new_file(partial / name, on_bytes) as sink:
+            write_torch_file(sink, Path(name).stem, replaced(state.content, lambda piece: _watched(piece, note)))
+    return [f"{origin}: NaN or Inf, written as it is" for origin in bad]
 
 
 def write_texts(partial: Path, content: Content, summary: Mapping[str, Any]) -> None:
@@ -105,13 +100,17 @@ def write_texts(partial: Path, content: Content, summary: Mapping[str, Any]) -> 
             sink.write((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _finite(piece: Piece) -> Piece:
-    """The same piece, which raises CheckpointError where an element is NaN or Inf."""
+def _refuse(piece: Piece) -> None:
+    raise CheckpointError(f"{piece.origin}: NaN or Inf; such weights are not merged")
+
+
+def _watched(piece: Piece, on_bad: Callable[[Piece], None]) -> Piece:
+    """The same piece, which calls `on_bad` for a part with NaN or Inf."""
 
     def parts() -> Iterator[torch.Tensor]:
         for part in piece.parts():
             if not is_finite(part):
-                raise CheckpointError(f"{piece.origin}: NaN or Inf; such weights are not merged")
+                on_bad(piece)
             yield part
 
     return replace(piece, parts=parts)

@@ -1,8 +1,11 @@
 """Tensors that will be written: known by dtype and shape, read or computed in parts as they are asked for."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import torch
 
@@ -50,6 +53,31 @@ def from_source(source: TensorSource, info: TensorInfo) -> Piece:
     )
 
 
+def replaced(value: Any, change: Callable[[Piece], Piece]) -> Any:
+    """Plain containers with every `Piece` in them changed."""
+    if isinstance(value, Piece):
+        return change(value)
+    if isinstance(value, OrderedDict):
+        return OrderedDict((key, replaced(item, change)) for key, item in value.items())
+    if isinstance(value, dict):
+        return {key: replaced(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(replaced(item, change) for item in value)
+    return value
+
+
+def contained(value: Any) -> list[Piece]:
+    """Every `Piece` inside plain containers, in order."""
+    found: list[Piece] = []
+
+    def keep(piece: Piece) -> Piece:
+        found.append(piece)
+        return piece
+
+    replaced(value, keep)
+    return found
+
+
 def split(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The elements of `tensor` in order, PART at a time; only one that is not contiguous is copied."""
     flat = tensor.detach().contiguous().reshape(-1)
@@ -64,7 +92,7 @@ def as_bytes(part: torch.Tensor) -> memoryview:
 
 def mean(pieces: Sequence[Piece]) -> Piece:
     """The mean of tensors of one shape, computed in float64: equal ones give themselves."""
-    return _elementwise(pieces, lambda parts: torch.stack(parts).sum(0) / len(parts))
+    return _elementwise(pieces, lambda parts: reduce(torch.add, parts) / len(parts))
 
 
 def linear(first: Piece, second: Piece, t: float) -> Piece:
@@ -77,7 +105,7 @@ def weighted(pieces: Sequence[Piece], weights: Sequence[float]) -> Piece:
     chosen = [(piece, weight) for piece, weight in zip(pieces, weights, strict=True) if weight]
     return _elementwise(
         [piece for piece, _ in chosen],
-        lambda parts: torch.stack([part * w for part, (_, w) in zip(parts, chosen, strict=True)]).sum(0),
+        lambda parts: reduce(torch.add, [part * w for part, (_, w) in zip(parts, chosen, strict=True)]),
         like=pieces,
     )
 

@@ -34,13 +34,8 @@ def check_bytes(written: Path, content: Content) -> None:
     weights = open_checkpoint(written, npt_delta.NAME).weights
     for name, piece in content.weights.items():
         _check_piece(written / content.weights_file, name, piece, from_source(weights, weights.infos[name]))
-    states = {
-        npt_delta.TRAINING_STATE: content.training_state,
-        npt_delta.MULTI_LAYER_STATE: content.multi_layer_state,
-    }
-    for name, state in states.items():
-        if state is not None:
-            _check_value(written / name, "", state.content, load_pickle(written / name, tensors="mmap"))
+    for name, state in content.states.items():
+        _check_value(written / name, "", state.content, load_pickle(written / name, tensors="mmap"))
 
 
 def _check_value(file: Path, at: str, wanted: Any, found: Any) -> None:

@@ -91,7 +91,7 @@ def _merge(
     options: dict[str, Any] = {"replace": spec.force, "inputs": places, "expected_bytes": content.expected_bytes}
     with context.timed("commit"), staged(output, manifest=manifest, **options) as partial:
         with context.timed("write"), byte_bar(context.progress, "merging", content.nbytes) as on_bytes:
-            write_tensors(partial, content, on_bytes)
+            said = write_tensors(partial, content, on_bytes)
         with context.timed("hash"):
             manifest["inputs"] = {str(file): inputs.sha256(file) for file in files}
         differences = content.training_state.differences if content.training_state else ()
@@ -100,7 +100,9 @@ def _merge(
             found = check_structure(partial, content)
             check_bytes(partial, content)
         measured = _measured(config, content, partial, context) if spec.verify == "functional" else None
-    return _result(content, spec, context, output, found, measured)
+    result = _result(content, spec, context, output, found, measured)
+    result.findings += said
+    return result
 
 
 def _measured(config: MergeConfig, content: "Content", partial: Path, context: Context) -> tuple[Result, list[int]]:
