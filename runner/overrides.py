@@ -124,15 +124,19 @@ def _spell_list(value: str) -> str:
     """A list of paths and of `{path: …, layers: […]}`; one path alone is a list of one."""
     if Path(unquoted(value)).expanduser().exists() or not (value.startswith("[") and value.endswith("]")):
         return f"[{quoted(unquoted(value))}]"
-    return f"[{','.join(map(_spell_item, _paths_with_commas(split_list(value))))}]"
+    items = _existing_paths(value[1:-1].split(",")) or list(map(_spell_item, split_list(value)))
+    return f"[{','.join(items)}]"
 
 
-def _paths_with_commas(parts: list[str]) -> list[str]:
-    """`parts` with those joined again that only together, with their commas, are the path of something."""
+def _existing_paths(parts: list[str]) -> list[str] | None:
+    """`parts`, joined by commas again where only that is a path, quoted; None unless every path is there."""
     joined: list[str] = []
     while parts:
-        longest = next((n for n in range(len(parts), 1, -1) if Path(",".join(parts[:n])).expanduser().exists()), 1)
-        joined.append(",".join(parts[:longest]))
+        counts = range(len(parts), 0, -1)
+        longest = next((n for n in counts if Path(",".join(parts[:n]).strip()).expanduser().exists()), None)
+        if longest is None:
+            return None
+        joined.append(quoted(",".join(parts[:longest]).strip()))
         parts = parts[longest:]
     return joined
 

@@ -14,6 +14,9 @@ from runner.merging import pieces
 from runner.merging.plan import Plan, PlannedTensor
 from runner.merging.sources import Source
 
+# A source, one of its names, and what its optimizer holds for it.
+Entry = tuple[Source, str, Mapping[str, Any]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
@@ -95,19 +98,20 @@ def unite(plan: Plan, moments: Sequence[Moments], furthest: Moments) -> United:
 
 def _entry(tensor: PlannedTensor, by_source: Mapping[int, Moments]) -> dict[str, Any] | None:
     """The moments of one parameter; those of a combined one are combined alike; None where a source has none."""
-    found = []
+    found: list[Entry] = []
     for source, name in zip(tensor.layer.sources, tensor.names, strict=True):
         moments = by_source.get(id(source))
         entry = moments.entries.get(name) if moments else None
         if entry is None:
             return None
         found.append((source, name, entry))
-    leader = max(found, key=lambda each: -1 if each[0].step is None else each[0].step)[2]
-    return {name: _value(name, value, found, tensor) for name, value in leader.items()}
+    leader = max(found, key=lambda each: -1 if each[0].step is None else each[0].step)
+    return {name: _value(name, leader, found, tensor) for name in leader[2]}
 
 
-def _value(name: str, value: Any, found: Sequence[tuple[Source, str, Mapping[str, Any]]], tensor: PlannedTensor) -> Any:
-    """One value of an entry: a tensor of the parameter's shape is combined as the parameter is, others are taken."""
+def _value(name: str, leader: Entry, found: Sequence[Entry], tensor: PlannedTensor) -> Any:
+    """One value of an entry: a tensor of the parameter's shape is combined as the parameter is, others the leader's."""
+    value = leader[2][name]
     if not isinstance(value, torch.Tensor):
         return value
     parts = [
@@ -118,7 +122,7 @@ def _value(name: str, value: Any, found: Sequence[tuple[Source, str, Mapping[str
     of_parameter = all(part.shape == tensor.piece.shape and part.dtype.is_floating_point for part in parts)
     if len(parts) > 1 and len(parts) == len(found) and of_parameter:
         return pieces.mean(parts) if tensor.layer.how == "average" else pieces.weighted(parts, tensor.layer.weights)
-    return pieces.from_tensor(value, f"{name} of {tensor.name}")
+    return pieces.from_tensor(value, f"{leader[0].path}: {name} of {leader[1]}")
 
 
 def _group(tensor: PlannedTensor, by_source: Mapping[int, Moments], count: int) -> int:

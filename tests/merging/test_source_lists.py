@@ -1,0 +1,21 @@
+"""`merge.sources` as people type it reaches Hydra with every path quoted."""
+
+from pathlib import Path
+
+from runner.overrides import spell
+
+
+def test_a_list_of_sources_is_spelled_item_by_item(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spelled = {
+        "[a,b c]": "['a','b c']",
+        "[ 'a' , \"b,c\" ]": "['a','b,c']",
+        "[{path: a=1, layers: [11, 12]}, b]": "[{path:'a=1',layers:[11, 12]},'b']",
+        "a b": "['a b']",
+    }
+    for typed, expected in spelled.items():
+        assert spell("merge.sources", typed, multirun=False) == f"merge.sources={expected}"
+    for name in ("a,b", "it's", "[x]", "c"):
+        Path(name).mkdir()
+    assert spell("merge.sources", "[a,b,it's,c]", multirun=False) == r"merge.sources=['a,b','it\'s','c']"
+    assert spell("merge.sources", "[x]", multirun=False) == "merge.sources=['[x]']"
