@@ -1,7 +1,7 @@
 """Hidden states and logits of any model here: of a Llama from any layer on, of all in chunks of positions."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from runner.models.npt_llama import run_layers
 # Entries of one chunk of logits: 16 MiB in float32, and a few times that in float64 while they are compared.
 CHUNK_ENTRIES = 1 << 22
 Head = Callable[[torch.Tensor], torch.Tensor]
+LogitChunks = Iterable[torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,17 +87,24 @@ def logits(model: nn.Module, final: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def compare_finals(
-    reference_head: Head,
-    reference_final: torch.Tensor,
-    subject_head: Head,
-    subject_final: torch.Tensor,
-    token_ids: torch.Tensor,
-    vocab_size: int,
+    reference: LogitChunks, subject_head: Head, subject_final: torch.Tensor, token_ids: torch.Tensor, vocab_size: int
 ) -> Comparison:
-    """Compare the logits that two heads give to two inputs [1, T, d], chunk by chunk of positions."""
-    size = max(1, CHUNK_ENTRIES // vocab_size)
-    pairs = zip(reference_final[0].split(size), subject_final[0].split(size), strict=True)
-    return compare(((reference_head(a), subject_head(b)) for a, b in pairs), token_ids)
+    """Compare a reference's logits, in chunks of positions, with those that a head gives to its input [1, T, d]."""
+    parts = subject_final[0].split(chunk_size(vocab_size))
+    return compare(((theirs, subject_head(ours)) for theirs, ours in zip(reference, parts, strict=True)), token_ids)
+
+
+@torch.inference_mode()
+def logit_chunks(model: nn.Module, final: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The logits [t, V] of `final` [1, T, d], a chunk of positions at a time."""
+    head = head_of(model)
+    for part in final[0].split(chunk_size(logit_count(model))):
+        yield head(part)
+
+
+def chunk_size(vocab_size: int) -> int:
+    """How many positions make one chunk of logits."""
+    return max(1, CHUNK_ENTRIES // vocab_size)
 
 
 @torch.inference_mode()

@@ -58,7 +58,7 @@ class Subject:
             final = continue_from(self.npt, known, self.shared_below)
         else:
             final = trace(self.model, token_ids, frozenset()).final
-        return self._compare(self._reference.model, known.final, self.model, final, token_ids)
+        return self._compare(self._reference, self.model, final, token_ids)
 
     @torch.inference_mode()
     def next_logprobs(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -78,25 +78,23 @@ class Subject:
 
     def compare_to_floor(self, token_ids: torch.Tensor) -> Comparison:
         """The reference in the other of float32 and bfloat16 against itself: what no subject can beat."""
-        known = self._reference.trace(token_ids, [])
         model = self._reference.model
         assert isinstance(model, LlamaForCausalLM)
         head, final = in_other_precision(model, token_ids)
-        return compare_finals(head_of(model), known.final, head, final, token_ids, self.vocab_size)
+        return compare_finals(self._reference.logit_chunks(token_ids), head, final, token_ids, self.vocab_size)
 
     def control(self, token_ids: torch.Tensor) -> Comparison:
         """All layers standard, through the model's own forward pass, against the plain model: must be equal."""
         assert self.plain is not None
-        known = self.plain.trace(token_ids, [])
         with self.npt.npt_mode(set()), torch.inference_mode():
             output = self.npt.model(token_ids.to(self.npt.device).unsqueeze(0), use_cache=False)
-        return self._compare(self.plain.model, known.final, self.model, output.last_hidden_state, token_ids)
+        return self._compare(self.plain, self.model, output.last_hidden_state, token_ids)
 
     def plain_against_reference(self, token_ids: torch.Tensor) -> Comparison:
         """The plain model against the reference: differs where a checkpoint brings base weights of its own."""
         assert self.plain is not None
-        ours, theirs = self.plain.trace(token_ids, []), self._reference.trace(token_ids, [])
-        return self._compare(self._reference.model, theirs.final, self.plain.model, ours.final, token_ids)
+        final = self.plain.trace(token_ids, []).final
+        return self._compare(self._reference, self.plain.model, final, token_ids)
 
     def layer_run(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, layers.Run]:
         """The reference's logits [T, V] and a function from active NPT layers to the subject's, for per-layer tests.
@@ -143,6 +141,6 @@ class Subject:
         return findings
 
     def _compare(
-        self, first: nn.Module, first_final: torch.Tensor, second: nn.Module, final: torch.Tensor, ids: torch.Tensor
+        self, reference: Reference, model: nn.Module, final: torch.Tensor, token_ids: torch.Tensor
     ) -> Comparison:
-        return compare_finals(head_of(first), first_final, head_of(second), final, ids, self.vocab_size)
+        return compare_finals(reference.logit_chunks(token_ids), head_of(model), final, token_ids, self.vocab_size)

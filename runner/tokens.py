@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ def load_tokenizer(option: str | None, directories: Sequence[Path]) -> Any:
             directory = snapshot("tokenizer", option, download=True, patterns=TOKENIZER_PATTERNS)
         if not hf.has_tokenizer(directory):
             raise CheckpointError(f"tokenizer={option}: the directory holds no tokenizer files")
+    stats = tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in sorted(directory.glob("*token*")))
+    return _load_once(directory.absolute(), stats)
+
+
+@lru_cache(maxsize=4)
+def _load_once(directory: Path, stats: tuple[tuple[str, int, int], ...]) -> Any:
+    """The tokenizer of a directory whose files are as `stats` say: loading a large one takes half a second."""
     from transformers import AutoTokenizer
 
     try:

@@ -73,7 +73,7 @@ def compare(chunks: Iterable[tuple[torch.Tensor, torch.Tensor]], token_ids: torc
 
     Position p predicts token p + 1; the last position has no known next token. Raises ValueError where shapes differ.
     """
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = [0.0] * 4
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in ("kl", "kl_reverse", "top1", "top5", "sub", "ref")}
     position, entries, finite = 0, 0, True
     for reference, subject in chunks:
@@ -81,24 +81,22 @@ def compare(chunks: Iterable[tuple[torch.Tensor, torch.Tensor]], token_ids: torc
             raise ValueError(f"reference logits {list(reference.shape)}, subject logits {list(subject.shape)}")
         reference, subject = reference.float(), subject.float()
         entries += reference.numel()
-        finite = finite and bool(torch.isfinite(reference).all()) and bool(torch.isfinite(subject).all())
-        sums += torch.stack(
-            [
-                (subject - reference).square().sum(dtype=torch.float64),
-                reference.square().sum(dtype=torch.float64),
-                subject.square().sum(dtype=torch.float64),
-                (subject * reference).sum(dtype=torch.float64),
-            ]
-        ).cpu()
+        squares = [_square(each) for each in (subject - reference, reference, subject)]
+        finite = finite and all(map(math.isfinite, squares))
+        for i, value in enumerate((*squares, float((subject * reference).sum(dtype=torch.float64)))):
+            sums[i] += value
+        best = [each.topk(min(5, each.shape[-1]), dim=-1).indices for each in (reference, subject)]
+        parts["top1"].append((best[0][:, 0] == best[1][:, 0]).double().cpu())
+        parts["top5"].append((best[0].unsqueeze(-1) == best[1].unsqueeze(-2)).any(-1).double().mean(-1).cpu())
         log_p, log_q = reference.double().log_softmax(-1), subject.double().log_softmax(-1)
-        parts["kl"].append((log_p.exp() * (log_p - log_q)).sum(-1).cpu())
-        parts["kl_reverse"].append((log_q.exp() * (log_q - log_p)).sum(-1).cpu())
-        parts["top1"].append((reference.argmax(-1) == subject.argmax(-1)).double().cpu())
-        parts["top5"].append(_overlap(reference, subject, min(5, reference.shape[-1])).cpu())
         known = token_ids[position + 1 : position + 1 + len(reference)].to(log_p.device)
         rows = torch.arange(len(known), device=log_p.device)
         parts["sub"].append(log_q[rows, known].cpu())
         parts["ref"].append(log_p[rows, known].cpu())
+        # In place from here: fresh memory of this size costs more than the arithmetic.
+        difference = log_p - log_q
+        parts["kl"].append(log_p.exp_().mul_(difference).sum(-1).cpu())
+        parts["kl_reverse"].append(log_q.exp_().mul_(difference).sum(-1).neg().cpu())
         position += len(reference)
     if position != len(token_ids):
         raise ValueError(f"logits of {position} positions for {len(token_ids)} tokens")
@@ -107,10 +105,10 @@ def compare(chunks: Iterable[tuple[torch.Tensor, torch.Tensor]], token_ids: torc
         tokens=position,
         entries=entries,
         finite=finite,
-        squared_difference=float(sums[0]),
-        reference_square=float(sums[1]),
-        subject_square=float(sums[2]),
-        product=float(sums[3]),
+        squared_difference=sums[0],
+        reference_square=sums[1],
+        subject_square=sums[2],
+        product=sums[3],
         kl=joined["kl"].clamp_min(0),  # rounding can leave -1e-17
         kl_reverse=joined["kl_reverse"].clamp_min(0),
         top1=joined["top1"],
@@ -193,10 +191,9 @@ def _scale(product: float, subject_square: float, squared_difference: float, ref
     return {"scale": scale, "magnitude_share": share}
 
 
-def _overlap(reference: torch.Tensor, subject: torch.Tensor, count: int) -> torch.Tensor:
-    """Share of the `count` most likely tokens that both have, for each position [t]."""
-    a, b = reference.topk(count, dim=-1).indices, subject.topk(count, dim=-1).indices
-    return (a.unsqueeze(-1) == b.unsqueeze(-2)).any(-1).double().mean(-1)
+def _square(values: torch.Tensor) -> float:
+    """Sum of the squares of float32 `values`, added up in float64; not finite where one of them is not."""
+    return float(values.square().sum(dtype=torch.float64))
 
 
 def _root_mean_square(values: torch.Tensor) -> float | None:
