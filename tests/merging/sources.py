@@ -61,7 +61,7 @@ def write_source(
     step: int | None = 100,
     trained: int = 2,
     base: str | None = "base",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     weights: dict[str, torch.Tensor] | None = None,
     groups: dict[str, object] | None = None,
     **state: object,
@@ -73,9 +73,11 @@ def write_source(
         optimizer = adamw(list(tensors.values()), **(groups or {}))
         for turn in range(trained):
             step_with(optimizer, random_like(list(tensors.values()), 1000 * seed + turn))
-        tensors = {name: p.detach().clone().to(dtype) for name, p in zip(tensors, parameters(optimizer), strict=True)}
+        tensors = {name: p.detach() for name, p in zip(tensors, parameters(optimizer), strict=True)}
         state = {"optimizer_state_dict": optimizer.state_dict(), **state}
-    torch.save({name: tensor.to(dtype) for name, tensor in tensors.items()}, directory / "npt_weights.pt")
+    torch.save(
+        {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}, directory / "npt_weights.pt"
+    )
     if step is not None:
         scheduler = {"last_epoch": step, "_step_count": step + 1, "base_lrs": [1e-3]}
         training = {"global_step": step, "batch_count": 2 * step, "scheduler_state_dict": scheduler, **state}
