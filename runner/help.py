@@ -10,6 +10,9 @@ runner: what a model checkpoint is, how close it is to its base model, how far i
   python -m runner task=diagnose ckpt=PATH tier=full verbose=true output=report.json
   python -m runner -m task=diagnose ckpt=RUN step=1000,2000,3000      one job a step, then a table
   python -m runner -m task=diagnose ckpt=RUN step=all
+  python -m runner task=inspect ckpt=PATH_OR_RUN
+  python -m runner task=convert ckpt=PATH convert.to=safetensors convert.output=DIR
+  python -m runner task=merge merge.sources=[A,B] merge.output=DIR
 
 tasks
 {tasks}
@@ -23,7 +26,8 @@ what is measured
   tier=NAME         {tier}   [quick]
   data=NAME         {data}; data.prompts=[…] data.layer_prompt=… data.path=FILE   [prompts]
   accuracy=false    load and run only, compare nothing
-  family, format    {format}   [auto]
+  format=NAME       {format}   [auto]
+  family=NAME       {family}; family.top_k= family.router_features= family.experts= for lora_moe   [auto]
 
 how it runs, and what is left
   device=auto|cpu|cuda|mps   dtype=float32|bfloat16|float16|stored   seed=0
@@ -45,7 +49,7 @@ failed · 130 interrupted
 
 def help_text(conf: Path) -> str:
     """The help with the choices that lie in `conf`, each task with the first comment of its file."""
-    groups = ("tier", "data", "tracker", "experiment", "format")
+    groups = ("tier", "data", "tracker", "experiment", "format", "family")
     choices = {group: ", ".join(sorted(f.stem for f in (conf / group).glob("*.yaml"))) for group in groups}
     tasks = "\n".join(f"  task={f.stem:<12} {_first_comment(f)}" for f in sorted((conf / "task").glob("*.yaml")))
     return _TEXT.format(tasks=tasks, **choices).rstrip()
