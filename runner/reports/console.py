@@ -109,7 +109,8 @@ def _progress_bar(verdict: Mapping[str, Any] | None, drawn: bool) -> str:
     if not verdict:
         return "–"
     percent = verdict["progress"]
-    return f"{'█' * (percent // 10)}{'░' * (10 - percent // 10)} {percent}%" if drawn else f"{percent}%"
+    filled = round(percent / 20)
+    return f"{'█' * filled}{'░' * (5 - filled)} {percent:3}%" if drawn else f"{percent}%"
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
