@@ -99,7 +99,7 @@ def print_sweep(rows: Sequence[Mapping[str, Any]], directory: Path) -> None:
     ]
     if console.is_terminal:
         if lines:
-            console.print(_table(f"{len(done)} of {len(rows)} jobs", lines))
+            console.print(_table(f"{len(done)} of {len(rows)} jobs", lines, gap=2 if console.width >= 100 else 1))
     else:
         _print_columns(lines)
     print(f"Sweep: {printable(directory)}")
@@ -113,9 +113,9 @@ def _progress_bar(verdict: Mapping[str, Any] | None, drawn: bool) -> str:
     return f"{'█' * filled}{'░' * (5 - filled)} {percent:3}%" if drawn else f"{percent}%"
 
 
-def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+def _table(title: str, rows: Sequence[Mapping[str, Any]], gap: int = 2) -> Table:
     table = Table(
-        title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, 2, 0, 0)
+        title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, gap, 0, 0)
     )
     for name in rows[0]:
         wide = name in _TEXTS
