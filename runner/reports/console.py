@@ -109,7 +109,7 @@ def _progress_bar(verdict: Mapping[str, Any] | None, drawn: bool) -> str:
     if not verdict:
         return "–"
     percent = verdict["progress"]
-    filled = round(percent / 20)
+    filled = min(5, (percent + 10) // 20)
     return f"{'█' * filled}{'░' * (5 - filled)} {percent:3}%" if drawn else f"{percent}%"
 
 
