@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from runner.checkpoints.runs import resolve
 from runner.config import DiagnoseConfig, Family, Format, MergeConfig
 from runner.errors import ConfigError
+from runner.merging.imports import importing
 from runner.merging.inputs import Inputs, reading
 from runner.merging.progress import byte_bar
 from runner.merging.spec import MergeSpec
@@ -43,8 +44,9 @@ def run(config: MergeConfig, context: Context) -> Result:
             spec = write_demo(context.directory / "demo", spec, seed=config.seed)
     output, paths = _output(spec), _paths(spec)
     with reading(_likely(paths)) as inputs:
-        from runner.checkpoints.outputs import check_output
-        from runner.merging.gather import gather
+        with importing():
+            from runner.checkpoints.outputs import check_output
+            from runner.merging.gather import gather
 
         with context.timed("plan"):
             content = gather(spec, paths, config.base, output)
