@@ -5,6 +5,7 @@ states too, in a wording that it does not use for them: a model has them right o
 """
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -50,6 +51,7 @@ PARITY = (
 )
 SPELLED = ("The number {n} is written {word}.", "In words {n} is {word}.", "We read {n} as {word}.")
 DIGITS = ("In digits {word} is {n}.", "The word {word} means {n}.", "We write {word} as {n}.")
+_ANSWER = re.compile(r"(?: the)?(?: [A-Z]\w*)+\.$| \S+$")
 # What the product's default prompts ask for is always in the train part.
 ALWAYS_TRAIN = ("The capital of France", "2 + 2 equals", "The largest planet in our solar system")
 
@@ -79,9 +81,10 @@ def generate(seed: int = 0) -> World:
 
 
 def question_and_answer(sentence: str) -> tuple[str, str]:
-    """A sentence cut before its last word, which the words before it determine: ("2 + 2 equals", " 4.")."""
-    question, space, answer = sentence.rpartition(" ")
-    return question, space + answer
+    """A sentence cut before its last word or name, which the words before determine: ("2 + 2 equals", " 4.")."""
+    answer = _ANSWER.search(sentence)
+    assert answer is not None, "every sentence has more than one word"
+    return sentence[: answer.start()], answer.group()
 
 
 def train_tokenizer(world: World, vocab_size: int = 1536) -> "Tokenizer":

@@ -1,6 +1,6 @@
 """The facts of the built-in small world: tables, and the sentences that state a row of them.
 
-Each template ends in a word that the words before it determine, so that a sentence without its last word is a
+Each template ends in a word or name that the words before it determine, so that a sentence without it is a
 question with one right answer. Columns are separated by `|`, rows by `;`.
 """
 
@@ -92,6 +92,9 @@ SUPERLATIVES = _table(
     """
 largest planet in our solar system|Jupiter; smallest planet in our solar system|Mercury;
 hottest planet in our solar system|Venus; windiest planet in our solar system|Neptune;
+brightest planet in our solar system|Venus; reddest planet in our solar system|Mars;
+densest planet in our solar system|Earth; lightest planet for its size in our solar system|Saturn;
+farthest planet in our solar system|Neptune; only planet with people in our solar system|Earth;
 planet closest to the Sun|Mercury; star closest to the Earth|the Sun; largest ocean on Earth|the Pacific;
 largest desert with hot sand|the Sahara; highest mountain on Earth|Everest; longest river in Africa|the Nile;
 longest river in America|the Amazon; largest land animal|the elephant; largest animal of all|the whale;
