@@ -64,8 +64,8 @@ def train_language_model(
     """A Llama trained on the world's train part, in evaluation mode.
 
     The loss is the cross-entropy of the next token; the words of a question, which nothing before them determines,
-    count little. The weight decay is strong: a smooth model is one whose layers others can learn to stand in for. `on_step(step, {"loss"})` is called after each step. The same seed, thread count and machine give
-    the same weights.
+    count little. The weight decay is strong: a smooth model is one whose layers others can learn to stand in for.
+    `on_step(step, {"loss"})` is called after each step. The same seed, thread count and machine give the same weights.
     """
     model = _new_model(tokenizer, settings, seed)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name]
