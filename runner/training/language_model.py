@@ -33,7 +33,7 @@ class LanguageModelSettings:
     num_heads: int = 4
     max_positions: int = 1024
     initial_range: float = 0.08
-    max_steps: int = 500
+    max_steps: int = 560
     warmup_steps: int = 50
     batch_size: int = 64
     learning_rate: float = 1e-2
