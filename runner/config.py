@@ -61,6 +61,21 @@ class DiagnoseConfig(ModelConfig):
 
 
 @dataclass
+class TestConfig(ModelConfig):
+    """`task=test`. Without `ckpt` the tiers that need a checkpoint build one, with `experts` where it has experts."""
+
+    __test__ = False  # for pytest: no class of tests
+
+    ckpt: str | None = None  # type: ignore[assignment]  # only here a checkpoint may be left out
+    tier: Any = MISSING
+    verdict: Any = MISSING
+    experts: int = 2
+    keep: bool = False
+    strict: bool = False
+    junit: str | None = None
+
+
+@dataclass
 class ConvertConfig(CheckpointConfig):
     """`task=convert`."""
 

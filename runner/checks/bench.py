@@ -1,0 +1,117 @@
+"""What the checks of one run share, each made when a check first asks for it."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from runner.config import TestConfig
+from runner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from runner.bases import Base
+    from runner.checkpoints.checkpoint import Checkpoint
+
+Item = TypeVar("Item")
+
+
+class Shows(Protocol):
+    """What checks use of a task's context."""
+
+    @property
+    def directory(self) -> Path:
+        """The run's own directory."""
+
+    def track(self, items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+        """The items one by one, under a progress bar."""
+
+
+# Its members import torch when they are used: the quick tier has no use for it.
+@dataclass(kw_only=True)
+class Bench:
+    """`path`: the checkpoint that was named, or None; `scratch`: an empty directory for what the checks write.
+
+    The models stay in memory until `free` is called, or the run ends.
+    """
+
+    config: TestConfig
+    context: Shows
+    path: Path | None
+    scratch: Path
+
+    @property
+    def subject(self) -> Path:
+        """The checkpoint that is tested: the one that was named, else `built`."""
+        return self.built if self.path is None else self.path
+
+    @cached_property
+    def built(self) -> Path:
+        """A small checkpoint of the family that was asked for, saved by the code that training uses."""
+        from runner.checks.building import build
+
+        return build(self)
+
+    @cached_property
+    def saved(self) -> Path:
+        """The checkpoint, loaded and saved again to `scratch`. Raises what the saver raises."""
+        from runner.checks.roundtrip import save_copy
+
+        return save_copy(self)
+
+    @cached_property
+    def checkpoint(self) -> "Checkpoint":
+        """`subject`, from headers. Raises CheckpointError."""
+        from runner.checkpoints.detect import open_checkpoint
+
+        checkpoint = open_checkpoint(self.subject, self.config.format.name, self.config.format.module)
+        wanted = self.config.family.name
+        if wanted not in ("auto", checkpoint.family):
+            raise ConfigError(f"family={wanted}, but {checkpoint.path} is of the family {checkpoint.family}")
+        return checkpoint
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Where and in what precision models are built."""
+        return {"device": self.config.device, "dtype": self.config.dtype}
+
+    @cached_property
+    def own(self) -> "Base | None":
+        """The base that the checkpoint's format needs to run; None for one that is complete by itself."""
+        from runner.loading import own_base
+
+        return own_base(self.checkpoint, self.config.base, **self.options)
+
+    @cached_property
+    def model(self) -> "nn.Module":
+        """The checkpoint's model in evaluation mode."""
+        from runner.loading import build
+
+        return build(self.checkpoint, self.own, routing=self.config.family.routing(), **self.options)
+
+    @cached_property
+    def reloaded(self) -> "nn.Module":
+        """A model of its own, built from `saved`; it shares with `model` only the base's weights."""
+        from runner.checkpoints.detect import open_checkpoint
+        from runner.loading import build
+
+        checkpoint = open_checkpoint(self.saved, self.checkpoint.format, self.config.format.module)
+        return build(checkpoint, self.own, routing=self.config.family.routing(), **self.options)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the checkpoint, its base, or `tokenizer=`; None where there is none."""
+        from runner.checkpoints import hf
+        from runner.tokens import load_tokenizer
+
+        directories = [self.checkpoint.directory, *([self.own.path] if self.own else [])]
+        if self.config.tokenizer is None and not any(map(hf.has_tokenizer, directories)):
+            return None
+        return load_tokenizer(self.config.tokenizer, directories)
+
+    def free(self, *names: str) -> None:
+        """Forget what was made under these names; it is made again if it is asked for."""
+        for name in names:
+            self.__dict__.pop(name, None)
