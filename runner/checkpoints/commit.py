@@ -6,10 +6,11 @@ lock → stage in a hidden directory beside the target → sync → MANIFEST.jso
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from safetensors import SafetensorError
@@ -29,13 +30,17 @@ def staged(
     inputs: Sequence[Path] = (),
     expected_bytes: int = 0,
     manifest: Mapping[str, Any] | None = None,
+    hashes: Mapping[str, str] | None = None,
+    also: Callable[[Path, Event], None] = lambda partial, stop: None,
 ) -> Iterator[Path]:
     """A directory to write into that becomes `target`, whole and verified, when the block ends without an exception.
 
-    `manifest` is added to MANIFEST.json (recipe, hashes of inputs) and must not depend on the time. With `replace`
-    an existing `target` is swapped out; it is deleted only if this runner wrote it and nothing was added since,
-    else it stays beside as `NAME.old-<id>`. Raises CheckpointError where the output is refused or another process
-    writes it, RunnerError where the disk fails.
+    `manifest` is added to MANIFEST.json (recipe, hashes of inputs) and must not depend on the time. `hashes`: the
+    SHA-256 of files by name, where whoever wrote them knows it; what is read back is held against it. `also(partial,
+    stop)` is a check of the writer's own, run beside the reading back; it may give up once `stop` is set.
+    With `replace` an existing `target` is swapped out; it is deleted only if this runner wrote it and nothing was added
+    since, else it stays beside as `NAME.old-<id>`. Raises CheckpointError where the output is refused or another
+    process writes it, RunnerError where the disk fails.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow the link that must be refused
     check_output(target, replace=replace, inputs=inputs, expected_bytes=expected_bytes)
@@ -49,7 +54,7 @@ def staged(
             identity = _identity(partial)
             try:
                 yield partial
-                _seal(partial, manifest or {})
+                _seal(partial, manifest or {}, hashes or {}, also)
                 _publish(partial, target, replace=replace)
             finally:
                 # After a swap this name may belong to the old output.
@@ -85,14 +90,16 @@ def verify(directory: Path) -> list[str]:
     return [printable(problem) for problem in problems]
 
 
-def _seal(partial: Path, extra: Mapping[str, Any]) -> None:
+def _seal(
+    partial: Path, extra: Mapping[str, Any], hashes: Mapping[str, str], also: Callable[[Path, Event], None]
+) -> None:
     """Sync every file, write the manifest last, and read everything back from the disk."""
     files = manifests.list_files(partial)
     assert files, "an output without files"
     assert manifests.FILE_NAME not in files, "the manifest is written here"
     reserved = {"files", "versions", "digest"} & set(extra)
     assert not reserved, f"names of the manifest itself: {reserved}"
-    content = {**extra, "files": {name: _synced(path) for name, path in files.items()}}
+    content = {**extra, "files": {name: _synced(path, hashes.get(name)) for name, path in files.items()}}
     path = partial / manifests.FILE_NAME
     path.write_bytes(manifests.render({**content, "versions": manifests.versions()}))
     sync(path)
@@ -100,12 +107,22 @@ def _seal(partial: Path, extra: Mapping[str, Any]) -> None:
         sync(Path(folder))
     for file in (*files.values(), path):
         drop_cache(file)
-    if problems := verify(partial):
-        raise RunnerError(f"what was read back is not what was written: {problems[0]}")
+    stop = Event()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        checked = pool.submit(also, partial, stop)
+        try:
+            if problems := verify(partial):
+                raise RunnerError(f"what was read back is not what was written: {problems[0]}")
+            checked.result()
+        finally:
+            stop.set()
 
 
-def _synced(path: Path) -> dict[str, Any]:
-    """A file's entry in the manifest, hashed while the disk takes it."""
+def _synced(path: Path, known: str | None) -> dict[str, Any]:
+    """A file's entry in the manifest; hashed while the disk takes it, where its hash is not known."""
+    if known is not None:
+        sync(path)
+        return {"size": path.stat().st_size, "sha256": known}
     with ThreadPoolExecutor(max_workers=1) as pool:
         synced = pool.submit(sync, path)
         entry = manifests.describe(path)

@@ -70,14 +70,19 @@ class Content:
             yield from contained(state.content)
 
 
-def write_tensors(partial: Path, content: Content, on_bytes: Callable[[int], None] = lambda count: None) -> list[str]:
+def write_tensors(
+    partial: Path,
+    content: Content,
+    on_bytes: Callable[[int], None] = lambda count: None,
+    hashes: dict[str, str] | None = None,
+) -> list[str]:
     """Write weights and states into `partial`; `on_bytes` hears how many bytes each write took.
 
-    Returns what the user should know of the states' tensors. Raises CheckpointError where a weight is NaN or Inf,
-    OSError where the disk fails.
+    `hashes` receives the SHA-256 of each file by its name. Returns what the user should know of the states' tensors.
+    Raises CheckpointError where a weight is NaN or Inf, OSError where the disk fails.
     """
     weights = {name: _watched(piece, _refuse) for name, piece in content.weights.items()}
-    with new_file(partial / content.weights_file, on_bytes) as sink:
+    with new_file(partial / content.weights_file, on_bytes, hashes) as sink:
         if content.format == "safetensors":
             write_safetensors(sink, weights)
         else:
@@ -88,7 +93,7 @@ def write_tensors(partial: Path, content: Content, on_bytes: Callable[[int], Non
         bad[piece.origin] = None
 
     for name, state in content.states.items():
-        with new_file(partial / name, on_bytes) as sink:
+        with new_file(partial / name, on_bytes, hashes) as sink:
             write_torch_file(sink, Path(name).stem, replaced(state.content, lambda piece: _watched(piece, note)))
     return [f"{origin}: NaN or Inf, written as it is" for origin in bad]
 

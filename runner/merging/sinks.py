@@ -1,21 +1,35 @@
 """Output files that are only appended to, so that they can be written from tensors that never are in memory at once."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import BoundedSemaphore
 
 # Smaller writes are gathered up to this many bytes.
 BUFFER = 1 << 18
+# Writes that may wait for the hash: each holds at most one part of a tensor.
+_WAITING = 8
+# The system is told to begin with the disk after so many bytes, and not to leave it all to the sync.
+_BEHIND = 1 << 25
 
 
 class Sink:
-    """A new file. `write` takes any buffer and returns only when all of it is taken, or raises OSError."""
+    """A new file. `write` takes any buffer and returns only when all of it is taken, or raises OSError.
 
-    def __init__(self, descriptor: int, on_bytes: Callable[[int], None]) -> None:
+    What is written is hashed beside the writing, so a buffer must not change afterwards.
+    """
+
+    def __init__(self, descriptor: int, on_bytes: Callable[[int], None], hashing: ThreadPoolExecutor) -> None:
         self._descriptor = descriptor
         self._on_bytes = on_bytes
         self._waiting = bytearray()
+        self._hashing = hashing
+        self._digest = hashlib.sha256()
+        self._room = BoundedSemaphore(_WAITING)
+        self._size = self._begun = 0
 
     def write(self, data: "bytes | bytearray | memoryview") -> int:
         """Append `data`; its size in bytes."""
@@ -36,20 +50,42 @@ class Sink:
         waiting, self._waiting = self._waiting, bytearray()
         self._write(memoryview(waiting))
 
+    def sha256(self) -> str:
+        """The hash of all that was handed to the system, in hexadecimal."""
+        return self._hashing.submit(self._digest.hexdigest).result()
+
     def _write(self, view: memoryview) -> None:
+        self._room.acquire()
+        self._hashing.submit(self._hash, view)
         while view:
             written = os.write(self._descriptor, view)
             view = view[written:]
+            self._size += written
             self._on_bytes(written)
+        if self._size - self._begun >= _BEHIND and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, self._begun, self._size - self._begun, os.POSIX_FADV_DONTNEED)
+            self._begun = self._size
+
+    def _hash(self, view: memoryview) -> None:
+        self._digest.update(view)
+        self._room.release()
 
 
 @contextmanager
-def new_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> Iterator[Sink]:
-    """Create `path`, which must not exist, and give it to be written; `on_bytes` hears how many bytes it took."""
+def new_file(
+    path: Path, on_bytes: Callable[[int], None] = lambda count: None, hashes: dict[str, str] | None = None
+) -> Iterator[Sink]:
+    """Create `path`, which must not exist, and give it to be written; `on_bytes` hears how many bytes it took.
+
+    `hashes` receives the SHA-256 of what was written, by the file's name.
+    """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        sink = Sink(descriptor, on_bytes)
-        yield sink
-        sink.flush()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hashing") as hashing:
+            sink = Sink(descriptor, on_bytes, hashing)
+            yield sink
+            sink.flush()
+            if hashes is not None:
+                hashes[path.name] = sink.sha256()
     finally:
         os.close(descriptor)

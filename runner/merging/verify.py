@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -29,10 +30,15 @@ def check_structure(written: Path, content: Content) -> list[int]:
     return [layer["layer"] for layer in found]
 
 
-def check_bytes(written: Path, content: Content) -> None:
-    """Compare every tensor of weights and states with what the sources give. Raises RunnerError for another byte."""
+def check_bytes(written: Path, content: Content, stop: Event | None = None) -> None:
+    """Compare every tensor of weights and states with what the sources give. Raises RunnerError for another byte.
+
+    Returns early, with nothing proved, once `stop` is set.
+    """
     weights = open_checkpoint(written, npt_delta.NAME).weights
     for name, piece in content.weights.items():
+        if stop and stop.is_set():
+            return
         _check_piece(written / content.weights_file, name, piece, from_source(weights, weights.infos[name]))
     for name, state in content.states.items():
         _check_value(written / name, "", state.content, load_pickle(written / name, tensors="mmap"))

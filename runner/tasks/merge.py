@@ -91,16 +91,17 @@ def _merge(
     manifest: dict[str, Any] = {"recipe": spec.recipe()}
     places = [source.path for source in plan.sources]
     options: dict[str, Any] = {"replace": spec.force, "inputs": places, "expected_bytes": content.expected_bytes}
+    hashes: dict[str, str] = {}
+    options |= {"hashes": hashes, "also": lambda partial, stop: check_bytes(partial, content, stop)}
     with context.timed("commit"), staged(output, manifest=manifest, **options) as partial:
         with context.timed("write"), byte_bar(context.progress, "merging", content.nbytes) as on_bytes:
-            said = write_tensors(partial, content, on_bytes)
+            said = write_tensors(partial, content, on_bytes, hashes)
         with context.timed("hash"):
             manifest["inputs"] = {str(file): inputs.sha256(file) for file in files}
         differences = content.training_state.differences if content.training_state else ()
         write_texts(partial, content, summary(plan, manifest["inputs"], differences))
         with context.timed("verify"):
             found = check_structure(partial, content)
-            check_bytes(partial, content)
         measured = _measured(config, content, partial, context) if spec.verify == "functional" else None
     result = _result(content, spec, context, output, found, measured)
     result.findings += said

@@ -1,5 +1,6 @@
 """Outputs: absent or complete and verified, whoever dies, whoever else writes, whatever stands there."""
 
+import hashlib
 import json
 import os
 import random
@@ -47,6 +48,35 @@ def fail(error: BaseException) -> Callable[[], None]:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_read_back_is_held_against_the_hash_that_the_writer_knew(tmp_path: Path) -> None:
+    write(tmp_path / "good", hashes={"weights.bin": hashlib.sha256(b"weights").hexdigest()})
+    assert verify(tmp_path / "good") == []
+    with pytest.raises(RunnerError, match=r"read back is not what was written: .*weights.bin was changed"):
+        write(tmp_path / "bad", "torn in flight", hashes={"weights.bin": hashlib.sha256(b"weights").hexdigest()})
+    assert names(tmp_path) == ["good"]
+
+
+def test_the_writers_own_check_runs_on_the_staged_files_and_can_refuse_them(tmp_path: Path) -> None:
+    def refuse(partial: Path, stop: threading.Event) -> None:
+        assert (partial / "weights.bin").read_text() == "weights"
+        raise RunnerError("not equal to the sources")
+
+    with pytest.raises(RunnerError, match="not equal to the sources"):
+        write(tmp_path / "out", also=refuse)
+    assert names(tmp_path) == []
+
+
+def test_the_writers_own_check_is_told_to_stop_where_the_files_are_bad_anyway(tmp_path: Path) -> None:
+    told = []
+
+    def wait(partial: Path, stop: threading.Event) -> None:
+        told.append(stop.wait(60))
+
+    with pytest.raises(RunnerError, match="was changed"):
+        write(tmp_path / "out", hashes={"weights.bin": "0" * 64}, also=wait)
+    assert told == [True]
 
 
 @pytest.mark.parametrize("name", ["merged", "a b=c,[d]", "newline\nname", "émoji 🙂", "*?"])
