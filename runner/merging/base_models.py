@@ -1,37 +1,39 @@
 """Whether the sources of a merge stand on one base model, as far as names, shapes and files at hand tell."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from runner.checkpoints import hf
 from runner.checkpoints.content import sha256_of
 from runner.errors import CheckpointError
 from runner.hub import is_hub_name, snapshot
-from runner.merging.sources import Source
+from runner.merging.sources import Opened, Source
+
+S = TypeVar("S", bound=Opened)
 
 
-def check_bases(sources: Sequence[Source], base: str | None) -> list[str]:
-    """What should be said of the sources' bases. Raises CheckpointError where layers do not fit theirs, or two differ.
+def check_bases(sources: Sequence[S], base: str | None, check_fit: Callable[[S, Path], None]) -> list[str]:
+    """What should be said of the sources' bases. Raises CheckpointError where one does not fit its own, or two differ.
 
-    `base` is the user's own answer for all sources. Bases under different names are compared by their weights where
-    both are at hand; else their names are only said.
+    `check_fit(source, base)` raises where they do not fit. `base` is the user's own answer for all sources. Bases under
+    different names are compared by their weights where both are at hand; else their names are only said.
     """
     if base is not None:
         path = Path(base).expanduser()
         for source in sources if path.is_dir() else ():
-            _check_fit(source, path)
+            check_fit(source, path)
         return []
     places: dict[str, Path | None] = {name: None for source in sources if (name := source.checkpoint.base_name)}
     for source in sources:
         name = source.checkpoint.base_name
         if name and (place := _at_hand(source, name)) is not None:
-            _check_fit(source, place)
+            check_fit(source, place)
             places[name] = places[name] or place
     return _compared(list(places.items()), sources) if len(places) > 1 else []
 
 
-def _compared(places: Sequence[tuple[str, Path | None]], sources: Sequence[Source]) -> list[str]:
+def _compared(places: Sequence[tuple[str, Path | None]], sources: Sequence[Opened]) -> list[str]:
     (first, there), *others = places
     findings = []
     for name, place in others:
@@ -49,7 +51,7 @@ def _compared(places: Sequence[tuple[str, Path | None]], sources: Sequence[Sourc
     return findings
 
 
-def _who(name: str, sources: Sequence[Source]) -> str:
+def _who(name: str, sources: Sequence[Opened]) -> str:
     return ", ".join(str(source.path) for source in sources if source.checkpoint.base_name == name)
 
 
@@ -58,7 +60,7 @@ def _weights(place: Path) -> list[str]:
     return [sha256_of(file) for file in hf.open_model_weights(place).files]
 
 
-def _check_fit(source: Source, base: Path) -> None:
+def check_layers(source: Source, base: Path) -> None:
     """Raise CheckpointError where the base's config.json says that a layer cannot stand on it."""
     if not (base / hf.CONFIG).is_file():
         return
@@ -79,7 +81,7 @@ def _check_fit(source: Source, base: Path) -> None:
             )
 
 
-def _at_hand(source: Source, name: str) -> Path | None:
+def _at_hand(source: Opened, name: str) -> Path | None:
     """Where the base lies that a checkpoint names: beside it, in the current directory, or in the hub's cache."""
     if found := source.checkpoint.local_base():
         return found

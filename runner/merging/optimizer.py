@@ -121,7 +121,8 @@ def _value(name: str, leader: Entry, found: Sequence[Entry], tensor: PlannedTens
     ]
     of_parameter = all(part.shape == tensor.piece.shape and part.dtype.is_floating_point for part in parts)
     if len(parts) > 1 and len(parts) == len(found) and of_parameter:
-        return pieces.mean(parts) if tensor.layer.how == "average" else pieces.weighted(parts, tensor.layer.weights)
+        combined = pieces.average if tensor.layer.how == "average" else pieces.weighted
+        return combined(parts, tensor.layer.weights)
     return pieces.from_tensor(value, f"{leader[0].path}: {name} of {leader[1]}")
 
 

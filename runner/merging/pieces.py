@@ -95,6 +95,24 @@ def mean(pieces: Sequence[Piece]) -> Piece:
     return _elementwise(pieces, lambda parts: reduce(torch.add, parts) / len(parts))
 
 
+def average(pieces: Sequence[Piece], weights: Sequence[float]) -> Piece:
+    """The mean of `pieces` by `weights`, which sum to 1; equal weights give exactly what `mean` gives."""
+    return mean(pieces) if len(set(weights)) == 1 else weighted(pieces, weights)
+
+
+def rows(parts: Sequence[tuple[Piece, Sequence[int]]]) -> Piece:
+    """Rows of several tensors that agree in all but the first dimension, one below the other; computed at once."""
+    found = [piece for piece, _ in parts]
+    dtype = _dtype(found)
+
+    def stacked() -> Iterator[torch.Tensor]:
+        whole = [torch.cat(list(piece.parts())).reshape(piece.shape)[list(chosen)].to(dtype) for piece, chosen in parts]
+        yield from split(torch.cat(whole))
+
+    count = sum(len(chosen) for _, chosen in parts)
+    return Piece(origin=_origins(found), dtype=dtype, shape=(count, *found[0].shape[1:]), parts=stacked)
+
+
 def linear(first: Piece, second: Piece, t: float) -> Piece:
     """(1 - t)·first + t·second, computed in float64: t = 0 gives the first, t = 1 the second."""
     return weighted((first, second), (1 - t, t))

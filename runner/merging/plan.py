@@ -128,8 +128,8 @@ def _resolved(on_conflict: str, layer: int, having: Sequence[Source]) -> Planned
             f"layer {layer} is in {_paths(having)}; choose layers for each source, or merge.on_conflict=first"
         )
     if on_conflict == "average":
-        share = 1 / len(having)
-        return _combined(layer, "average", having, [share] * len(having))
+        total = sum(source.weight for source in having)
+        return _combined(layer, "average", having, [source.weight / total for source in having])
     if on_conflict == "newest":
         unknown = [source for source in having if source.step is None]
         if unknown:
@@ -142,18 +142,29 @@ def _resolved(on_conflict: str, layer: int, having: Sequence[Source]) -> Planned
 
 
 def _interpolated(spec: MergeSpec, sources: Sequence[Source], wanted: Sequence[int]) -> list[PlannedLayer]:
-    if len(sources) != 2:
-        raise ConfigError(
-            f"merge={spec.rule} goes from one checkpoint to another: give two sources, not {len(sources)}"
-        )
+    shares = interpolation_weights(spec)
     for layer in wanted:
-        for source, other in (sources, sources[::-1]):
-            if layer not in source.layers:
-                raise CheckpointError(
-                    f"{source.path}: has no layer {layer}, which {other.path} has; merge={spec.rule} needs the same "
-                    "layers in both"
-                )
-    return [_combined(layer, spec.rule, sources, (1 - spec.t, spec.t)) for layer in wanted]
+        lacking = next((source for source in sources if layer not in source.layers), None)
+        having = next(source for source in sources if layer in source.layers)
+        if lacking is not None:
+            raise CheckpointError(
+                f"{lacking.path}: has no layer {layer}, which {having.path} has; merge={spec.rule} needs the same "
+                "layers in all sources"
+            )
+    return [_combined(layer, spec.rule, sources, shares) for layer in wanted]
+
+
+def interpolation_weights(spec: MergeSpec) -> tuple[float, ...]:
+    """The share of each source under average, linear or slerp. Raises ConfigError for another number of sources."""
+    if spec.rule == "average":
+        if len(spec.sources) < 2:
+            raise ConfigError("merge=average takes the mean of several checkpoints: give two sources or more")
+        return spec.shares
+    if len(spec.sources) != 2:
+        raise ConfigError(
+            f"merge={spec.rule} goes from one checkpoint to another: give two sources, not {len(spec.sources)}"
+        )
+    return 1 - spec.t, spec.t
 
 
 def _copy(layer: int, source: Source) -> PlannedLayer:
@@ -197,7 +208,7 @@ def _piece(planned: PlannedLayer, names: Sequence[str], t: float) -> Piece:
     if planned.how == "copy":
         return found[0]
     if planned.how == "average":
-        return pieces.mean(found)
+        return pieces.average(found, planned.weights)
     first, second = found
     return pieces.linear(first, second, t) if planned.how == "linear" else pieces.slerp(first, second, t)
 

@@ -4,12 +4,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from runner.checkpoints import npt_delta
 from runner.checkpoints.checkpoint import Checkpoint, NptLayer
 from runner.checkpoints.content import Kind, kind_of
-from runner.checkpoints.detect import open_checkpoint
 from runner.errors import CheckpointError, ConfigError
 from runner.merging.spec import SourceSpec
 
@@ -18,13 +17,15 @@ from runner.merging.spec import SourceSpec
 class Source:
     """One npt_delta checkpoint and the layers that are taken from it.
 
-    `order`: the names of its weights in the order in which its optimizer counts them.
+    `order`: the names of its weights in the order in which its optimizer counts them. `weight`: its share of an
+    average, not yet made to sum to 1 with those of others.
     """
 
     path: Path
     checkpoint: Checkpoint
     layers: Mapping[int, NptLayer]
     order: tuple[str, ...]
+    weight: float = 1.0
 
     @property
     def step(self) -> int | None:
@@ -62,16 +63,17 @@ class Source:
         return [str(path) for path in found] if isinstance(found, (list, tuple)) and found else [str(self.path)]
 
 
-def open_source(spec: SourceSpec, path: Path) -> Source:
-    """The checkpoint at `path` with the layers that `spec` takes of it.
+def open_source(spec: SourceSpec, path: Path, checkpoint: Checkpoint) -> Source:
+    """`checkpoint`, found at `path`, with the layers that `spec` takes of it.
 
     Raises CheckpointError where it holds no NPT weights or not all of them, ConfigError for a layer that it lacks.
     """
-    checkpoint = open_checkpoint(path)
     if checkpoint.format != npt_delta.NAME:
         raise CheckpointError(
             f"{path}: No NPT layers to merge: its format is {checkpoint.format} ({checkpoint.evidence}), not npt_delta"
         )
+    if spec.experts is not None:
+        raise ConfigError(f"{path}: has no experts, it is an npt_delta; choose layers: […] of it")
     checkpoint.require_complete()
     layers = {layer.layer: layer for layer in checkpoint.layers}
     if spec.layers is not None:
@@ -79,7 +81,8 @@ def open_source(spec: SourceSpec, path: Path) -> Source:
             if layer not in layers:
                 raise ConfigError(f"{path}: has no NPT layer {layer}; it has {', '.join(map(str, layers))}")
         layers = {index: layer for index, layer in layers.items() if index in spec.layers}
-    return Source(path=path, checkpoint=checkpoint, layers=layers, order=_optimizer_order(checkpoint))
+    weight = 1.0 if spec.weight is None else spec.weight
+    return Source(path=path, checkpoint=checkpoint, layers=layers, order=_optimizer_order(checkpoint), weight=weight)
 
 
 def _optimizer_order(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -101,9 +104,21 @@ def _optimizer_order(checkpoint: Checkpoint) -> tuple[str, ...]:
     )
 
 
-def check_distinct(sources: Sequence[Source]) -> None:
+class Opened(Protocol):
+    """A source of any format: its path as the user names it, and the checkpoint there."""
+
+    @property
+    def path(self) -> Path:
+        """As the user names it."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What lies there."""
+
+
+def check_distinct(sources: Sequence[Opened]) -> None:
     """Raise ConfigError where two sources are one file, whatever their names."""
-    seen: dict[tuple[int, int], Source] = {}
+    seen: dict[tuple[int, int], Opened] = {}
     for source in sources:
         stat = source.checkpoint.weights.files[0].stat()
         other = seen.setdefault((stat.st_dev, stat.st_ino), source)
@@ -131,7 +146,7 @@ def furthest(sources: Sequence[Source]) -> Source:
     return max(sources, key=lambda source: -1 if source.step is None else source.step)
 
 
-def rebased(source: Source, output: Path) -> str | None:
+def rebased(source: Opened, output: Path) -> str | None:
     """The name of the source's base as a checkpoint at `output` has to write it, to mean the same.
 
     A name that leads to no directory here (a hub name) stays as it is, and so does an absolute path.
