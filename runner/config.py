@@ -9,6 +9,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from runner.confdir import keys_below
 from runner.errors import ConfigError
 
 
@@ -230,7 +231,8 @@ def unknown_key(key: str, task: str) -> ConfigError:
     owners = [name for name, node in TASKS.items() if root in {f.name for f in fields(node)}]
     if owners and task not in owners:
         return ConfigError(f"{key} belongs to task={' and task='.join(owners)}, not to task={task}")
-    return ConfigError(f"unknown key {key!r}{did_you_mean(key, [n for n in own if n not in FIXED_KEYS])}")
+    known = keys_below(root, task) if "." in key and root in own else [n for n in own if n not in FIXED_KEYS]
+    return ConfigError(f"unknown key {key!r}{did_you_mean(key, known)}")
 
 
 def translated(error: Exception, task: str, given: Mapping[str, str | None]) -> ConfigError:

@@ -135,6 +135,18 @@ def test_damaged_checkpoint(name, run, checkpoint, base, workdir):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["task=merge", "merge.outptu=x"], "unknown key 'merge.outptu'; did you mean 'merge.output'?"),
+        (["task=train", "train.max_step=5"], "unknown key 'train.max_step'; did you mean 'train.max_steps'?"),
+        (["tracker.porject=x"], "unknown key 'tracker.porject'; did you mean 'tracker.project'?"),
+    ],
+)
+def test_a_misspelt_key_inside_a_group(words, message, run):
+    check(run(*words), message.replace("?", "[?]"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
         (["ckpt=nowhere/checkpoint-1"], "nowhere/checkpoint-1: no such file or directory"),
         (["base=nowhere"], "base=nowhere: neither a directory here nor available from the hub.*HF_TOKEN"),
         (["base=./nowhere"], "base=./nowhere: no such directory"),
