@@ -81,7 +81,7 @@ def write_tensors(
     `hashes` receives the SHA-256 of each file by its name. Returns what the user should know of the states' tensors.
     Raises CheckpointError where a weight is NaN or Inf, OSError where the disk fails.
     """
-    weights = {name: _watched(piece, _refuse) for name, piece in content.weights.items()}
+    weights = {name: watched(piece, refuse) for name, piece in content.weights.items()}
     with new_file(partial / content.weights_file, on_bytes, hashes) as sink:
         if content.format == "safetensors":
             write_safetensors(sink, weights)
@@ -94,7 +94,7 @@ def write_tensors(
 
     for name, state in content.states.items():
         with new_file(partial / name, on_bytes, hashes) as sink:
-            write_torch_file(sink, Path(name).stem, replaced(state.content, lambda piece: _watched(piece, note)))
+            write_torch_file(sink, Path(name).stem, replaced(state.content, lambda piece: watched(piece, note)))
     return [f"{origin}: NaN or Inf, written as it is" for origin in bad]
 
 
@@ -105,11 +105,12 @@ def write_texts(partial: Path, content: Content, summary: Mapping[str, Any]) -> 
             sink.write((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _refuse(piece: Piece) -> None:
+def refuse(piece: Piece) -> None:
+    """What `watched` calls for a weight that is not finite. Raises CheckpointError."""
     raise CheckpointError(f"{piece.origin}: NaN or Inf; such weights are not merged")
 
 
-def _watched(piece: Piece, on_bad: Callable[[Piece], None]) -> Piece:
+def watched(piece: Piece, on_bad: Callable[[Piece], None]) -> Piece:
     """The same piece, which calls `on_bad` for a part with NaN or Inf."""
 
     def parts() -> Iterator[torch.Tensor]:

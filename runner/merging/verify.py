@@ -41,10 +41,11 @@ def check_bytes(written: Path, content: Content, stop: Event | None = None) -> N
             return
         _check_piece(written / content.weights_file, name, piece, from_source(weights, weights.infos[name]))
     for name, state in content.states.items():
-        _check_value(written / name, "", state.content, load_pickle(written / name, tensors="mmap"))
+        check_value(written / name, "", state.content, load_pickle(written / name, tensors="mmap"))
 
 
-def _check_value(file: Path, at: str, wanted: Any, found: Any) -> None:
+def check_value(file: Path, at: str, wanted: Any, found: Any) -> None:
+    """Compare a value of `file` and all within it with what was planned. Raises RunnerError, with where (`at`)."""
     if isinstance(wanted, Piece):
         if not isinstance(found, torch.Tensor) or (found.dtype, tuple(found.shape)) != (wanted.dtype, wanted.shape):
             raise _differs(file, at)
@@ -59,12 +60,12 @@ def _check_value(file: Path, at: str, wanted: Any, found: Any) -> None:
         if not isinstance(found, Mapping) or list(found) != list(wanted):
             raise _differs(file, at)
         for key, value in wanted.items():
-            _check_value(file, f"{at}.{key}", value, found[key])
+            check_value(file, f"{at}.{key}", value, found[key])
     elif isinstance(wanted, (list, tuple)):
         if type(found) is not type(wanted) or len(found) != len(wanted):
             raise _differs(file, at)
         for number, value in enumerate(wanted):
-            _check_value(file, f"{at}[{number}]", value, found[number])
+            check_value(file, f"{at}[{number}]", value, found[number])
     elif type(wanted) is not type(found) or not (wanted == found or (wanted != wanted and found != found)):
         raise _differs(file, at)
 
