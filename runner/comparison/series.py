@@ -1,0 +1,90 @@
+"""The curves of a comparison: one for each run and tier, over the checkpoints' steps."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import TypeVar
+
+from runner.comparison.differences import variants
+from runner.comparison.estimate import Estimate, estimate
+from runner.comparison.jobs import Job
+
+Key = TypeVar("Key")
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """The jobs of one run in one tier that have a step and figures, by step.
+
+    `variant`: what else tells them from another series of the same run and tier (`dtype=bfloat16`, a sweep's name).
+    """
+
+    run: str
+    tier: str
+    variant: str
+    jobs: tuple[Job, ...]
+    estimate: Estimate | None = None
+
+    @property
+    def label(self) -> str:
+        """The name in a legend."""
+        return " · ".join(part for part in (self.run, self.tier, self.variant) if part)
+
+    @property
+    def steps(self) -> list[int]:
+        """Ascending; a step that was measured twice is there twice."""
+        return [job.step for job in self.jobs if job.step is not None]
+
+    def values(self, metric: str) -> list[float | None]:
+        """The figure at each of `steps`."""
+        return [job.metric(metric) for job in self.jobs]
+
+
+def make_series(jobs: Sequence[Job]) -> tuple[Series, ...]:
+    """The series of `jobs`, in the order in which their first jobs stand."""
+    usable = [job for job in jobs if job.status == "ok" and job.step is not None and job.metrics]
+    made = []
+    for (_, tier), group in _grouped(usable, lambda job: (job.run_path, job.tier or "")).items():
+        named = list(zip(variants(group), group, strict=True))
+        for variant, members in _grouped(named, lambda pair: pair[0]).items():
+            for sweep, rows in _by_sweep([job for _, job in members]).items():
+                full = ", ".join(part for part in (variant, sweep) if part)
+                made.append(_one(rows[0].run, tier, full, rows))
+    return tuple(made)
+
+
+def _one(run: str, tier: str, variant: str, jobs: list[Job]) -> Series:
+    ordered = tuple(sorted(jobs, key=lambda job: job.step or 0))
+    points = [(job.step, mse) for job in ordered if job.step is not None and (mse := job.metric("mse")) is not None]
+    fitted = estimate([step for step, _ in points], [mse for _, mse in points]) if points else None
+    return Series(run=run, tier=tier, variant=variant, jobs=ordered, estimate=fitted)
+
+
+def _by_sweep(jobs: list[Job]) -> dict[str, list[Job]]:
+    """The jobs apart by sweep where several sweeps measured the same step, else together under ``."""
+    sweeps = {job.sweep for job in jobs}
+    repeated = Counter(job.step for job in jobs).most_common(1)[0][1] > 1
+    return _grouped(jobs, lambda job: job.sweep.name) if len(sweeps) > 1 and repeated else {"": jobs}
+
+
+def _grouped(items: Sequence[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def display_names(paths: Sequence[str]) -> dict[str, str]:
+    """Each distinct path with the shortest tail of it that no other one has: `run`, or `a/run` and `b/run`."""
+    distinct = list(dict.fromkeys(paths))
+    names = {}
+    for path in distinct:
+        parts = PurePath(path).parts
+        for count in range(1, len(parts) + 1):
+            tail = parts[-count:]
+            if sum(PurePath(other).parts[-count:] == tail for other in distinct) == 1:
+                break
+        names[path] = str(PurePath(*tail)) if parts else path
+    return names
