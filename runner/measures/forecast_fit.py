@@ -1,0 +1,172 @@
+"""Decaying curves with a floor: which of them a series allows, and when those reach a target.
+
+Both families are one function of a coordinate x that is 1 at the first step and 0 at the last:
+
+    f(x) = A · (φ + (1 − φ) · e^(κx)),     0 ≤ φ ≤ 1, κ > 0
+
+With x linear in the step this is an exponential, with x linear in log(step) a power law; the floor is A·φ. Residuals
+are taken in log f. The parameters are those that data determine best: `level` = log A (the curve at the last step),
+`drop` = log f(1)/f(0), and `share` = drop/κ in (0, 1], which is 1 where the floor is zero.
+
+A profile-likelihood interval of any function of the curve is the range of that function over the curves whose sum of
+squares is at most RSS + s²·F(1, n−3) (Bates and Watts, Nonlinear Regression Analysis, 1988, ch. 6): maximising the
+likelihood at a fixed target step and cutting the profile gives the same set. `level` enters linearly and is solved for
+in closed form, as is the step at which a curve meets a target; the other two parameters are covered by a grid that
+follows the region. All functions take a batch of series, so that a simulation costs little more than its arithmetic.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import fdtri
+
+Array = NDArray[np.float64]
+
+PARAMETERS = 3
+FAMILIES = ("power law", "exponential")
+# Figures are written with about six digits: no fit is believed to be closer than that.
+LEAST_NOISE = 1e-6
+_LEAST_DROP, _MOST_DROP = 1e-6, 60.0
+_LEAST_SHARE = 0.0025
+_SHARES, _ZOOMS = 32, 5
+_STRETCH = np.linspace(-1.3, 1.3, 15)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """The curves that each of B series allows, as J candidates a series: arrays [B, J] unless said otherwise.
+
+    `slack`: how far the level may move up or down at that drop and share; NaN where the candidate is not allowed.
+    `best`: [B], the candidate that fits best; `rss`: [B], its sum of squares in log units; `noise`: [B], the residual
+    standard deviation √(RSS / (n − 3)).
+    """
+
+    drop: Array
+    share: Array
+    level: Array
+    slack: Array
+    best: NDArray[np.intp]
+    rss: Array
+    noise: Array
+
+
+def coordinate(family: str, steps: Array, at: Array) -> Array:
+    """x of the steps `at`: 1 at the first of `steps`, 0 at the last, negative beyond."""
+    if family == "power law":
+        return np.log(steps[-1] / at) / np.log(steps[-1] / steps[0])
+    return (steps[-1] - at) / (steps[-1] - steps[0])
+
+
+def step_at(family: str, steps: Array, x: Array) -> Array:
+    """The inverse of `coordinate`; never below 0, and infinite at x = −∞."""
+    with np.errstate(over="ignore"):
+        if family == "power law":
+            return np.exp(np.log(steps[-1]) - x * np.log(steps[-1] / steps[0]))
+        return np.maximum(steps[-1] - x * (steps[-1] - steps[0]), 0.0)
+
+
+def log_shape(x: Array, drop: Array, share: Array) -> Array:
+    """log f(x)/f(0), without overflow for steep curves."""
+    rate = drop / share
+    rise = np.exp(rate * (x - 1)) * np.expm1(-rate * x) / np.expm1(-rate)
+    return np.log(np.maximum(1 + np.expm1(drop) * rise, np.finfo(float).tiny))
+
+
+def fit(y: Array, x: Array, confidence: float) -> Region:
+    """The curves that the log figures `y` [B, n] at coordinates `x` [n] allow with this confidence (such as 0.9)."""
+    count = len(x)
+    free = count - PARAMETERS
+    quantile = float(fdtri(1, free, confidence))
+    slope = (y * (x - x.mean())).sum(-1) / ((x - x.mean()) ** 2).sum()
+    roots = np.broadcast_to(np.linspace(np.sqrt(_LEAST_SHARE), 1.0, _SHARES), (len(y), _SHARES))
+    drop = np.broadcast_to(np.clip(slope, 0.05, _MOST_DROP)[:, None], roots.shape)
+    for zoom in range(_ZOOMS):
+        drop, curvature = _best_drop(y, x, drop, roots**2, rounds=12 if zoom == 0 else 5)
+        rss, _ = _residual(y, x, drop, roots**2)
+        least = rss.min(-1)
+        cut = least + quantile * np.maximum(least / free, LEAST_NOISE**2)
+        if zoom < _ZOOMS - 1:
+            roots, drop = _zoom(roots, drop, rss <= cut[:, None])
+    width = np.sqrt(np.maximum(cut[:, None] - rss, 0.0) / curvature)
+    shape = (len(y), _SHARES * len(_STRETCH))
+    drop = np.clip(drop[..., None] + width[..., None] * _STRETCH, _LEAST_DROP, _MOST_DROP).reshape(shape)
+    share = np.broadcast_to((roots**2)[..., None], (*roots.shape, len(_STRETCH))).reshape(shape)
+    rss, level = _residual(y, x, drop, share)
+    best = rss.argmin(-1)
+    least = np.take_along_axis(rss, best[:, None], -1)[:, 0]
+    with np.errstate(invalid="ignore"):
+        slack = np.sqrt((cut[:, None] - rss) / count)
+    slack[np.arange(len(y)), best] = np.fmax(slack[np.arange(len(y)), best], 0.0)
+    return Region(drop=drop, share=share, level=level, slack=slack, best=best, rss=least, noise=np.sqrt(least / free))
+
+
+def _residual(y: Array, x: Array, drop: Array, share: Array) -> tuple[Array, Array]:
+    """Sum of squares and best level of each candidate, both [B, J]."""
+    left = y[:, None, :] - log_shape(x, drop[..., None], share[..., None])
+    level = left.mean(-1)
+    return ((left - level[..., None]) ** 2).sum(-1), level
+
+
+def _best_drop(y: Array, x: Array, drop: Array, share: Array, rounds: int) -> tuple[Array, Array]:
+    """Gauss–Newton for the drop at each share [B, J]; also the curvature of the sum of squares there."""
+    share = share[..., None]
+    for _ in range(rounds):
+        shape = log_shape(x, drop[..., None], share)
+        nudge = 1e-6 * (1 + drop)
+        slope = (log_shape(x, (drop + nudge)[..., None], share) - shape) / nudge[..., None]
+        slope = slope - slope.mean(-1, keepdims=True)
+        curvature = np.maximum((slope**2).sum(-1), 1e-12)
+        move = ((y[:, None, :] - shape) * slope).sum(-1) / curvature
+        drop = np.clip(drop + np.clip(move, -1.0, 1.0), _LEAST_DROP, _MOST_DROP)
+    return drop, curvature
+
+
+def _zoom(roots: Array, drop: Array, allowed: NDArray[np.bool_]) -> tuple[Array, Array]:
+    """A new grid over the allowed shares and one cell on either side, with the drops interpolated."""
+    last = roots.shape[1] - 1
+    low = np.maximum(allowed.argmax(-1) - 1, 0)
+    high = np.minimum(last - allowed[:, ::-1].argmax(-1) + 1, last)
+    place = low[:, None] + (high - low)[:, None] * np.linspace(0.0, 1.0, last + 1)
+    before = np.minimum(place.astype(int), last - 1)
+    part = place - before
+
+    def between(values: Array) -> Array:
+        left = np.take_along_axis(values, before, -1)
+        return left + part * (np.take_along_axis(values, before + 1, -1) - left)
+
+    return between(roots), between(drop)
+
+
+def reach(region: Region, log_target: float) -> tuple[Array, Array, Array]:
+    """x at which the curves meet the target: earliest, best and latest, each [B]; −∞ where the floor is above it."""
+    rate = region.drop / region.share
+    floor = np.expm1(region.drop - rate) / np.expm1(-rate)
+    log_rest = np.log(np.expm1(region.drop)) - rate - np.log(-np.expm1(-rate))
+
+    def meet(level: Array) -> Array:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            above = np.exp(log_target - level) - floor
+            return np.where(above > 0, (np.log(above) - log_rest) / rate, np.where(np.isnan(level), np.nan, -np.inf))
+
+    best = np.take_along_axis(meet(region.level), region.best[:, None], -1)[:, 0]
+    earliest = np.nanmax(meet(region.level - region.slack), -1)
+    return earliest, best, np.nanmin(meet(region.level + region.slack), -1)
+
+
+def curve_band(region: Region, x: Array) -> tuple[Array, Array, Array]:
+    """log f at the coordinates `x` [S]: lower, best and upper of the curves that are allowed, each [B, S]."""
+    shape = log_shape(x, region.drop[..., None], region.share[..., None])
+    middle = region.level[..., None] + shape
+    slack = region.slack[..., None]
+    best = np.take_along_axis(middle, region.best[:, None, None], 1)[:, 0]
+    return np.nanmin(middle - slack, 1), best, np.nanmax(middle + slack, 1)
+
+
+def log_floor(region: Region) -> tuple[Array, Array, Array]:
+    """log of the floor: lower, best and upper over the curves that are allowed, each [B]; −∞ where it is zero."""
+    rate = region.drop / region.share
+    with np.errstate(divide="ignore"):
+        middle = region.level + np.log(np.maximum(np.expm1(region.drop - rate) / np.expm1(-rate), 0.0))
+    best = np.take_along_axis(middle, region.best[:, None], -1)[:, 0]
+    return np.nanmin(middle - region.slack, -1), best, np.nanmax(middle + region.slack, -1)
