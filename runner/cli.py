@@ -9,10 +9,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runner.confdir import config_directory
 from runner.errors import ConfigError, RunnerError, printable
 from runner.overrides import CommandLine, parse, spell
+
+if TYPE_CHECKING:
+    from runner.plan import Plan
 
 INTERRUPTED = 130
 
@@ -51,22 +55,55 @@ def run(words: Sequence[str]) -> int:
 
 def _run(line: CommandLine) -> int:
     from runner import run as runs
-    from runner.sweep import RememberSweep, collect, expand
+    from runner.sweep import expand
 
     runs.setup()
-    shows_only = bool({"--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "-sc"} & set(line.flags))
+    if {"--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "-sc"} & set(line.flags):
+        _check_choices(line)
+        _hydra(line, runs.job)
+        return 0
+    resumed = None
+    if line.get("resume") is not None:
+        from runner.sweeping.resuming import resume
+
+        line, resumed = resume(line)
     _check_choices(line)
-    if not shows_only:
+    if resumed is None:
         line = expand(line, demo_run=lambda: _demo_run(line))
-    RememberSweep.directory, runs.exit_code = None, 0
+    if line.multirun:
+        return _sweep(line, resumed)
+    runs.exit_code = 0
     _hydra(line, runs.job)
-    if RememberSweep.directory is None or shows_only:
-        return runs.exit_code
+    return runs.exit_code
+
+
+def _sweep(line: CommandLine, resumed: "Plan | None") -> int:
+    """Run a sweep, then compare what its jobs left. Ctrl-C says what is kept and how to go on."""
+    from runner import run as runs
+    from runner.sweep import collect
+    from runner.sweeping.launching import Sweep, launching
+
+    sweep = Sweep(line=line, resumed=resumed)
+    try:
+        with launching(sweep):
+            _hydra(line, runs.job)
+    except KeyboardInterrupt:
+        if sweep.directory is None:
+            raise
+        good, count = sweep.finished()
+        print(f"runner: interrupted: {good} of {count} jobs are finished and kept", file=sys.stderr)
+        print(f"runner: the others: python -m runner -m resume={sweep.directory}", file=sys.stderr)
+        return INTERRUPTED
+    if sweep.directory is None:  # Hydra had only to show something
+        return 0
     from runner.reports.console import print_sweep
 
-    rows = collect(RememberSweep.directory)
-    print_sweep(rows, RememberSweep.directory)
-    return 0 if all(row["status"] == "ok" for row in rows) else 3
+    rows = collect(sweep.directory)
+    print_sweep(rows, sweep.directory)
+    if all(row["status"] == "ok" for row in rows):
+        return 0
+    print(f"runner: what has no result: python -m runner -m resume={sweep.directory}", file=sys.stderr)
+    return 3
 
 
 def _hydra(line: CommandLine, job: object) -> None:

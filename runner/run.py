@@ -23,7 +23,7 @@ from runner.confdir import config_directory
 from runner.config import TASKS, CommonConfig, register, translated, unknown_key
 from runner.errors import ConfigError, RunnerError
 from runner.overrides import quoted
-from runner.reports.console import print_line, print_result
+from runner.reports.console import print_result
 from runner.results import FILE_NAME, Result, write_json
 from runner.tasks.context import Context
 from runner.tracking.base import RunIdentity, Tracker
@@ -36,20 +36,27 @@ exit_code = 0
 _LIVE = ("train",)
 
 
-def job(cfg: DictConfig) -> None:
-    """What Hydra calls for each job. It never raises but for an interrupt: a failure is written to `result.json`."""
+def job(cfg: DictConfig) -> str | None:
+    """What Hydra calls for each job. It never raises but for an interrupt: a failure is written to `result.json`.
+
+    Of a sweep's job the parent process tells, from what lies in its directory; returned is what kept it from there.
+    """
     global exit_code
     logging.captureWarnings(True)
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
     sweep = Path(hydra.sweep.dir).name if hydra.mode == RunMode.MULTIRUN else None
+    if sweep is not None:
+        # A result from before a sweep was cut off says nothing about this attempt.
+        (directory / FILE_NAME).unlink(missing_ok=True)
     result, exit_code, location = _run_and_record(cfg, directory, sweep)
     if sweep is not None:
-        print_line(result, Console(), number=int(hydra.job.num) + 1)
-    elif result["status"] == "ok":
+        return None if (directory / FILE_NAME).exists() else f"{FILE_NAME} could not be written"
+    if result["status"] == "ok":
         print_result(result, Console(), verbose=cfg.verbose, directory=directory, tracked=location)
-    if result["status"] == "error":
+    else:
         print(f"runner: error: {result['error']['message']}", file=sys.stderr)
+    return None
 
 
 def call(task: str, path: str | Path, **options: Any) -> dict[str, Any]:
@@ -74,17 +81,8 @@ def call(task: str, path: str | Path, **options: Any) -> dict[str, Any]:
 
 
 def setup() -> None:
-    """Make the typed roots and the resolver of job names known to Hydra."""
+    """Make the typed roots known to Hydra."""
     register()
-    OmegaConf.register_new_resolver("runner_tag", _tag, replace=True)
-
-
-def _tag(ckpt: Any, step: Any) -> str:
-    """A short name for a job's directory: what is measured, in at most 60 harmless characters."""
-    name = Path(str(ckpt)).name if ckpt is not None else "job"
-    if step is not None:
-        name += f"@{step}"
-    return "".join(c if c.isalnum() or c in "-_.@" else "_" for c in name)[:60]
 
 
 def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tuple[dict[str, Any], int, str | None]:
@@ -95,7 +93,7 @@ def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tupl
         tracker = _components(cfg, ["tracker"])["tracker"]
         if cfg.task in _LIVE:
             tracker.start(_identity(cfg, {}, sweep), _plain(cfg))
-        outcome = _run(cfg, directory, tracker)
+        outcome = _run(cfg, directory, tracker, quiet=sweep is not None)
         code = outcome.exit_code
     except RunnerError as error:
         log.error("%s", error)
@@ -138,10 +136,10 @@ def _write(result: dict[str, Any], cfg: DictConfig, directory: Path) -> int:
     return 0
 
 
-def _run(cfg: DictConfig, directory: Path, tracker: Tracker) -> Result:
-    """Check the config, build its components, run the task's page."""
+def _run(cfg: DictConfig, directory: Path, tracker: Tracker, *, quiet: bool = False) -> Result:
+    """Check the config, build its components, run the task's page; `quiet`: no progress of its own."""
     config = _typed(cfg)
-    context = Context(directory=directory, tracker=tracker, progress=Console(stderr=True))
+    context = Context(directory=directory, tracker=tracker, progress=Console(stderr=True, quiet=quiet))
     return _page(config.task).run(config, context)
 
 

@@ -7,9 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
-
 from runner.checkpoints.runs import Run, find_run, select, spell, step_in_name
 from runner.errors import ConfigError
 from runner.overrides import CommandLine, quoted, split_list
@@ -18,16 +15,6 @@ from runner.results import FILE_NAME, read_json
 # Tasks that go over every checkpoint of a run when no step is named.
 OVER_RUNS = ("diagnose", "test")
 _GLOB = re.compile(r"[*?\[]")
-
-
-class RememberSweep(Callback):
-    """Keeps the directory of the sweep that runs, so that the parent can read what its jobs left."""
-
-    directory: Path | None = None
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called by Hydra once, in the parent, before any job starts."""
-        RememberSweep.directory = Path(config.hydra.sweep.dir)
 
 
 def expand(line: CommandLine, *, demo_run: Callable[[], Path]) -> CommandLine:

@@ -14,16 +14,16 @@ RANKS = {
     "errors": 0,
     "confdir": 1,
     "checkpoints": 1, "models": 1, "measures": 1, "data": 1,
-    "results": 2, "config": 2, "versions": 2,
+    "results": 2, "plan": 2, "config": 2, "versions": 2,
     "bases": 2, "hub": 2, "forward": 2, "loading": 2, "reference": 2, "subject": 2, "tokens": 2, "training": 2,
     "checks": 3, "comparison": 3, "merging": 3, "reports": 3, "tracking": 3,
     "tasks": 4,
-    "overrides": 5, "run": 5, "sweep": 5, "help": 5,
+    "overrides": 5, "run": 5, "sweep": 5, "sweeping": 5, "help": 5,
     "cli": 6,
     "__main__": 7,
 }  # fmt: skip
 FORBIDDEN = {("checkpoints", "models"), ("models", "checkpoints")}
-HYDRA = {"cli", "run", "sweep", "config"}
+HYDRA = {"cli", "run", "sweep", "sweeping", "config"}
 
 
 def imports(file: Path) -> set[str]:

@@ -1,0 +1,154 @@
+"""Around Hydra's launchers, whichever is chosen: the plan is written first, a job that takes its launcher down does not
+take the other jobs along, and whatever a launcher says of a job that left no result is kept."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from runner.errors import ConfigError, printable
+from runner.overrides import CommandLine, quoted
+from runner.plan import PLAN_NAME, Job, Plan, good_result, write_plan
+from runner.results import FILE_NAME
+from runner.sweeping.jobs import plan_of
+from runner.sweeping.watching import watched
+
+
+@dataclass
+class Sweep:
+    """A sweep on its way: `plan` and `directory` are known as soon as Hydra has composed it.
+
+    `resumed`: the plan of a sweep that goes on; `reasons`: what is known of jobs that left no result, by number.
+    """
+
+    line: CommandLine
+    resumed: Plan | None = None
+    plan: Plan | None = None
+    directory: Path | None = None
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def finished(self) -> tuple[int, int]:
+        """How many jobs have a good result, and how many there are."""
+        if self.plan is None or self.directory is None:
+            return 0, 0
+        good = [job for job in self.plan.jobs if good_result(self.directory / job.directory) is not None]
+        return len(good), len(self.plan.jobs)
+
+    def keep_reasons(self) -> None:
+        """Write into the plan why jobs left no result, where that is known or was and has changed."""
+        if self.plan is None or self.directory is None:
+            return
+        without = {job.number for job in self.plan.jobs if not (self.directory / job.directory / FILE_NAME).exists()}
+        plan = self.plan.with_reasons({number: why for number, why in self.reasons.items() if number in without})
+        if plan == self.plan:
+            return
+        self.plan = plan
+        try:
+            write_plan(plan, self.directory)
+        except OSError as error:
+            print(f"runner: warning: {self.directory / PLAN_NAME}: cannot be written: {error}", file=sys.stderr)
+
+
+@contextmanager
+def launching(sweep: Sweep) -> Iterator[None]:
+    """Within the block a sweep of Hydra's runs as described above. Hydra takes a launcher from its own packages only,
+    so the one that it makes is wrapped."""
+    original = Plugins.instantiate_launcher
+
+    def instantiate(
+        plugins: Plugins, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> Launcher:
+        inner = original(plugins, hydra_context=hydra_context, task_function=task_function, config=config)
+        plan = plan_of(config, hydra_context.config_loader, sweep.line)
+        if sweep.resumed is not None:
+            if [job.overrides for job in plan.jobs] != [job.overrides for job in sweep.resumed.jobs]:
+                raise ConfigError(f"resume={config.hydra.sweep.dir}: its command gives other jobs than it did then")
+            plan = Plan(**{**vars(plan), "jobs": sweep.resumed.jobs, "command": sweep.resumed.command})
+        directory = Path(str(config.hydra.sweep.dir))
+        write_plan(plan, directory)
+        sweep.plan, sweep.directory = plan, directory
+        return _Guarded(inner, sweep)
+
+    Plugins.instantiate_launcher = instantiate  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Plugins.instantiate_launcher = original  # type: ignore[method-assign]
+        sweep.keep_reasons()
+
+
+class _Guarded(Launcher):
+    """Hands jobs to `inner`, those with a good result left out, and answers Hydra that all went well: what became of
+    a job stands in its directory."""
+
+    def __init__(self, inner: Launcher, sweep: Sweep) -> None:
+        self.inner = inner
+        self.sweep = sweep
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Nothing: `inner` is set up already."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs from `initial_job_idx` on; where the launcher breaks, those that it had not started again."""
+        plan, directory = self.sweep.plan, self.sweep.directory
+        assert plan is not None
+        assert directory is not None
+        jobs = plan.jobs[initial_job_idx : initial_job_idx + len(job_overrides)]
+        if [list(job.overrides) for job in jobs] != [list(words) for words in job_overrides]:
+            raise ConfigError("hydra.sweeper.params and other sweepers are not supported; give the values as key=a,b,c")
+        todo = [job for job in jobs if good_result(directory / job.directory) is None]
+        with watched(plan, directory):
+            while todo:
+                marks = {job.number: _start_mark(directory / job.directory) for job in todo}
+                problem = self._launch(todo)
+                left = [job for job in todo if _start_mark(directory / job.directory) == marks[job.number]]
+                for job in todo if problem else []:
+                    self.sweep.reasons.setdefault(job.number, problem or "")
+                if not problem or len(left) == len(todo):
+                    break
+                todo = left
+        return []
+
+    def _launch(self, jobs: Sequence[Job]) -> str | None:
+        """Launch `jobs`; what went wrong with the launcher itself, if anything."""
+        words = [[*job.overrides, f"hydra.sweep.subdir={quoted(job.directory)}"] for job in jobs]
+        try:
+            returned = self.inner.launch(words, initial_job_idx=jobs[0].number)
+        except Exception as error:
+            return _one_line(error)
+        for job, answer in zip(jobs, returned, strict=True):
+            problem = _problem(answer)
+            if problem:
+                self.sweep.reasons[job.number] = problem
+            else:
+                self.sweep.reasons.pop(job.number, None)
+        return None
+
+
+def _start_mark(directory: Path) -> int | None:
+    """Changes when a job is started in `directory`: Hydra then writes the job's configuration there."""
+    try:
+        return (directory / ".hydra" / "overrides.yaml").stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _problem(answer: JobReturn) -> str | None:
+    value: Any = answer._return_value
+    if answer.status == JobStatus.COMPLETED:
+        return value if isinstance(value, str) else None
+    return _one_line(value)
+
+
+def _one_line(error: object) -> str:
+    """What an exception says, in at most one line of bearable length."""
+    text = " ".join(printable(" ".join(str(error).split())).split())
+    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
