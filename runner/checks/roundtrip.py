@@ -1,0 +1,101 @@
+"""A checkpoint that is loaded, saved again and loaded once more must be the same model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from runner.checkpoints.checkpoint import Checkpoint
+from runner.checkpoints.detect import open_checkpoint
+from runner.checks.bench import Bench
+from runner.checks.check import WARNING, Outcome, failed, passed, skipped
+from runner.checks.inputs import prompts, ragged
+from runner.checks.saving import ADAPTER, save_model, writer_of
+from runner.forward import device_of
+
+# The largest difference of a logit that counts as the same; nothing but equal bits is expected.
+TOLERANCE = 1e-5
+
+
+def save_copy(bench: Bench) -> Path:
+    """Save the loaded model to scratch, by the writer of its format; where the copy lies. Raises what that raises."""
+    target = bench.scratch / "saved"
+    save_model(bench.checkpoint, bench.model, bench.own.path if bench.own else None, target)
+    adapter = target / ADAPTER
+    return adapter if adapter.is_dir() else target
+
+
+def save(bench: Bench) -> Outcome:
+    """The loaded model is saved again; the copy has the same format, layers, names and shapes."""
+    checkpoint = bench.checkpoint
+    if writer_of(checkpoint) is None:
+        return skipped(f"{checkpoint.format} checkpoints are read, never written")
+    copy = open_checkpoint(bench.saved, checkpoint.format, bench.config.format.module)
+    if difference := _difference(checkpoint, copy):
+        return failed(f"what was saved is not what was loaded: {difference}", "Look at the writer of this format.")
+    files = [file for file in bench.saved.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    return passed(f"{len(copy.weights.infos)} tensors in {len(files)} files, {size:,} bytes", bytes=size)
+
+
+def _difference(original: Checkpoint, copy: Checkpoint) -> str | None:
+    """How the names and shapes of two checkpoints differ; None where they say the same."""
+    if missing := sorted((*copy.missing, *copy.unknown)):
+        return f"missing or unknown keys {missing}"
+    ours, theirs = _shapes(original), _shapes(copy)
+    wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if not wrong:
+        return None
+    shown = ", ".join(
+        f"{name} {list(ours.get(name, ())) or 'absent'} became {list(theirs.get(name, ())) or 'absent'}"
+        for name in wrong[:4]
+    )
+    return f"{shown}{', …' if len(wrong) > 4 else ''}"
+
+
+def _shapes(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
+    """The shape of each tensor; those of NPT layers by what they are, since they have two spellings."""
+    infos = checkpoint.weights.infos
+    spelled = {
+        name: f"layer {layer.layer} {projection} {matrix} {rank}"
+        for layer in checkpoint.layers
+        for projection, matrices in layer.keys.items()
+        for matrix, names in matrices.items()
+        for rank, name in enumerate(names)
+    }
+    return {spelled.get(name, name): info.shape for name, info in infos.items()}
+
+
+def roundtrip(bench: Bench) -> Outcome:
+    """The saved copy in a model of its own gives the same logits: equal bits, at most 1e-5 apart."""
+    sequences = [*prompts(bench), ragged(bench, 1)[0]]
+    compared = [_compare(bench.model, bench.reloaded, ids) for ids in sequences]
+    if bench.own is None:
+        bench.free("reloaded")  # complete by itself, so as large as the model
+    largest = max(each["max"] for each in compared)
+    figures: dict[str, Any] = {
+        "max_difference": largest,
+        "mean_difference": sum(each["mean"] for each in compared) / len(compared),
+        "bit_equal": all(each["equal"] for each in compared),
+    }
+    said = f"{len(sequences)} sequences: largest difference {largest:.3g}, mean {figures['mean_difference']:.3g}"
+    if not largest <= TOLERANCE:
+        return failed(
+            f"the reloaded model gives other logits: {said}, allowed {TOLERANCE:g}",
+            "Compare the tensors of the copy with the original's: task=diff.",
+            **figures,
+        )
+    if not figures["bit_equal"]:
+        return Outcome(status=WARNING, details=f"{said}: within {TOLERANCE:g}, but not bit-equal", data=figures)
+    return passed(f"{len(sequences)} sequences: bit-equal logits", **figures)
+
+
+@torch.inference_mode()
+def _compare(model: nn.Module, reloaded: nn.Module, token_ids: torch.Tensor) -> dict[str, Any]:
+    """The largest and the mean difference of the logits of one sequence [T]; inf where a logit is not finite."""
+    ids = token_ids.to(device_of(model))[None]
+    ours, theirs = model(ids).logits, reloaded(ids).logits
+    difference = (ours.float() - theirs.float()).abs().nan_to_num(nan=float("inf"))
+    return {"max": difference.max().item(), "mean": difference.mean().item(), "equal": torch.equal(ours, theirs)}
