@@ -1,0 +1,141 @@
+"""What training must reach, and what it must leave alone: gradients and one optimizer step."""
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from runner.checkpoints.tensors import is_finite
+from runner.checks.bench import Bench
+from runner.checks.check import Outcome, failed, passed
+from runner.checks.inputs import prompts, ragged, right_padded
+from runner.forward import device_of
+from runner.models.lora_moe import LoraForCausalLM
+from runner.models.npt_llama import NptLlamaForCausalLM
+
+LEARNING_RATE = 1e-2
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes: NPT weights; adapters and router; all of a model without either."""
+    named = dict(model.named_parameters())
+    if isinstance(model, NptLlamaForCausalLM):
+        return {name: p for name, p in named.items() if ".updates." in name}
+    if isinstance(model, LoraForCausalLM):
+        return {name: p for name, p in named.items() if ".lora_" in name or name.startswith("router.")}
+    return named
+
+
+def gradients(bench: Bench) -> Outcome:
+    """A fine-tuning loss has a finite gradient for every parameter that should train, and for no other."""
+    bench.free("reloaded")
+    model = bench.model
+    wanted = trained(model)
+    with _training(model, wanted):
+        _loss(bench, model).backward()
+        reached = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        missing = sorted(wanted.keys() - reached.keys())
+        stray = sorted(reached.keys() - wanted.keys())
+        broken = sorted(name for name, gradient in reached.items() if not is_finite(gradient))
+        zero = [name for name in wanted if name in reached and not bool(reached[name].any())]
+    unexplained = sorted(name for name in zero if not _is_zero_by_neighbours(name, wanted))
+    problems = [
+        f"{what}: {', '.join(names[:4])}{f', … ({len(names)})' if len(names) > 4 else ''}"
+        for what, names in (
+            ("no gradient reaches", missing),
+            ("a gradient reaches what should not train", stray),
+            ("the gradient is not finite", broken),
+            ("the gradient is zero everywhere", unexplained),
+        )
+        if names
+    ]
+    if problems:
+        return failed("; ".join(problems), "Look at requires_grad, detach and no_grad in the model.")
+    said = f" ({len(zero)} zero for now: what they are multiplied with is zero)" if zero else ""
+    return passed(f"{len(wanted)} parameters have a gradient{said}, {_count(model) - len(wanted)} others none")
+
+
+def optimizer_step(bench: Bench) -> Outcome:
+    """One step of AdamW changes every parameter that has a gradient, and not a bit of anything else."""
+    model = bench.model
+    wanted = trained(model)
+    before = _digests(model)
+    kept = {name: p.detach().clone() for name, p in wanted.items()} if bench.own else {}
+    try:
+        with _training(model, wanted):
+            _loss(bench, model).backward()
+            moving = {name for name, p in wanted.items() if p.grad is not None and bool(p.grad.any())}
+            chosen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            torch.optim.AdamW(chosen, lr=LEARNING_RATE, weight_decay=0.0, foreach=False).step()
+        changed = {name for name, digest in _digests(model).items() if before[name] != digest}
+    finally:
+        # The base is shared with whoever comes next, and what was stepped may lie in its memory.
+        with torch.no_grad():
+            for name, values in kept.items():
+                wanted[name].copy_(values)
+        if not bench.own:
+            bench.free("model")
+    if stray := sorted(changed - wanted.keys()):
+        return failed(f"a step also changes {', '.join(stray[:4])}", "Look for tensors that share memory.")
+    if not moving or (moving - changed):
+        return failed(f"a step leaves {', '.join(sorted(moving - changed)[:4]) or 'everything'} as it was")
+    return passed(f"changes {len(changed)} parameters; {len(before) - len(changed)} other tensors keep every bit")
+
+
+@contextmanager
+def _training(model: nn.Module, wanted: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Within the block the model is in training mode and `wanted` require gradients; afterwards all is as before."""
+    was_training, required = model.training, {name: p.requires_grad for name, p in wanted.items()}
+    model.train()
+    for parameter in wanted.values():
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for parameter in model.parameters():
+            parameter.grad = None
+        for name, parameter in wanted.items():
+            parameter.requires_grad_(required[name])
+
+
+def _loss(bench: Bench, model: nn.Module) -> torch.Tensor:
+    """Mean cross-entropy of the next token over a padded batch, and the balance loss of a router."""
+    sequences = [*prompts(bench), ragged(bench, 1)[0]]
+    ids, mask = (each.to(device_of(model)) for each in right_padded(sequences, filler=0))
+    output = model(ids, attention_mask=mask)
+    targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+    loss = cross_entropy(output.logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+    balance = getattr(output, "balance_loss", None)
+    return loss if balance is None else loss + balance
+
+
+def _is_zero_by_neighbours(name: str, wanted: dict[str, nn.Parameter]) -> bool:
+    """Whether another factor of the same product is zero, as in adapters that were not trained yet."""
+    if ".lora_" in name:
+        other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
+        return not bool(wanted[other].any())
+    if ".updates." in name:
+        front = name.rpartition(".")[0]
+        return any(not bool(p.any()) for other, p in wanted.items() if other != name and other.startswith(f"{front}."))
+    if name.startswith("router.") and wanted[name].shape[0] == 1:
+        return True  # the softmax over one expert is constant
+    return any(not bool(parameter.any()) for parameter in wanted.values())
+
+
+def _digests(model: nn.Module) -> dict[str, int]:
+    """A checksum of the bytes of every parameter and buffer."""
+    return {name: _crc32(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _crc32(tensor: torch.Tensor) -> int:
+    values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(values)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(1 for _ in model.parameters())
