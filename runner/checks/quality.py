@@ -1,0 +1,179 @@
+"""How close an NPT model comes to its base: what decides READY, PARTIALLY_READY or NOT_READY, and never fails a run.
+
+Words for one comparison (those of the field's own scripts): PASS where mse < 0.1 and cosine > 0.95, WARNING where
+mse < 0.5 and cosine > 0.8, else FAIL. A check's score is the mean over what it compares (prompts, layers, depths) of
+1 for PASS, 0.5 for WARNING and 0 for FAIL; that of generation is the share of tokens that agree with the base's, times
+one minus what the model repeats more than the base does. The word of layers, progressive and generation is PASS for a
+score above 0.8, WARNING above 0.6, else FAIL. PASS is the status pass; both other words are the status warning.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any
+
+from runner.checks.bench import Bench
+from runner.checks.check import PASS, WARNING, Outcome, skipped
+from runner.checks.inputs import prompt_ids, prompts
+from runner.checks.subjects import subject_of
+from runner.errors import CheckpointError
+from runner.forward import limits
+from runner.measures import layers as layer_measures
+from runner.measures.fidelity import summarise
+from runner.measures.verdict import judge
+from runner.subject import Subject
+
+TEMPERATURES = (0.1, 0.7, 1.0)
+SCORES = {"PASS": 1.0, "WARNING": 0.5, "FAIL": 0.0}
+
+
+def grade(mse: float | None, cosine: float | None) -> str:
+    """PASS, WARNING or FAIL of one comparison; FAIL where a figure is not finite."""
+    if mse is None or cosine is None:
+        return "FAIL"
+    if mse < 0.1 and cosine > 0.95:
+        return "PASS"
+    return "WARNING" if mse < 0.5 and cosine > 0.8 else "FAIL"
+
+
+def word_of(score: float) -> str:
+    """PASS, WARNING or FAIL of several comparisons."""
+    return "PASS" if score > 0.8 else "WARNING" if score > 0.6 else "FAIL"
+
+
+def against_base(measure: Callable[[Bench, Subject], Outcome]) -> Callable[[Bench], Outcome]:
+    """`measure` as a check, which is skipped where the base is not found."""
+
+    @wraps(measure)
+    def check(bench: Bench) -> Outcome:
+        try:
+            subject = subject_of(bench)
+        except CheckpointError as error:
+            return skipped(f"nothing to compare with: {error}")
+        return measure(bench, subject)
+
+    return check
+
+
+@against_base
+def fidelity(bench: Bench, subject: Subject) -> Outcome:
+    """Logits of the prompts against the base's."""
+    compared = [subject.compare(ids) for ids in prompts(bench)]
+    figures = summarise(compared)
+    rows = [{"mse": c.mse, "cosine": c.cosine} if c.finite else {"mse": None, "cosine": None} for c in compared]
+    verdict = judge(figures["mse"], figures["cosine"], bench.config.verdict)
+    return _outcome(
+        grade(figures["mse"], figures["cosine"]),
+        _mean_score(rows),
+        f"{_figures(figures)} over {len(rows)} prompts: {verdict['status']}, about {verdict['progress']} % trained",
+        verdict["recommendation"],
+        {"mse": figures["mse"], "cosine": figures["cosine"], "prompts": rows},
+    )
+
+
+@against_base
+def layers(bench: Bench, subject: Subject) -> Outcome:
+    """Each NPT layer alone, all others standard, on the layer prompt."""
+    token_ids = prompt_ids(bench, bench.config.data.layer_prompt)
+    reference, run = subject.layer_run(token_ids)
+    rows = layer_measures.isolation(run, reference, token_ids, list(subject.npt.npt_layers))
+    score = _mean_score(rows)
+    worst = max(rows, key=_badness)
+    poor = [str(row["layer"]) for row in rows if grade(row["mse"], row["cosine"]) == "FAIL"]
+    return _outcome(
+        word_of(score),
+        score,
+        f"{_counts(rows)} of {len(rows)} layers alone; worst is layer {worst['layer']}: {_figures(worst)}",
+        f"Train the layers {', '.join(poor)} further." if poor else None,
+        {"layers": rows},
+    )
+
+
+@against_base
+def progressive(bench: Bench, subject: Subject) -> Outcome:
+    """The lowest 1, 2, … n NPT layers together, on the layer prompt."""
+    token_ids = prompt_ids(bench, bench.config.data.layer_prompt)
+    reference, run = subject.layer_run(token_ids)
+    rows = layer_measures.progressive(run, reference, token_ids, list(subject.npt.npt_layers))
+    score = _mean_score(rows)
+    trend = layer_measures.trend([row["mse"] for row in rows])
+    first_poor = next((row["count"] for row in rows if grade(row["mse"], row["cosine"]) == "FAIL"), None)
+    return _outcome(
+        word_of(score),
+        score,
+        f"{_counts(rows)} of {len(rows)} depths; all together: {_figures(rows[-1])}{f', {trend}' if trend else ''}",
+        f"From {first_poor} NPT layers on the error is large." if first_poor else None,
+        {"progressive": rows},
+    )
+
+
+@against_base
+def generation(bench: Bench, subject: Subject) -> Outcome:
+    """Continuations of the prompts at temperatures 0.1, 0.7 and 1.0, from the same seed as the base's."""
+    longest = limits(bench.model)[1]
+    rows = []
+    for text in bench.config.data.prompts:
+        token_ids = prompt_ids(bench, text)
+        count = min(bench.config.tier.new_tokens, (longest or 1 << 30) - len(token_ids))
+        for temperature in TEMPERATURES if count > 0 else ():
+            row = subject.continuation(
+                token_ids, count, temperature=temperature, seed=bench.config.seed, decode=lambda ids: _text(bench, ids)
+            )
+            rows.append({"prompt": text, **row})
+    if not rows:
+        return skipped(f"the prompts fill the model's {longest} positions")
+    score = sum(map(_generation_score, rows)) / len(rows)
+    by_temperature = [
+        f"{_mean([row['agreement'] for row in rows if row['temperature'] == t]):.0%} at {t}" for t in TEMPERATURES
+    ]
+    word = word_of(score)
+    return _outcome(
+        word,
+        score,
+        f"tokens that agree with the base's: {', '.join(by_temperature)}; repeated 3-grams "
+        f"{_mean([row['repetition'] or 0.0 for row in rows]):.0%}, the base's "
+        f"{_mean([row['reference_repetition'] or 0.0 for row in rows]):.0%}",
+        None if word == "PASS" else "Continuations part from the base's: train further.",
+        {"generation": rows},
+    )
+
+
+def _generation_score(row: Mapping[str, Any]) -> float:
+    extra = (row["repetition"] or 0.0) - (row["reference_repetition"] or 0.0)
+    return float(row["agreement"] * (1 - max(0.0, extra)))
+
+
+def _text(bench: Bench, token_ids: list[int]) -> str:
+    return " ".join(map(str, token_ids)) if bench.tokenizer is None else str(bench.tokenizer.decode(token_ids))
+
+
+def _outcome(word: str, score: float, details: str, recommendation: str | None, data: Mapping[str, Any]) -> Outcome:
+    return Outcome(
+        status=PASS if word == "PASS" else WARNING,
+        details=f"{word}: {details}",
+        score=score,
+        recommendation=recommendation,
+        data=data,
+    )
+
+
+def _mean_score(rows: Sequence[Mapping[str, Any]]) -> float:
+    return _mean([SCORES[grade(row["mse"], row["cosine"])] for row in rows])
+
+
+def _counts(rows: Sequence[Mapping[str, Any]]) -> str:
+    words = [grade(row["mse"], row["cosine"]) for row in rows]
+    return ", ".join(f"{words.count(word)} {word}" for word in SCORES if word in words)
+
+
+def _badness(row: Mapping[str, Any]) -> float:
+    return float("inf") if row["mse"] is None else row["mse"]
+
+
+def _figures(row: Mapping[str, Any]) -> str:
+    if row["mse"] is None or row["cosine"] is None:
+        return "not finite"
+    return f"mse {row['mse']:.4g}, cosine {row['cosine']:.4f}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
