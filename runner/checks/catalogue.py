@@ -26,15 +26,44 @@ def by_name(*checks: Check) -> dict[str, Check]:
     return {check.name: check for check in checks}
 
 
+def _check(name: str, title: str, place: str, *needs: str) -> Check:
+    return Check(name=name, title=title, run=late(place), needs=needs)
+
+
+def _quality(name: str, title: str, place: str, *needs: str) -> Check:
+    return Check(name=name, title=title, run=late(place), needs=needs, integrity=False)
+
+
 # Of the machine: they need no checkpoint.
 ENVIRONMENT = by_name()
 # Of every checkpoint.
-SHARED = by_name()
+SHARED = by_name(
+    _check("model", "the model is built, strictly", "behaviour.build", "loading", "finite"),
+    _check("forward", "finite logits, short and long", "behaviour.forward", "model"),
+    _check("save", "saved again, it has the same names and shapes", "roundtrip.save", "model"),
+    _check("roundtrip", "reloaded, it gives the same logits", "roundtrip.roundtrip", "forward", "save", "router"),
+    _check("batch", "padded batches give the logits of each alone", "behaviour.batch", "forward"),
+    _check("gradients", "they reach what should train", "learning.gradients", "forward", "modes"),
+    _check("optimizer_step", "a step changes nothing else", "learning.optimizer_step", "gradients"),
+)
 # Of the checkpoints of one family.
 OF_FAMILY = {
-    "npt": by_name(),
-    "gpt": by_name(),
-    "lora_moe": by_name(),
+    "npt": by_name(
+        _check("modes", "switching modes leaves nothing behind", "behaviour_npt.modes", "forward"),
+        _check("control", "all layers standard: the plain model", "behaviour_npt.control", "modes"),
+        _quality("fidelity", "logits against the base's", "quality.fidelity", "control"),
+        _quality("layers", "each NPT layer alone", "quality.layers", "control"),
+        _quality("progressive", "the lowest n NPT layers", "quality.progressive", "control"),
+        _quality("generation", "continuations against the base's", "quality.generation", "control"),
+    ),
+    "gpt": by_name(
+        _check("convert", "converted there and back", "behaviour_gpt.convert", "roundtrip"),
+    ),
+    "lora_moe": by_name(
+        _check("router", "the reloaded router is the same", "behaviour_moe.router", "save"),
+        _check("skills", "the saved skill library is the same", "behaviour_moe.skills", "save"),
+        _check("routing", "reloaded, each token has the same experts", "behaviour_moe.routing", "roundtrip"),
+    ),
     "hf": by_name(),
 }
 
