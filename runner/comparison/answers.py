@@ -1,0 +1,225 @@
+"""What a curve says, in words: is training working, when is it ready, which layer holds it back, which is best.
+
+Every sentence states the figures that it rests on, and says so where they are too few.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from runner.comparison.jobs import Job
+from runner.comparison.series import Series
+from runner.comparison.thresholds import thresholds
+
+# Of all pairs of checkpoints, the share in which the later one is closer: above it training works, below 1 − it not.
+_STEADY = 0.75
+# A tail that is not this much closer than all before it has levelled off.
+_GAIN = 0.95
+# The last checkpoint is worse than the best one by more than this factor: the curve has turned.
+_TURNED = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """`level`: good, warn, bad or unknown; `short`: a clause for a headline; `words`: one or two sentences."""
+
+    level: str
+    short: str
+    words: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """The four answers for one series."""
+
+    working: Answer
+    ready: Answer
+    layer: Answer
+    best: Answer
+
+
+def answers(series: Series) -> Answers:
+    """What the points of `series` say."""
+    return Answers(working=working(series), ready=ready(series), layer=worst_layer(series), best=best(series))
+
+
+def working(series: Series) -> Answer:
+    """Does the mse fall as training goes on?"""
+    last = series.jobs[-1]
+    points = [(job.step or 0, mse) for job in series.jobs if (mse := job.metric("mse")) is not None]
+    if last.metric("mse") is None:
+        return Answer(
+            level="bad",
+            short="the last checkpoint's logits are not finite",
+            words=f"No: at step {last.step} there is no finite mse.",
+        )
+    if len({step for step, _ in points}) < 2:
+        return Answer(
+            level="unknown",
+            short="one checkpoint shows no trend",
+            words=f"Cannot tell from one checkpoint (step {last.step}).",
+        )
+    (first_step, first), (last_step, final) = points[0], points[-1]
+    pairs = [(a, b) for (s, a), (t, b) in combinations(points, 2) if s < t]
+    share = sum(b < a for a, b in pairs) / len(pairs)
+    best_step, lowest = min(points, key=lambda point: point[1])
+    span = f"from {first:.4g} at step {first_step} to {final:.4g} at step {last_step}"
+    few = f" (only {len(points)} checkpoints)" if len(points) < 4 else ""
+    if share <= 1 - _STEADY:
+        return Answer(
+            level="bad", short="training does not work: the mse does not fall", words=f"No: the mse went {span}{few}."
+        )
+    if final > _TURNED * lowest:
+        return Answer(
+            level="warn",
+            short="training has turned: the mse rises again",
+            words=f"It did: the mse was lowest at step {best_step} ({lowest:.4g}), now {final:.4g}.",
+        )
+    if share < _STEADY or final >= first:
+        return Answer(
+            level="warn",
+            short="it is unclear whether training works",
+            words=f"Unclear: the mse went {span}, up and down on the way{few}.",
+        )
+    if (since := _level_since(points)) is not None and final >= thresholds().mse["excellent"]:
+        return Answer(
+            level="warn",
+            short="training has levelled off",
+            words=f"It did: the mse fell {span}, but hardly any more since step {since}.",
+        )
+    return Answer(level="good", short="training works", words=f"Yes: the mse fell {span}{few}.")
+
+
+def _level_since(points: Sequence[tuple[int, float]]) -> int | None:
+    """The last step before the final third where that third is no closer than all before it."""
+    tail = len(points) // 3
+    if tail < 2:
+        return None
+    before, after = points[:-tail], points[-tail:]
+    level = min(mse for _, mse in after) > _GAIN * min(mse for _, mse in before)
+    return before[-1][0] if level else None
+
+
+def ready(series: Series) -> Answer:
+    """The last checkpoint's readiness, with its reason, the estimate and the rule of thumb."""
+    verdict = series.jobs[-1].verdict
+    if verdict is None:
+        return Answer(
+            level="unknown",
+            short="no verdict on readiness",
+            words="No verdict: readiness is defined for NPT checkpoints compared with their base.",
+        )
+    readiness, reason = str(verdict.get("readiness")), str(verdict.get("reason"))
+    since = _since(series.jobs, readiness)
+    if readiness == "production":
+        return Answer(
+            level="good", short="ready for production", words=f"Yes, for production since step {since}: {reason}."
+        )
+    words = [f"For basic use since step {since}: {reason}." if readiness == "basic" else f"Not yet: {reason}."]
+    if series.estimate is not None:
+        words.append(f"Estimate: {series.estimate.words}")
+    if readiness != "basic":
+        words.append(f"Rule of thumb: {_lowered(str(verdict.get('remaining')))}.")
+    level = {"basic": "good", "continue": "warn"}.get(readiness, "bad")
+    short = {"basic": "ready for basic use", "continue": "close, not ready yet"}.get(readiness, "not ready yet")
+    return Answer(level=level, short=short, words=" ".join(words))
+
+
+def _since(jobs: Sequence[Job], readiness: str) -> int | None:
+    """The step from which on every checkpoint is at least as ready."""
+    enough = {"production": ("production",), "basic": ("production", "basic")}.get(readiness, ())
+    since = jobs[-1].step
+    for job in reversed(jobs):
+        if (job.verdict or {}).get("readiness") not in enough:
+            break
+        since = job.step
+    return since
+
+
+def worst_layer(series: Series) -> Answer:
+    """The NPT layer that is furthest from its standard layer when it runs alone."""
+    job = next((job for job in reversed(series.jobs) if layer_mses(job)), None)
+    if job is None:
+        return Answer(
+            level="unknown", short="layers not measured", words="Not measured: tier=full runs each NPT layer alone."
+        )
+    ranked = sorted(layer_mses(job).items(), key=lambda item: -item[1])
+    (layer, mse), others = ranked[0], ranked[1:]
+    bound = thresholds().layer_mse
+    next_one = f" (next: layer {others[0][0]}, {others[0][1]:.4g})" if others else ""
+    figure = f"layer {layer}, mse {mse:.4g} alone{next_one}, at step {job.step}"
+    if mse < bound:
+        return Answer(
+            level="good",
+            short="no layer holds it back",
+            words=f"None: each is good by itself (mse < {bound:g}). Furthest is {figure}.",
+        )
+    bad = sum(value >= bound for _, value in ranked)
+    return Answer(
+        level="warn",
+        short=f"layer {layer} holds it back",
+        words=f"{_raised(figure)}; {bad} of {len(ranked)} layers are not below {bound:g}.",
+    )
+
+
+def layer_mses(job: Job) -> dict[Any, float]:
+    """Layer → its isolated mse, for the layers that have one."""
+    return {
+        row.get("layer"): row["mse"]
+        for row in job.layers
+        if isinstance(row.get("mse"), (int, float)) and isinstance(row.get("layer"), (int, str))
+    }
+
+
+def best(series: Series) -> Answer:
+    """The checkpoint with the lowest mse, and whether the next one is clearly worse."""
+    ranked = sorted(
+        (job for job in series.jobs if job.metric("mse") is not None), key=lambda job: job.metric("mse") or 0
+    )
+    if not ranked:
+        return Answer(level="unknown", short="no best checkpoint", words="No checkpoint has a finite mse.")
+    first = ranked[0]
+    status = f", {first.verdict.get('status')}" if first.verdict else ""
+    words = f"{checkpoint_name(first)}: {figures(first)}{status}."
+    if len(ranked) > 1:
+        words += _runner_up(first, ranked[1])
+    return Answer(level="good", short=f"best is {checkpoint_name(first)}", words=words)
+
+
+def _runner_up(first: Job, second: Job) -> str:
+    """Prompts are the independent units: a checkpoint that is closer on some of them is not clearly worse."""
+    mses, others = prompt_mses(first), prompt_mses(second)
+    common = [prompt for prompt in mses if prompt in others]
+    closer = sum(others[prompt] < mses[prompt] for prompt in common)
+    if not closer:
+        return ""
+    name = f"{checkpoint_name(second)} ({second.metric('mse'):.4g})"
+    return f" {name} is closer on {closer} of {len(common)} prompts: not clearly worse."
+
+
+def prompt_mses(job: Job) -> dict[str, float]:
+    """Prompt → its mse, for the prompts that have one."""
+    return {str(row.get("prompt")): row["mse"] for row in job.per_prompt if isinstance(row.get("mse"), (int, float))}
+
+
+def figures(job: Job) -> str:
+    """`mse 0.0421, cosine 0.9982`, as far as they are there."""
+    shown: Mapping[str, str] = {"mse": ".4g", "cosine": ".4f"}
+    return ", ".join(
+        f"{name} {value:{form}}" for name, form in shown.items() if (value := job.metric(name)) is not None
+    )
+
+
+def checkpoint_name(job: Job) -> str:
+    """The last part of the checkpoint's path, or the job's name."""
+    return Path(job.ckpt).name if job.ckpt else job.name
+
+
+def _lowered(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _raised(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,82 @@
+"""What a curve says in words, and that it does not say more."""
+
+import pytest
+
+from runner.comparison.answers import answers
+from runner.comparison.comparison import read
+from runner.comparison.headline import headline
+from tests.comparison.sweeps import result, write_job, write_sweep
+
+
+def curve(*mses):
+    return {100 * (i + 1): mse for i, mse in enumerate(mses)}
+
+
+@pytest.mark.parametrize(("mses", "level", "words"), [
+    ((0.9, 0.5, 0.3, 0.2), "good", "Yes: the mse fell from 0.9 at step 100 to 0.2 at step 400"),
+    ((0.9, 0.5), "good", "only 2 checkpoints"),
+    ((0.5,), "unknown", "Cannot tell from one checkpoint"),
+    ((0.1, 0.2, 0.4, 0.9), "bad", "No: the mse went from 0.1 at step 100 to 0.9"),
+    ((0.5, 0.5, 0.5, 0.5), "bad", "No: the mse went"),
+    ((0.9, 0.5, 0.2, 0.1, 0.4), "warn", "lowest at step 400 (0.1), now 0.4"),
+    ((0.5, 0.4, 0.6, 0.4, 0.45), "warn", "up and down"),
+    ((0.9, 0.6, 0.3, 0.21, 0.2, 0.2, 0.199, 0.2, 0.198), "warn", "hardly any more since step 600"),
+    ((0.9, 0.1, 0.04, 0.03, 0.03, 0.03), "good", "Yes"),
+    ((0.9, 0.5, None), "bad", "at step 300 there is no finite mse"),
+])  # fmt: skip
+def test_whether_training_works(tmp_path, mses, level, words):
+    found = answers(read(write_sweep(tmp_path / "s", curve(*mses))).series[0])
+    assert found.working.level == level
+    assert words in found.working.words
+
+
+def test_readiness_repeats_the_verdict_and_says_since_when(tmp_path):
+    found = answers(read(write_sweep(tmp_path / "s", curve(0.9, 0.09, 0.2, 0.08, 0.07))).series[0])
+    assert found.ready.words.startswith("For basic use since step 400: mse 0.07")
+    early = answers(read(write_sweep(tmp_path / "t", curve(0.9, 0.5))).series[0]).ready
+    assert early.words.startswith("Not yet: mse 0.5.")
+    assert "Rule of thumb: fine-tuning needed" in early.words
+
+
+def test_without_a_verdict_none_is_invented(tmp_path):
+    write_job(tmp_path / "s", 0, "x", result("/runs/moe/checkpoint-100", 0.5, verdict=None))
+    found = answers(read(tmp_path / "s").series[0])
+    assert (found.ready.level, found.working.level) == ("unknown", "unknown")
+
+
+def test_the_worst_layer_is_that_of_the_last_checkpoint_that_has_figures(tmp_path):
+    sweep = write_sweep(tmp_path / "s", curve(0.9, 0.5), tier="full")
+    rows = [{"layer": 1, "mse": 0.02}, {"layer": 2, "mse": 0.3}, {"layer": 3, "mse": None}, {"layer": [4], "mse": 9}]
+    write_job(sweep, 2, "x", result("/runs/a/checkpoint-300", 0.4, tier="full", layers=rows), tier={"name": "full"})
+    found = answers(read(sweep).series[0]).layer
+    assert found.words == "Layer 2, mse 0.3 alone (next: layer 1, 0.02), at step 300; 1 of 2 layers are not below 0.1."
+    assert "tier=full" in answers(read(write_sweep(tmp_path / "q", curve(0.5))).series[0]).layer.words
+
+
+def test_the_best_checkpoint_is_not_called_clearly_better_when_prompts_disagree(tmp_path):
+    sweep = tmp_path / "s"
+    for number, mses in enumerate([(0.1, 0.3), (0.2, 0.1)]):
+        prompts = [{"prompt": str(i), "mse": mse} for i, mse in enumerate(mses)]
+        found = result(f"/runs/a/checkpoint-{number + 1}00", sum(mses) / 2, per_prompt=prompts)
+        write_job(sweep, number, "x", found)
+    words = answers(read(sweep).series[0]).best.words
+    assert words.startswith("checkpoint-200: mse 0.15")
+    assert "checkpoint-100 (0.2) is closer on 1 of 2 prompts: not clearly worse" in words
+
+
+def test_the_headline_names_what_is_missing(tmp_path):
+    sweep = write_sweep(tmp_path / "s", curve(0.9, 0.3, 0.08))
+    assert headline(read(sweep)).words == "Training works; ready for basic use; best is checkpoint-300."
+    write_job(sweep, 3, "x", None)
+    found = headline(read(sweep))
+    assert (found.level, found.words.endswith("Of 4 jobs 1 lost.")) == ("warn", True)
+    write_job(tmp_path / "none", 0, "x", None)
+    assert headline(read(tmp_path / "none")).words == "No job left a result: of 1 jobs 1 lost."
+    write_job(tmp_path / "merge", 0, "x", {"task": "merge", "status": "ok", "ckpt": "/m"})
+    assert "there is no curve" in headline(read(tmp_path / "merge")).words
+
+
+def test_of_several_curves_the_closest_speaks(tmp_path):
+    sweep = write_sweep(tmp_path / "s", curve(0.9, 0.3))
+    write_job(sweep, 2, "x", result("/runs/b/checkpoint-100", 0.05))
+    assert headline(read(sweep)).words.startswith("b · quick, the closest of 2 curves: one checkpoint shows no trend")
