@@ -1,15 +1,18 @@
 """The estimate of the remaining steps of a series, as the comparison shows it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from runner.comparison.thresholds import thresholds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """`words`: one sentence; `band`: (step, lower, median, upper) of the curve, empty where nothing was fitted.
+    """`words`: when each threshold of the mse that is not reached yet will be, or why that cannot be said.
 
-    `details` is the whole estimate as plain JSON values.
+    `band`: (step, lower, median, upper) of the mse, empty where nothing was fitted. `details`: the whole estimate
+    (runner/measures/forecast.py) as plain JSON values.
     """
 
     words: str
@@ -17,6 +20,26 @@ class Estimate:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def estimate(steps: Sequence[int], mses: Sequence[float]) -> Estimate | None:
-    """The estimate for a series of (step, mse), steps ascending; None where none is made."""
-    return None
+def estimate(steps: Sequence[int], mses: Sequence[float | None]) -> Estimate:
+    """The estimate for a series of (step, mse), steps ascending; a mse that is not finite is None."""
+    # scipy, which only a comparison needs.
+    from runner.measures.forecast import forecast
+    from runner.measures.forecast_words import sentence
+
+    found = forecast(steps, mses, sorted(thresholds().mse.values(), reverse=True))
+    open_targets = [target for target in found.targets if target.status != "reached"] or found.targets[-1:]
+    band = found.band
+    return Estimate(
+        words=_together([sentence(found, target) for target in open_targets]),
+        band=tuple(zip(band.steps, band.lower, band.median, band.upper, strict=True)) if band else (),
+        details=asdict(found),
+    )
+
+
+def _together(sentences: Sequence[str]) -> str:
+    """`mse < 0.1, mse < 0.05: too few points.`: targets of which the same is said share the words."""
+    groups: dict[str, list[str]] = {}
+    for text in sentences:
+        target, _, rest = text.partition(": ")
+        groups.setdefault(rest, []).append(target)
+    return " ".join(f"{', '.join(targets)}: {rest}" for rest, targets in groups.items())

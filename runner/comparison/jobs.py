@@ -72,7 +72,7 @@ def read_job(sweep: Path, name: str, overrides: tuple[str, ...] = ()) -> Job:
         return _without_result(sweep, name, "lost", f"its {FILE_NAME} cannot be read: {error}", overrides, config)
     if not isinstance(result, dict):
         return _without_result(sweep, name, "lost", f"its {FILE_NAME} is no object", overrides, config)
-    return _with_result(sweep, name, _finite(result), overrides, config)
+    return _with_result(sweep, name, finite(result), overrides, config)
 
 
 def _without_result(
@@ -150,13 +150,13 @@ def _flat(config: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     return rows
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` with every number that is not finite as None: a file written by hand may hold NaN."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list) else value
 
 
 def _mapping(value: Any) -> dict[str, Any]:

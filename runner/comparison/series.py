@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import TypeVar
 
@@ -57,9 +57,10 @@ def make_series(jobs: Sequence[Job]) -> tuple[Series, ...]:
 
 def _one(run: str, tier: str, variant: str, jobs: list[Job]) -> Series:
     ordered = tuple(sorted(jobs, key=lambda job: job.step or 0))
-    points = [(job.step, mse) for job in ordered if job.step is not None and (mse := job.metric("mse")) is not None]
-    fitted = estimate([step for step, _ in points], [mse for _, mse in points]) if points else None
-    return Series(run=run, tier=tier, variant=variant, jobs=ordered, estimate=fitted)
+    made = Series(run=run, tier=tier, variant=variant, jobs=ordered)
+    # Progress and readiness exist where there are verdicts, and so do the thresholds that the estimate is about.
+    judged = any(job.verdict for job in ordered)
+    return replace(made, estimate=estimate(made.steps, made.values("mse"))) if judged else made
 
 
 def _by_sweep(jobs: list[Job]) -> dict[str, list[Job]]:
