@@ -31,14 +31,14 @@ def save_moe(
     writes more (a trainer's state) into the directory before it is published. Raises CheckpointError where
     `directory` exists, RunnerError where the disk fails.
     """
-    names = [name for name, layer in _linears(model.lm)]
+    names = _linears(model.lm)
     config = lora_moe_save.config(base_name=base_name, num_experts=len(model.names), step=step, top_k=model.top_k)
     if model.temperature != TEMPERATURE:
         config["temperature"] = model.temperature
     experts = [
         (
             _adapter_config(adapter, names, base_name, dropout(model, expert)),
-            {key(module, "AB"[i]): factors[i] for module, factors in adapter.items() for i in range(2)},
+            _tensors(adapter),
         )
         for expert, adapter in zip(model.names, model.adapters(), strict=True)
     ]
@@ -75,6 +75,14 @@ def _adapter_config(adapter: Adapter, linears: list[str], base_name: str, dropou
     return {**config, **{name: pattern for name, pattern in patterns.items() if pattern}}
 
 
+def _tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """A and B of every module under PEFT's names."""
+    tensors = {}
+    for module, (a, b, _) in adapter.items():
+        tensors[key(module, "A")], tensors[key(module, "B")] = a, b
+    return tensors
+
+
 def _targets(adapter: Adapter, linears: list[str]) -> set[str]:
     """What to call the adapted modules: by the ends of their names where these name no other module, else in full."""
     ends = {module.rpartition(".")[2] for module in adapter}
@@ -82,15 +90,14 @@ def _targets(adapter: Adapter, linears: list[str]) -> set[str]:
     return ends if named == set(adapter) else set(adapter)
 
 
-def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _linears(model: nn.Module) -> list[str]:
     """The linear modules under the names that they have in the base without adapters."""
     from runner.models.lora_layers import RoutedLinear
 
-    kinds = (nn.Linear, RoutedLinear)
     return [
-        (name, module)
+        name
         for name, module in model.named_modules()
-        if isinstance(module, kinds) and ".lora_" not in name and not name.endswith(".base_layer")
+        if isinstance(module, (nn.Linear, RoutedLinear)) and ".lora_" not in name and not name.endswith(".base_layer")
     ]
 
 

@@ -43,18 +43,18 @@ class EquivalenceSettings:
             raise ConfigError(f"train.layers={self.layers}: give a list of layer numbers, such as [1,3]")
         object.__setattr__(self, "layers", tuple(self.layers))
         for layer in self.layers:
-            _check_whole("layers", layer, 0)
+            check_whole("layers", layer, 0)
         if len(set(self.layers)) < len(self.layers):
             raise ConfigError(f"train.layers={list(self.layers)}: names a layer twice")
         if self.modulation not in PROJECTIONS:
             raise ConfigError(f"train.modulation={self.modulation} is unknown; choose {', '.join(PROJECTIONS)}")
         for name in _AT_LEAST_ONE:
-            _check_whole(name, getattr(self, name), 1)
-        _check_whole("sequence_length", self.sequence_length, 2)
-        _check_whole("warmup_steps", self.warmup_steps, 0)
-        _check_whole("seed", self.seed, 0)
+            check_whole(name, getattr(self, name), 1)
+        check_whole("sequence_length", self.sequence_length, 2)
+        check_whole("warmup_steps", self.warmup_steps, 0)
+        check_whole("seed", self.seed, 0)
         for name in (*_POSITIVE, *_NOT_NEGATIVE):
-            _check_number(name, getattr(self, name), zero_allowed=name in _NOT_NEGATIVE)
+            check_number(name, getattr(self, name), zero_allowed=name in _NOT_NEGATIVE)
         if not self.direct_weight and not self.logit_weight:
             raise ConfigError("train.direct_weight and train.logit_weight are both 0: nothing would be trained")
         if self.warmup_steps >= self.max_steps:
@@ -68,12 +68,14 @@ class TrainSettings(EquivalenceSettings):
     resume_from: str | None = None
 
 
-def _check_whole(name: str, value: object, least: int) -> None:
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise ConfigError unless `train.<name>` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"train.{name}={value}: must be a whole number, at least {least}")
 
 
-def _check_number(name: str, value: object, *, zero_allowed: bool) -> None:
+def check_number(name: str, value: object, *, zero_allowed: bool) -> None:
+    """Raise ConfigError unless `train.<name>` is a finite number above 0, or 0 where that is allowed."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or value < 0 or (value == 0 and not zero_allowed):  # type: ignore[operator]
         raise ConfigError(f"train.{name}={value}: must be a number {'of at least' if zero_allowed else 'above'} 0")

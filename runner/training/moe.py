@@ -1,0 +1,75 @@
+"""Training of LoRA experts and their router that leaves a run directory of lora_moe checkpoints."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from runner.bases import Base
+from runner.checkpoints import lora_moe
+from runner.checkpoints.detect import open_checkpoint
+from runner.errors import ConfigError
+from runner.training.moe_callback import MoeCheckpoints, News
+from runner.training.moe_data import Row, cut
+from runner.training.moe_model import new_moe, reopened_moe
+from runner.training.moe_settings import MoeSettings
+from runner.training.moe_skills import Library, Skill, add_skills
+from runner.training.moe_trainer import MoeTrainer
+
+OnFigures = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a training left: the figures of its last log row, its checkpoints, what it found of each skill."""
+
+    figures: dict[str, float]
+    checkpoints: list[Path]
+    skills: list[Skill]
+
+
+def train_moe(
+    directory: Path,
+    base: Base,
+    skills: Mapping[str, Sequence[Row]],
+    settings: MoeSettings,
+    *,
+    base_name: str,
+    top_k: int | None = None,
+    resume_from: Path | None = None,
+    on_step: OnFigures | None = None,
+    on_log: OnFigures | None = None,
+) -> Trained:
+    """Train experts over `base` on documents (token ids) by skill, writing `directory`/checkpoint-<step>.
+
+    `base_name`: what the checkpoints say their base is. `top_k`: experts a token in evaluation, by default one, or as
+    the checkpoint says. `resume_from`: a checkpoint of the same training to go on from, bit for bit as if it had never
+    stopped. `on_step` is called after each step, `on_log` for each row of the Trainer's log; both with figures.
+    Raises CheckpointError, ConfigError or ModelError.
+    """
+    rows = cut([document for documents in skills.values() for document in documents], settings.sequence_length)
+    if not rows:
+        raise ConfigError("the data holds no text to train on; give data=world, or data=text with data.path=FILE")
+    library: Library = {}
+    if resume_from is None:
+        model = new_moe(base, settings, top_k=top_k)
+    else:
+        checkpoint = open_checkpoint(resume_from, lora_moe.NAME)
+        model, library = reopened_moe(checkpoint, base, settings, top_k=top_k)
+    library, found = add_skills(
+        base.model, skills, library, threshold=settings.novelty_threshold, reduction=settings.novelty
+    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name or name.startswith("router."))
+    checkpoints = MoeCheckpoints(directory, base_name=base_name, skills=library)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".trainer-") as scratch, torch.random.fork_rng():
+        trainer = MoeTrainer(model, rows, settings, Path(scratch))
+        news = News(lambda: trainer.figures, on_step, on_log)
+        trainer.add_callback(checkpoints)
+        trainer.add_callback(news)
+        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    model.eval().requires_grad_(False)
+    return Trained(figures=news.last, checkpoints=checkpoints.written, skills=found)

@@ -1,0 +1,100 @@
+"""LoRA experts and a router as training starts with them, or goes on from."""
+
+import math
+from typing import Any
+
+import torch
+
+from runner.bases import Base
+from runner.checkpoints import lora_moe
+from runner.checkpoints.checkpoint import Checkpoint
+from runner.checkpoints.lora_moe import MoeDetails
+from runner.checkpoints.lora_moe_state import TRAINER_STATE, read_skills
+from runner.errors import CheckpointError, ConfigError, ModelError
+from runner.loading import build
+from runner.models.lora_moe import Adapter, LoraMoeForCausalLM
+from runner.training.moe_settings import MoeSettings
+from runner.training.moe_skills import Library
+
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+# The router starts with hardly a preference: by how much, in units of its logits.
+ROUTER_SCALE = 0.02
+
+
+def new_moe(base: Base, settings: MoeSettings, *, top_k: int | None = None) -> LoraMoeForCausalLM:
+    """Experts that change nothing yet (B is zero, A as PEFT draws it) and a router; `settings.seed` gives the values.
+
+    Raises ModelError where the base has no such modules, ConfigError for a top_k that the experts do not allow.
+    """
+    model = base.model
+    generator = torch.Generator().manual_seed(settings.seed)
+    place: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
+    modules = _target_modules(base, settings)
+
+    def adapter() -> Adapter:
+        factors = {}
+        for name, (inputs, outputs) in modules.items():
+            bound = inputs**-0.5  # kaiming_uniform_(a=√5)
+            a = (torch.rand(settings.lora_r, inputs, generator=generator) * 2 - 1) * bound
+            b = torch.zeros(outputs, settings.lora_r)
+            factors[name] = a.to(**place), b.to(**place), settings.lora_alpha / settings.lora_r
+        return factors
+
+    hidden = model.config.hidden_size
+    weight = torch.randn(settings.experts, hidden, generator=generator) * ROUTER_SCALE / math.sqrt(hidden)
+    router = weight.to(**place), torch.zeros(settings.experts, **place)
+    adapters = [adapter() for _ in range(settings.experts)]
+    return LoraMoeForCausalLM(
+        model,
+        adapters,
+        router,
+        top_k=lora_moe.TOP_K if top_k is None else top_k,
+        temperature=settings.temperature,
+        dropout=settings.lora_dropout,
+    )
+
+
+def reopened_moe(
+    checkpoint: Checkpoint, base: Base, settings: MoeSettings, *, top_k: int | None = None
+) -> tuple[LoraMoeForCausalLM, Library]:
+    """A checkpoint's model and its skill library, to go on training with `settings`.
+
+    Raises CheckpointError where it has no state to go on from, ConfigError where its experts are not those of
+    `settings` or nothing is left to train, and what `runner.loading.build` raises.
+    """
+    details: MoeDetails = checkpoint.details
+    path = checkpoint.path
+    missing = [name for name in (TRAINER_STATE, OPTIMIZER, SCHEDULER) if not (path / name).is_file()]
+    if missing or checkpoint.step is None:
+        raise CheckpointError(
+            f"{path}: has no {' and no '.join(missing) or 'step'} to go on from; start a new training instead"
+        )
+    if checkpoint.step >= settings.max_steps:
+        raise ConfigError(
+            f"train.resume_from={path}: is at step {checkpoint.step} already; give a larger train.max_steps"
+        )
+    own = [(e.adapter.settings.r, e.adapter.settings.alpha, e.adapter.settings.targets) for e in details.experts]
+    targets = tuple(sorted(settings.target_modules))
+    wanted = [(settings.lora_r, settings.lora_alpha, targets)] * settings.experts
+    if own != wanted:
+        raise ConfigError(
+            f"train.resume_from={path}: its experts' (lora_r, lora_alpha, target_modules) are {own}, those asked for "
+            f"{wanted}; they must be the same"
+        )
+    options = {"temperature": settings.temperature, "dropout": settings.lora_dropout}
+    model: Any = build(checkpoint, base, routing=options if top_k is None else {**options, "top_k": top_k})
+    return model, read_skills(details.skills) if details.skills else {}
+
+
+def _target_modules(base: Base, settings: MoeSettings) -> dict[str, tuple[int, int]]:
+    """The linear modules that `settings` name, with inputs and outputs."""
+    from runner.models.lora_layers import linear_shapes
+
+    linears = {name: shape for name, shape in linear_shapes(base.model).items() if not name.endswith("lm_head")}
+    ends = {name.rpartition(".")[2] for name in linears}
+    if unknown := sorted(set(settings.target_modules) - ends):
+        raise ModelError(
+            f"train.target_modules: {base.path} has no linear module {', '.join(unknown)}; it has "
+            f"{', '.join(sorted(ends)) or 'none'}"
+        )
+    return {name: shape for name, shape in linears.items() if name.rpartition(".")[2] in settings.target_modules}

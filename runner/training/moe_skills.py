@@ -1,0 +1,76 @@
+"""The skill library: an embedding for each skill that the experts were trained on, and whether a skill is new to it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from runner.data import world_facts
+from runner.data.world_facts import Table
+from runner.measures.novelty import similarity
+
+Library = Mapping[int | str, torch.Tensor]
+# Texts of a skill that its embedding is made of: more of them change it little.
+TEXTS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skill:
+    """A skill of the training data: its cosine to the library before it (None: empty), and whether it is new."""
+
+    name: str
+    similarity: float | None
+    is_new: bool
+
+
+def world_skills(sentences: Sequence[str]) -> dict[str, list[str]]:
+    """The built-in world's `sentences` by what they are about: the names of its tables of facts, and the rest."""
+    tables = {name.lower(): table for name, table in vars(world_facts).items() if isinstance(table, Table)}
+    subjects = {sentence: name for name, table in tables.items() for sentence in _statements(table)}
+    skills: dict[str, list[str]] = {}
+    for sentence in sentences:
+        skills.setdefault(subjects.get(sentence, "numbers and dates"), []).append(sentence)
+    return dict(sorted(skills.items()))
+
+
+@torch.no_grad()
+def embedding(base: nn.Module, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """A skill's embedding [d]: the mean of the base's last hidden states (after the final norm) over all tokens of its
+    texts, token ids each, in float32."""
+    device = next(base.parameters()).device
+    total, count = torch.zeros(0), 0
+    for text in texts[:TEXTS]:
+        ids = torch.tensor([list(text)], device=device)
+        states = base.base_model(ids, use_cache=False).last_hidden_state[0]  # type: ignore[operator]
+        summed = states.float().sum(0).cpu()
+        total, count = (summed if not count else total + summed), count + len(text)
+    return total / count
+
+
+def add_skills(
+    base: nn.Module,
+    texts: Mapping[str, Sequence[Sequence[int]]],
+    library: Library,
+    *,
+    threshold: float,
+    reduction: str,
+) -> tuple[dict[int | str, torch.Tensor], list[Skill]]:
+    """The library with the new ones of the skills that `texts` (token ids by skill) show, and what was found of each.
+
+    One after the other: what is like an earlier skill gets no entry of its own.
+    """
+    grown = dict(library)
+    found = []
+    for name, own in texts.items():
+        vector = embedding(base, own)
+        cosine = similarity(vector, grown, reduction)
+        is_new = name not in grown and (cosine is None or cosine < threshold)
+        if is_new:
+            grown[name] = vector
+        found.append(Skill(name=name, similarity=cosine, is_new=is_new))
+    return grown, found
+
+
+def _statements(table: Table) -> list[str]:
+    return [template.format(*row) for row in table.rows for templates in table.statements for template in templates]
