@@ -112,8 +112,9 @@ class DiffConfig(CheckpointConfig):
 
 @dataclass
 class TrainConfig(CommonConfig):
-    """`task=train`."""
+    """`task=train`; `family` chooses what is trained, and so the keys of `train`."""
 
+    family: Any = MISSING
     base: str | None = None
     tokenizer: str | None = None
     device: str = "auto"
@@ -232,6 +233,9 @@ def unknown_key(key: str, task: str) -> ConfigError:
     if owners and task not in owners:
         return ConfigError(f"{key} belongs to task={' and task='.join(owners)}, not to task={task}")
     known = keys_below(root, task) if "." in key and root in own else [n for n in own if n not in FIXED_KEYS]
+    if key in known:
+        group = "family" if root == "train" else root
+        return ConfigError(f"{key} belongs to another {group} than the one chosen; choose it with {group}=…")
     return ConfigError(f"unknown key {key!r}{did_you_mean(key, known)}")
 
 
@@ -244,6 +248,9 @@ def translated(error: Exception, task: str, given: Mapping[str, str | None]) -> 
         if "not in" in text + cause or "No match" in text or "Key" in cause:
             return unknown_key(key, task)
         return ConfigError(f"{key}={given.get(key)}: {cause or text}")
+    if match := re.search(r"Could not find 'train/([^']+)'", text):
+        trained = re.findall(r"\w+", text.partition("Available options in 'train':")[2].partition("Config search")[0])
+        return ConfigError(f"family={match[1]} cannot be trained; choose {' or '.join(trained)}")
     if match := re.search(r"Missing mandatory value: (\S+)", text + cause):
         return ConfigError(f"{match[1]} is needed; give it as {match[1]}=…")
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
