@@ -19,7 +19,7 @@ from runner.merging.states import State
 from runner.merging.torch_file import RECORD_BYTES, write_torch_file
 
 # config.json, merge_summary.json and MANIFEST.json together.
-_SMALL_FILES = 1 << 16
+SMALL_FILES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Content:
     @property
     def expected_bytes(self) -> int:
         """About how much space the output takes, never less."""
-        return sum(piece.nbytes + RECORD_BYTES for piece in self._pieces()) + _SMALL_FILES
+        return sum(piece.nbytes + RECORD_BYTES for piece in self._pieces()) + SMALL_FILES
 
     def _pieces(self) -> Iterator[Piece]:
         yield from self.weights.values()

@@ -4,18 +4,33 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from runner.checkpoints import gpt, lora_moe, npt_delta
+from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
+from runner.errors import CheckpointError
 from runner.merging.base_models import check_bases, check_layers
 from runner.merging.execute import Content
+from runner.merging.files import Files
+from runner.merging.gpt import gather_gpt, open_gpt_source
+from runner.merging.moe import gather_moe, open_moe_source
 from runner.merging.plan import plan_merge
 from runner.merging.sources import open_source
 from runner.merging.spec import MergeSpec
 from runner.merging.states import config, multi_layer_state, training_state
 
 
-def gather(spec: MergeSpec, paths: Sequence[Path], base: str | None, output: Path) -> Content:
-    """Open the sources at `paths` and plan. Raises CheckpointError or ConfigError where the merge is not possible."""
+def gather(spec: MergeSpec, paths: Sequence[Path], base: str | None, output: Path) -> Content | Files:
+    """Open the sources at `paths` and plan: `Content` for NPT layers, `Files` for other formats.
+
+    Raises CheckpointError or ConfigError where the merge is not possible.
+    """
     opened = [open_checkpoint(path) for path in paths]
+    kind = _kind(paths, opened)
+    if kind == lora_moe.FAMILY:
+        experts = [open_moe_source(*each) for each in zip(spec.sources, paths, opened, strict=True)]
+        return gather_moe(spec, experts, base, output)
+    if kind == gpt.FAMILY:
+        return gather_gpt(spec, [open_gpt_source(*each) for each in zip(spec.sources, paths, opened, strict=True)])
     sources = [open_source(*each) for each in zip(spec.sources, paths, opened, strict=True)]
     plan = plan_merge(spec, sources)
     said = check_bases(sources, base, check_layers)
@@ -26,3 +41,15 @@ def gather(spec: MergeSpec, paths: Sequence[Path], base: str | None, output: Pat
         multi_layer_state=multi_layer_state(plan),
         config=config(plan, base, output),
     )
+
+
+def _kind(paths: Sequence[Path], opened: Sequence[Checkpoint]) -> str:
+    """The family that is merged. Raises CheckpointError where the sources are of several."""
+    kinds = [each.family if each.family in (lora_moe.FAMILY, gpt.FAMILY) else npt_delta.FAMILY for each in opened]
+    for kind, path, checkpoint in zip(kinds, paths, opened, strict=True):
+        if kind != kinds[0]:
+            raise CheckpointError(
+                f"{paths[0]} is {opened[0].format} and {path} is {checkpoint.format}: checkpoints of different "
+                "families cannot be merged"
+            )
+    return kinds[0]

@@ -11,16 +11,19 @@ from runner.merging.sinks import Sink
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def write_safetensors(sink: Sink, pieces: Mapping[str, Piece]) -> None:
-    """Write `pieces` under their names. Raises OSError, CheckpointError for a dtype that safetensors does not have."""
-    header, order = _header(pieces)
+def write_safetensors(sink: Sink, pieces: Mapping[str, Piece], metadata: Mapping[str, str] | None = None) -> None:
+    """Write `pieces` under their names, with `metadata` in the header.
+
+    Raises OSError, CheckpointError for a dtype that safetensors does not have.
+    """
+    header, order = _header(pieces, metadata or {})
     sink.write(len(header).to_bytes(8, "little") + header)
     for name in order:
         for part in pieces[name].parts():
             sink.write(as_bytes(part))
 
 
-def _header(pieces: Mapping[str, Piece]) -> tuple[bytes, list[str]]:
+def _header(pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
     """The header, padded to a multiple of 8, and the names in the order of their bytes."""
     for name, piece in pieces.items():
         if piece.dtype not in _NAMES:
@@ -35,7 +38,7 @@ def _header(pieces: Mapping[str, Piece]) -> tuple[bytes, list[str]]:
         name: {"dtype": _NAMES[piece.dtype], "shape": list(piece.shape), "data_offsets": offsets[name]}
         for name, piece in pieces.items()
     }
-    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    text = json.dumps({"__metadata__": {"format": "pt", **metadata}, **entries}, separators=(",", ":")).encode()
     padded = text + b" " * (-len(text) % 8)
     if len(padded) > MAX_HEADER_BYTES:
         raise CheckpointError(

@@ -39,7 +39,7 @@ def check_bytes(written: Path, content: Content, stop: Event | None = None) -> N
     for name, piece in content.weights.items():
         if stop and stop.is_set():
             return
-        _check_piece(written / content.weights_file, name, piece, from_source(weights, weights.infos[name]))
+        check_piece(written / content.weights_file, name, piece, from_source(weights, weights.infos[name]))
     for name, state in content.states.items():
         check_value(written / name, "", state.content, load_pickle(written / name, tensors="mmap"))
 
@@ -50,7 +50,7 @@ def check_value(file: Path, at: str, wanted: Any, found: Any) -> None:
         if not isinstance(found, torch.Tensor) or (found.dtype, tuple(found.shape)) != (wanted.dtype, wanted.shape):
             raise _differs(file, at)
         tensor = found
-        _check_piece(
+        check_piece(
             file,
             at,
             wanted,
@@ -70,7 +70,8 @@ def check_value(file: Path, at: str, wanted: Any, found: Any) -> None:
         raise _differs(file, at)
 
 
-def _check_piece(file: Path, name: str, wanted: Piece, found: Piece) -> None:
+def check_piece(file: Path, name: str, wanted: Piece, found: Piece) -> None:
+    """Compare two tensors byte by byte. Raises RunnerError where they differ."""
     for ours, theirs in zip(found.parts(), wanted.parts(), strict=True):
         # As whole numbers: bytes are compared, so that NaN equals NaN and 0.0 does not equal -0.0.
         if not torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):

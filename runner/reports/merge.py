@@ -1,14 +1,20 @@
 """The report of `task=merge`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runner.errors import printable
 from runner.reports import diagnose
-from runner.reports.cells import Fact, Rows, chosen, known, many, size
+from runner.reports.cells import Fact, Rows, known, many, size
 
 # Lines of a diagnosis that a merge has lines of its own for.
 _OWN = ("Checkpoint", "Format", "Step", "Base", "NPT Layers")
+_NUMBERED = (
+    ("Expected Layers", "expected_layers"),
+    ("Found Layers", "found_layers"),
+    ("Expected Experts", "expected_experts"),
+    ("Found Experts", "found_experts"),
+)
 
 
 def facts(result: Mapping[str, Any]) -> list[Fact]:
@@ -19,8 +25,7 @@ def facts(result: Mapping[str, Any]) -> list[Fact]:
         ("Format", result.get("format"), ""),
         ("Step", result.get("step"), ""),
         ("Base", result.get("base"), ""),
-        ("Expected Layers", str(result["expected_layers"]), ""),
-        ("Found Layers", str(result["found_layers"]) if result["found_layers"] is not None else None, ""),
+        *((label, _numbers(result.get(name)), "") for label, name in _NUMBERED),
         ("Keys", f"{many(result['keys'])} of {many(result['parameters'])} parameters", ""),
         ("Size", f"{size(result['bytes'])} of tensors", ""),
     ]
@@ -29,8 +34,13 @@ def facts(result: Mapping[str, Any]) -> list[Fact]:
     return known(rows) + joint
 
 
+def _numbers(numbers: Sequence[int] | None) -> str | None:
+    return None if numbers is None else str(list(numbers))
+
+
 def tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Rows]]:
-    """Where each layer comes from, and what the joint measurement gave."""
+    """Where each layer or expert comes from, and what the joint measurement gave."""
+    rows = result.get("layers", [])
     layers = [
         {
             "layer": row["layer"],
@@ -41,10 +51,28 @@ def tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Rows]]:
             "how": row["how"],
             "details": printable(" + ".join(row["sources"])),
         }
-        for row in result["layers"]
+        for row in rows
     ]
-    names = ["layer", "details"]
-    conflicts = [{"layer": c["layer"], "details": c["resolution"]} for c in result["conflicts"]]
-    found = [("layers", layers), ("conflicts", chosen(conflicts, names))]
-    joint = diagnose.tables({**result, "layers": [row for row in result["layers"] if "mse" in row]}, verbose)
+    experts = [
+        {
+            "expert": row["expert"],
+            "rank": ", ".join(map(str, row["ranks"])),
+            "alpha": f"{row['lora_alpha']:g}",
+            "parameters": many(row["parameters"]),
+            "details": printable(f"expert {row['source_expert']} of {row['source']}"),
+        }
+        for row in result.get("experts", [])
+    ]
+    averaged = [
+        {"share": f"{row['weight']:.4g}", "step": row["step"], "details": printable(row["source"])}
+        for row in result.get("averaged", [])
+    ]
+    conflicts = [
+        {"what": f"{kind} {c[kind]}", "details": printable(c["resolution"])}
+        for c in result["conflicts"]
+        for kind in ("layer", "expert", "skill")
+        if kind in c
+    ]
+    found = [("layers", layers), ("experts", experts), ("averaged", averaged), ("conflicts", conflicts)]
+    joint = diagnose.tables({**result, "layers": [row for row in rows if "mse" in row]}, verbose)
     return [(title, rows) for title, rows in found if rows] + [each for each in joint if each[0] != "checks"]

@@ -1,16 +1,15 @@
-"""`task=merge`: layers of several checkpoints in one, verified against their sources before it gets its name.
+"""`task=merge`: several checkpoints in one, verified against its sources before it gets its name.
 
 Nothing heavy is imported at the top: the sources' bytes are being checked while torch is imported.
 """
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.checkpoints.runs import resolve
-from runner.config import DiagnoseConfig, Family, Format, MergeConfig
+from runner.config import MergeConfig
 from runner.errors import ConfigError
 from runner.merging.imports import importing
 from runner.merging.inputs import Inputs, reading
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 # The files that a source is likely to consist of; what else there is, is read once it is known.
 _LIKELY = ("npt_weights.pt", "npt_weights.safetensors", "training_state.pt", "multi_layer_state.pt", "config.json")
-# What the joint measurement has in common with task=diagnose.
-_SHARED = ("seed", "base", "tokenizer", "device", "dtype", "data", "tier", "verdict")
 
 
 def run(config: MergeConfig, context: Context) -> Result:
@@ -46,11 +43,18 @@ def run(config: MergeConfig, context: Context) -> Result:
     with reading(_likely(paths)) as inputs:
         with importing():
             from runner.checkpoints.outputs import check_output
+            from runner.merging.files import Files
             from runner.merging.gather import gather
 
         with context.timed("plan"):
             content = gather(spec, paths, config.base, output)
             check_output(output, replace=spec.force, inputs=paths, expected_bytes=content.expected_bytes)
+        if isinstance(content, Files):
+            from runner.tasks import merge_files
+
+            if spec.dry_run:
+                return merge_files.planned(content, spec, context, output)
+            return merge_files.merge(config, spec, content, output, context, inputs)
         if spec.dry_run:
             return _result(content, spec, context, output)
         return _merge(config, spec, content, output, context, inputs)
@@ -113,21 +117,14 @@ def _measured(config: MergeConfig, content: "Content", partial: Path, context: C
     from runner.bases import load_base
     from runner.checkpoints.detect import open_checkpoint
     from runner.merging.functional import check_functions
-    from runner.tasks import diagnose
-    from runner.tokens import encode, load_tokenizer
+    from runner.tasks.joint import encoded_prompts, measure
 
     with context.timed("functional"):
         base = load_base(open_checkpoint(partial), config.base, device=config.device, dtype=config.dtype, llama=True)
         places = [source.checkpoint.directory for source in content.plan.sources]
-        tokenizer = load_tokenizer(config.tokenizer, [*places, base.path])
-        size = base.model.config.vocab_size
-        prompts = {text: encode(tokenizer, text, size) for text in config.data.prompts}
+        prompts = encoded_prompts(config, places, base)
         checked = check_functions(partial, content.plan, base, prompts)
-    options = {name: getattr(config, name) for name in _SHARED}
-    asked = DiagnoseConfig(
-        task="diagnose", ckpt=str(partial), family=Family(name="auto"), format=Format(name="auto"), **options
-    )
-    return diagnose.run(asked, replace(context, timing={})), checked
+    return measure(config, partial, context), checked
 
 
 def _result(

@@ -65,17 +65,22 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merge_summary(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The merge's layers, its numbers of keys and parameters, and its sources; {} where nothing was merged."""
+    """The merge's layers or experts, its numbers of keys and parameters, its sources; {} where nothing was merged."""
     sources = result.get("sources")
     if not isinstance(sources, Mapping):
         return {}
     keys = result.get("keys")
     return {
-        "merge/layers": result.get("found_layers") or sorted(int(layer) for layer in sources),
+        "merge/layers": result.get("found_layers", result.get("expected_layers")),
+        "merge/experts": result.get("found_experts", result.get("expected_experts")),
         "merge/keys": len(keys) if isinstance(keys, Sequence) else keys,
         "merge/parameters": result.get("parameters"),
-        "merge/sources": sorted(set(map(str, sources.values()))),
+        "merge/sources": sorted({str(path) for found in sources.values() for path in _listed(found)}),
     }
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _table(records: Sequence[Mapping[str, Any]], step: int | None) -> Table:
