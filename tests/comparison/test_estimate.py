@@ -9,7 +9,7 @@ from tests.comparison.sweeps import result, write_job, write_sweep
 
 def test_a_falling_series_has_a_band_and_words_for_each_open_target():
     steps = list(range(1000, 9000, 1000))
-    found = estimate(steps, [20 / step**0.6 for step in steps])
+    found = estimate(steps, [40 / step**0.6 for step in steps])
     assert found.words.startswith("mse < 0.1: ")
     assert "mse < 0.05: " in found.words
     assert found.band[0][0] == 1000
