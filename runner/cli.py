@@ -56,8 +56,10 @@ def run(words: Sequence[str]) -> int:
 def _run(line: CommandLine) -> int:
     from runner import run as runs
     from runner.sweep import expand
+    from runner.sweeping.launchers import check_launcher, use_own_configs
 
     runs.setup()
+    use_own_configs(config_directory())
     if {"--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "-sc"} & set(line.flags):
         _check_choices(line)
         _hydra(line, runs.job)
@@ -68,6 +70,7 @@ def _run(line: CommandLine) -> int:
 
         line, resumed = resume(line)
     _check_choices(line)
+    check_launcher(line, config_directory())
     if resumed is None:
         line = expand(line, demo_run=lambda: _demo_run(line))
     if line.multirun:

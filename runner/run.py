@@ -100,8 +100,7 @@ def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tupl
         outcome, code = _failed(cfg, error), error.exit_code
     except Exception as error:
         log.exception("internal error")
-        message = f"internal error ({type(error).__name__}: {error}); the log in {directory} says where"
-        outcome, code = _failed(cfg, RunnerError(message)), 1
+        outcome, code = _failed(cfg, _unexpected(error, directory)), 1
     except BaseException:
         tracker.finish(1)
         raise
@@ -117,6 +116,15 @@ def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tupl
     if tracker.location:
         log.info("%s", tracker.location)
     return result, code, tracker.location
+
+
+def _unexpected(error: Exception, directory: Path) -> RunnerError:
+    """What ended a task that is no error of the user's; a launcher whose time limit is near raises one inside it."""
+    if type(error).__name__ == "UncompletedJobError":  # submitit's
+        return RunnerError(
+            "out of time: stopped by the launcher's limit; give it more with hydra.launcher.timeout_min="
+        )
+    return RunnerError(f"internal error ({type(error).__name__}: {error}); the log in {directory} says where")
 
 
 def _failed(cfg: DictConfig, error: RunnerError) -> Result:

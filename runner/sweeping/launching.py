@@ -121,7 +121,8 @@ class _Guarded(Launcher):
         """Launch `jobs`; what went wrong with the launcher itself, if anything."""
         words = [[*job.overrides, f"hydra.sweep.subdir={quoted(job.directory)}"] for job in jobs]
         try:
-            returned = self.inner.launch(words, initial_job_idx=jobs[0].number)
+            with _around(self.inner):
+                returned = self.inner.launch(words, initial_job_idx=jobs[0].number)
         except Exception as error:
             return _one_line(error)
         for job, answer in zip(jobs, returned, strict=True):
@@ -131,6 +132,18 @@ class _Guarded(Launcher):
             else:
                 self.sweep.reasons.pop(job.number, None)
         return None
+
+
+@contextmanager
+def _around(launcher: Launcher) -> Iterator[None]:
+    """What a launcher needs while it runs."""
+    if not type(launcher).__module__.startswith("hydra_plugins.hydra_submitit_launcher"):
+        yield
+        return
+    from runner.sweeping.cluster import accounting, waiting_for_all
+
+    with accounting(), waiting_for_all():
+        yield
 
 
 def _start_mark(directory: Path) -> int | None:

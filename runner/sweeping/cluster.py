@@ -1,0 +1,131 @@
+"""Waiting for submitit's jobs: all of them, whatever becomes of some, and none is left running after an interrupt."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from submitit import Job
+from submitit.core.core import Executor
+
+_LOOK = 0.5  # seconds between two looks for results
+_ASK = 15.0  # seconds between two questions to the cluster: it forgets a job some minutes after its end
+_GRACE = 5.0  # seconds that a shared disk has to show the result of a job that has ended
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    """What the launcher asks of a job that has ended."""
+
+    value: JobReturn
+
+    def results(self) -> list[JobReturn]:
+        """The answer of the job's one task."""
+        return [self.value]
+
+
+@contextmanager
+def waiting_for_all() -> Iterator[None]:
+    """Within the block submitit's executors wait for every job, and a job without a result is an answer that says why
+    instead of an exception that leaves the others alone."""
+    original = Executor.map_array
+
+    def map_array(executor: Executor, function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
+        jobs = original(executor, function, *arguments)
+        try:
+            return _wait(jobs)
+        except BaseException:
+            _cancel(jobs)
+            raise
+
+    Executor.map_array = map_array  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Executor.map_array = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def accounting() -> Iterator[None]:
+    """Within the block there is a `sacct`: where the cluster keeps no accounting, ours stands first on PATH."""
+    if shutil.which("sbatch") is None or _has_accounting():
+        yield
+        return
+    before = os.environ["PATH"]
+    with tempfile.TemporaryDirectory() as directory:
+        script = Path(directory) / "sacct"
+        program = Path(__file__).with_name("sacct.py")
+        script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(program))} "$@"\n')
+        script.chmod(0o755)
+        os.environ["PATH"] = f"{directory}{os.pathsep}{before}"
+        try:
+            yield
+        finally:
+            os.environ["PATH"] = before
+
+
+def _has_accounting() -> bool:
+    if shutil.which("sacct") is None:
+        return False
+    asked = subprocess.run(["sacct", "-n", "-j", "1"], capture_output=True, text=True, check=False, timeout=60)
+    return asked.returncode == 0 and "disabled" not in asked.stderr
+
+
+def _wait(jobs: Sequence[Job[JobReturn]]) -> list[_Answer]:
+    ended: dict[int, float] = {}
+    answers: dict[int, _Answer] = {}
+    asked = time.monotonic()
+    while len(answers) < len(jobs):
+        ask = time.monotonic() - asked > _ASK
+        for index, job in enumerate(jobs):
+            if index in answers or not job.done(force_check=ask):
+                continue
+            if ask:  # one question is about all jobs
+                ask, asked = False, time.monotonic()
+            ended.setdefault(index, time.monotonic())
+            if _task(job).paths.result_pickle.exists() or time.monotonic() - ended[index] > _GRACE:
+                answers[index] = _Answer(value=_answer(job))
+        time.sleep(_LOOK)
+    return [answers[index] for index in range(len(jobs))]
+
+
+def _task(job: Job[JobReturn]) -> Job[JobReturn]:
+    return job.task(0)
+
+
+def _answer(job: Job[JobReturn]) -> JobReturn:
+    """What the job returned; for one that did not return, why, as far as is known."""
+    task = _task(job)
+    if task.paths.result_pickle.exists():
+        error = task.exception()
+        if error is None:
+            return task.results()[0]
+        lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith(("---", "You can"))]
+        return _without_result(f"ended in an error before its task began: {lines[-2] if len(lines) > 2 else lines[-1]}")
+    state = task.get_info().get("State") or "gone"
+    return _without_result(
+        f"its process ended without a result ({state}): killed, out of memory or out of time; "
+        f"its output: {task.paths.stderr}"
+    )
+
+
+def _without_result(reason: str) -> JobReturn:
+    return JobReturn(status=JobStatus.COMPLETED, _return_value=reason)
+
+
+def _cancel(jobs: Sequence[Job[JobReturn]]) -> None:
+    """Cancel what has not ended, so that nothing runs on unseen."""
+    left = [job for job in jobs if not job.done()]
+    for job in left:
+        job.cancel(check=False)
+    if left:
+        print(f"runner: {len(left)} jobs that were waiting or running are cancelled", file=sys.stderr)

@@ -1,0 +1,48 @@
+"""Which launchers there are, and what each needs."""
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+
+from runner.config import did_you_mean
+from runner.errors import ConfigError
+from runner.overrides import CommandLine
+
+KEY = "hydra/launcher"
+# The package that a launcher comes from, and the extra of ours that brings it.
+_NEEDS = {
+    "joblib": ("hydra_joblib_launcher", "launchers"),
+    "submitit_local": ("hydra_submitit_launcher", "launchers"),
+    "submitit_slurm": ("hydra_submitit_launcher", "launchers"),
+    "ray": ("hydra_ray_launcher", "ray"),
+}
+
+
+def use_own_configs(conf: Path) -> None:
+    """Let the launchers that lie in `conf` stand for those of the same names that Hydra's plugins bring: a file of the
+    same name would be merged into the plugin's, which Hydra has deprecated."""
+    Plugins.instance()  # the plugins put their configs into the store when they are found
+    stored = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
+    for file in (conf / KEY).glob("*.yaml"):
+        stored.pop(file.name, None)
+
+
+def check_launcher(line: CommandLine, conf: Path) -> None:
+    """Raise ConfigError where the chosen launcher is unknown, or needs what this installation or machine lacks."""
+    name = line.get(KEY)
+    if name is None or name == "basic":
+        return
+    if name not in _NEEDS:
+        known = ["basic", *sorted(file.stem for file in (conf / KEY).glob("*.yaml"))]
+        store = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
+        if f"{name}.yaml" not in store and name not in known:
+            raise ConfigError(f"{KEY}={name} is no launcher{did_you_mean(name, known)}")
+        return
+    package, extra = _NEEDS[name]
+    if find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.{package}") is None:
+        raise ConfigError(f"{KEY}={name} needs another package: pip install 'checkpoint-runner[{extra}]'")
+    if name == "submitit_slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
+        raise ConfigError(f"{KEY}={name}: there is no sbatch and srun here; start it on a login node of the cluster")
