@@ -24,11 +24,9 @@ from runner.measures.forecast_fit import (
     reach,
     step_at,
 )
-from runner.measures.forecast_series import Series, local_noise, reached, series_of
+from runner.measures.forecast_series import Series, local_noise, reached, rejection_ratio, series_of
 
 LEAST_POINTS = 6
-# A residual this many times the local scatter is no chance: see tests/benchmarks/forecast_coverage.py.
-REJECT_ABOVE = 2.5
 # An upper end beyond this many times the last step is none.
 HORIZON = 100.0
 _BAND_POINTS = 80
@@ -115,14 +113,15 @@ def forecast(
     series = series_of(steps, mses, learning_rates, changes)
     at, y = np.array(series.steps), np.log(np.array(series.mses))
     regions: dict[str, Region] = {}
-    noise, refusal = None, None
+    noise, refusal, most = None, None, 0.0
     if len(at) < LEAST_POINTS:
         refusal = "too_few_points"
     else:
-        noise = local_noise(at, y)
+        noise = float(local_noise(at, y[None])[0])
+        most = max(rejection_ratio(at) * noise, LEAST_NOISE)
         regions = {name: fit(y[None], coordinate(name, at, at), confidence) for name in FAMILIES}
-        refusal = _refusal(y, regions, noise, confidence)
-    kept = {} if refusal else {name: region for name, region in regions.items() if _accepted(region, noise)}
+        refusal = _refusal(y, regions, most, confidence)
+    kept = {} if refusal else {name: region for name, region in regions.items() if _accepted(region, most)}
     found = tuple(_estimate(series, kept, target, refusal) for target in targets)
     if kept and band_steps is None:
         band_steps = _band_steps(at, found)
@@ -132,32 +131,32 @@ def forecast(
         last_step=series.seen_steps[-1] if series.seen_steps else None,
         since=series.since,
         noise=noise,
-        families=tuple(_family(name, region, noise) for name, region in regions.items()),
+        families=tuple(_family(name, region, most) for name, region in regions.items()),
         targets=found,
         band=_band(at, kept, np.array(band_steps)) if kept and band_steps is not None else None,
         notes=series.notes,
     )
 
 
-def _accepted(region: Region, noise: float | None) -> bool:
-    return noise is not None and bool(region.noise[0] <= max(REJECT_ABOVE * noise, LEAST_NOISE))
+def _accepted(region: Region, most: float) -> bool:
+    return bool(region.noise[0] <= most)
 
 
-def _refusal(y: Array, regions: dict[str, Region], noise: float, confidence: float) -> str | None:
+def _refusal(y: Array, regions: dict[str, Region], most: float, confidence: float) -> str | None:
     """Why no step is named: a constant describes the points as well, or no family describes them."""
     free = len(y) - PARAMETERS
     best = min(float(region.rss[0]) for region in regions.values())
     gain = float(((y - y.mean()) ** 2).sum()) - best
     if gain <= 2 * float(fdtri(2, free, confidence)) * max(best / free, LEAST_NOISE**2):
         return "not_falling"
-    return None if any(_accepted(region, noise) for region in regions.values()) else "no_fit"
+    return None if any(_accepted(region, most) for region in regions.values()) else "no_fit"
 
 
-def _family(name: str, region: Region, noise: float | None) -> FamilyFit:
+def _family(name: str, region: Region, most: float) -> FamilyFit:
     lower, best, upper = (math.exp(value[0]) for value in log_floor(region))
     return FamilyFit(
         name=name,
-        accepted=_accepted(region, noise),
+        accepted=_accepted(region, most),
         noise=float(region.noise[0]),
         floor=best,
         floor_lower=lower,

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runner.measures.forecast_fit import Array
+from runner.measures.forecast_fit import PARAMETERS, Array
 
 # Two recorded learning rates this close are one and the same setting.
 _SAME_RATE = 0.1
+# No real curve follows a law exactly: with many points, a residual a little above the scatter is no reason to reject.
+LEAST_RATIO = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +96,8 @@ def reached(series: Series, target: float) -> float | None:
     return found
 
 
-def local_noise(steps: Array, log_mses: Array) -> float:
-    """Standard deviation of log figures around a smooth curve, from each point and its two neighbours alone.
+def local_noise(steps: Array, log_mses: Array) -> Array:
+    """Standard deviation of log figures [B, n] around a smooth curve, from each point and its two neighbours: [B].
 
     The difference-based estimator of Gasser, Sroka and Jennen-Steinmetz (Biometrika 73, 1986), taken against the step
     and against its logarithm; the smaller one, since curvature can only add.
@@ -103,9 +105,22 @@ def local_noise(steps: Array, log_mses: Array) -> float:
     found = []
     for place in (steps, np.log(steps)):
         left = (place[2:] - place[1:-1]) / (place[2:] - place[:-2])
-        off = left * log_mses[:-2] + (1 - left) * log_mses[2:] - log_mses[1:-1]
-        found.append(float(np.sqrt(np.mean(off**2 / (left**2 + (1 - left) ** 2 + 1)))))
-    return min(found)
+        off = left * log_mses[:, :-2] + (1 - left) * log_mses[:, 2:] - log_mses[:, 1:-1]
+        found.append(np.sqrt(np.mean(off**2 / (left**2 + (1 - left) ** 2 + 1), axis=-1)))
+    return np.minimum(*found)
+
+
+def rejection_ratio(steps: Array) -> float:
+    """How far a residual may stand above the local noise before a curve is rejected.
+
+    What the right curve exceeds by chance once in a hundred series at these steps, found by simulation; at least
+    LEAST_RATIO. A straight line stands for the curve: a floor that fits best at zero leaves two free parameters.
+    """
+    noise = np.random.default_rng(0).standard_normal((2000, len(steps)))
+    basis, _ = np.linalg.qr(np.stack([np.ones(len(steps)), np.log(steps)], axis=1))
+    rest = noise - (noise @ basis) @ basis.T
+    ratios = np.sqrt((rest**2).sum(-1) / (len(steps) - PARAMETERS)) / local_noise(steps, noise)
+    return max(LEAST_RATIO, float(np.quantile(ratios, 0.99)))
 
 
 def _geometric_mean(values: Sequence[float]) -> float:
