@@ -78,7 +78,7 @@ def optimizer_step(bench: Bench) -> Outcome:
             for name, values in kept.items():
                 wanted[name].copy_(values)
         if not bench.own:
-            bench.free("model")
+            bench.free("model", "checkpoint")  # a model may lie in the mapped file, and a step in its private copy
     if stray := sorted(changed - wanted.keys()):
         return failed(f"a step also changes {', '.join(stray[:4])}", "Look for tensors that share memory.")
     if not moving or (moving - changed):

@@ -1,12 +1,16 @@
 """Benches over tiny checkpoints, and what the full tier's checks of a model say of them."""
 
+import argparse
+import shutil
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file, save_file
 
 from runner.checks.bench import Bench
 from runner.checks.catalogue import checks_for
@@ -56,3 +60,20 @@ def rows_of(bench: Bench, names: tuple[str, ...] = MODEL_CHECKS) -> dict[str, di
 def failing(rows: dict[str, dict[str, Any]]) -> list[str]:
     """The names of the checks that failed."""
     return [name for name, row in rows.items() if row["status"] == "fail"]
+
+
+def write_npt_full(path: Path, base: Path, base_name: str | None = None) -> Path:
+    """The base with single NPT layers, and gates that permanent updates changed."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = load_file(base / "model.safetensors")
+    inner, hidden = tensors["model.layers.0.mlp.gate_proj.weight"].shape
+    for i in range(3):
+        gate = tensors[f"model.layers.{i}.mlp.gate_proj.weight"]
+        tensors[f"model.layers.{i}.original_gate_weight"] = gate * 0.9
+        for name, shape in {"A_proj": (2, hidden), "B_model": (hidden, 2), "B_ffn": (inner, 2)}.items():
+            tensors[f"model.layers.{i}.adapter.{name}.weight"] = torch.randn(shape, generator=generator) * 0.3
+    shutil.copytree(base, path)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    arguments = argparse.Namespace(model_name=base_name or str(base), modulation_scale=0.5)
+    torch.save({"step": 7, "args": arguments, "adapter_config": {"r": 2}}, path / "training_info.pt")
+    return path
