@@ -145,15 +145,12 @@ def test_refusals(run, pair):
         ("merge.sources=[a.pt,b.pt]", "merge=slerp", "merge.t=2"): "merge.t=2: give a number from 0",
         ("merge.sources=[a.pt,b.pt,deep.pt]", "merge=slerp"): "give two sources, not 3",
         ("merge.sources=[a.pt,b.pt]", "merge.on_conflict=error"): "all layers in common; choose merge=average",
-        ("merge.sources=[a.pt,b.pt]", "merge.on_conflict=newest"): "all layers in common; choose merge=average",
         (
             "merge.sources=[a.pt,{path: b.pt, layers: [1]}]",
         ): "b.pt: a GPT checkpoint is averaged as a whole; leave layers",
-        ("merge.sources=[a.pt,{path: b.pt, experts: [1]}]",): "leave experts: \\[…\\] out",
         ("merge.sources=[a.pt,b.pt]", "merge.layers=[1]"): "are for NPT layers",
         ("merge.sources=[a.pt,inf.pt]",): "lm_head.weight.*: NaN or Inf; such weights are not merged",
         ("merge.sources=[a.pt,flipped.pt]",): "flipped.pt: record .* is damaged: its CRC",
-        ("merge.sources=[a.pt,none.pt]",): "none.pt: no such file",
     }.items():
         check(run("task=merge", "merge.output=out", *words), message)
         assert sorted(path.name for path in Path().iterdir() if path.name != "outputs") == before, words
