@@ -1,16 +1,19 @@
 """Training of LoRA experts and their router that leaves a run directory of lora_moe checkpoints."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from runner.bases import Base
 from runner.checkpoints import lora_moe
 from runner.checkpoints.detect import open_checkpoint
 from runner.errors import ConfigError
+from runner.models.lora_moe import LoraMoeForCausalLM
 from runner.training.moe_callback import MoeCheckpoints, News
 from runner.training.moe_data import Row, cut
 from runner.training.moe_model import new_moe, reopened_moe
@@ -23,8 +26,10 @@ OnFigures = Callable[[int, Mapping[str, float]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a training left: the figures of its last log row, its checkpoints, what it found of each skill."""
+    """What a training left: the model as last saved, in evaluation mode; the figures of its last log row; the
+    checkpoints; what it found of each skill."""
 
+    model: LoraMoeForCausalLM
     figures: dict[str, float]
     checkpoints: list[Path]
     skills: list[Skill]
@@ -65,11 +70,25 @@ def train_moe(
         parameter.requires_grad_(".lora_" in name or name.startswith("router."))
     checkpoints = MoeCheckpoints(directory, base_name=base_name, skills=library)
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".trainer-") as scratch, torch.random.fork_rng():
+    with (
+        tempfile.TemporaryDirectory(dir=directory, prefix=".trainer-") as scratch,
+        torch.random.fork_rng(),
+        _quiet(),
+    ):
         trainer = MoeTrainer(model, rows, settings, Path(scratch))
         news = News(lambda: trainer.figures, on_step, on_log)
         trainer.add_callback(checkpoints)
         trainer.add_callback(news)
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     model.eval().requires_grad_(False)
-    return Trained(figures=news.last, checkpoints=checkpoints.written, skills=found)
+    return Trained(model=model, figures=news.last, checkpoints=checkpoints.written, skills=found)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The Trainer sets how much transformers says for the whole process: put that back."""
+    before = transformers_logging.get_verbosity()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from transformers import TrainerState
 
 from runner.bases import Base
 from runner.checkpoints import lora_moe
@@ -69,6 +70,10 @@ def reopened_moe(
         raise CheckpointError(
             f"{path}: has no {' and no '.join(missing) or 'step'} to go on from; start a new training instead"
         )
+    try:
+        TrainerState.load_from_json(str(path / TRAINER_STATE))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path / TRAINER_STATE}: is no state of the Trainer: {error}") from error
     if checkpoint.step >= settings.max_steps:
         raise ConfigError(
             f"train.resume_from={path}: is at step {checkpoint.step} already; give a larger train.max_steps"

@@ -78,8 +78,8 @@ class MoeTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's figures (means since its last row) and this step's own."""
-        super().log({**self.figures, **logs} if "loss" in logs else logs, start_time)
+        """The figures of this step; the Trainer's mean loss since its last row would depend on where it resumed."""
+        super().log({**logs, **self.figures} if "loss" in logs else logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Nothing but the directory: the Trainer would write the base with all experts into it, gigabytes."""
@@ -123,6 +123,7 @@ def _arguments(model: LoraMoeForCausalLM, settings: MoeSettings, scratch: Path) 
         max_grad_norm=settings.gradient_clip_value,
         logging_steps=LOG_EVERY,
         logging_nan_inf_filter=False,
+        log_level="error",
         save_strategy="steps",
         save_steps=settings.save_every,
         report_to="none",
