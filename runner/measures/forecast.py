@@ -75,8 +75,8 @@ class Forecast:
     """The estimate for one series; `dataclasses.asdict` of it is JSON.
 
     `points`: how many the fits use; `last_step`: of the last figure; `since`: where the training last changed, if it
-    did; `noise`: the local scatter of log mse, None without a fit; `notes`: points left out, and why. `band` is None
-    where no family fits.
+    did; `noise`: the local scatter of log mse, None without a fit; `refusal`: the status of every target that is not
+    reached, where no curve was believed, and then `band` is None; `notes`: points left out, and why.
     """
 
     confidence: float
@@ -86,6 +86,7 @@ class Forecast:
     noise: float | None
     families: tuple[FamilyFit, ...]
     targets: tuple[TargetEstimate, ...]
+    refusal: str | None
     band: Band | None
     notes: tuple[str, ...]
 
@@ -104,6 +105,7 @@ def forecast(
 
     `learning_rates`, `changes`: see series_of; only the points since the last change are fitted. `band_steps`: where
     the band is wanted (positive); by default from the first point to a little beyond the latest finite estimate.
+    The scatter of the figures is taken as independent from step to step: where it is not, intervals are too narrow.
     Raises ValueError for lengths that differ, a confidence outside (0, 1) and a target that is not positive.
     """
     if not 0 < confidence < 1:
@@ -133,6 +135,7 @@ def forecast(
         noise=noise,
         families=tuple(_family(name, region, most) for name, region in regions.items()),
         targets=found,
+        refusal=refusal,
         band=_band(at, kept, np.array(band_steps)) if kept and band_steps is not None else None,
         notes=series.notes,
     )

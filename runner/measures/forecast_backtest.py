@@ -81,10 +81,9 @@ def backtest(
     known = forecast(
         series.steps[:first], series.mses[:first], targets, confidence=confidence, band_steps=series.steps[first:]
     )
-    if known.band is None:
-        return Backtest(
-            refusal="no family fits the first part", fitted_points=first, fitted_until=series.steps[first - 1]
-        )
+    if known.refusal is not None:
+        why = "is not falling" if known.refusal == "not_falling" else "fits neither family"
+        return Backtest(refusal=f"the first part {why}", fitted_points=first, fitted_until=series.steps[first - 1])
     points = _held_points(series, first, known)
     errors = np.array([math.log(point.mse / point.predicted) for point in points])
     return Backtest(

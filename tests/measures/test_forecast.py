@@ -95,7 +95,7 @@ def test_refuses(name):
     found = forecast(steps, mses, (0.01,))
     (estimate,) = found.targets
     assert (estimate.status, estimate.lower, estimate.best, estimate.upper) == (status, None, None, None)
-    assert found.band is None
+    assert (found.band, found.refusal) == (None, status)
     assert ("too few points" if status == "too_few_points" else "not estimated") in sentence(found, estimate)
 
 
@@ -272,7 +272,8 @@ def test_back_test_scores_the_rest(family):
 
 def test_back_test_refuses():
     assert backtest(STEPS[:7], curve("power law")[:7], TARGETS).refusal == "too few points (7; a back-test needs 8)"
-    assert backtest(STEPS, np.full(12, 0.7), TARGETS).refusal == "no family fits the first part"
+    assert backtest(STEPS, np.full(12, 0.7), TARGETS).refusal == "the first part is not falling"
+    assert backtest(STEPS, 2 - (STEPS / 13000) ** 4, TARGETS, share=0.8).refusal == "the first part fits neither family"
 
 
 @pytest.mark.parametrize("size", [0.0, 0.02, 0.1, 0.5])
