@@ -60,6 +60,12 @@ class DiagnoseConfig(ModelConfig):
     tier: Any = MISSING
     verdict: Any = MISSING
 
+    def __post_init__(self) -> None:
+        if isinstance(self.tier, Tier) and not self.tier.measures:
+            raise ConfigError(
+                f"tier={self.tier.name} measures nothing: it is for task=test; take tier=quick or tier=full"
+            )
+
 
 @dataclass
 class TestConfig(ModelConfig):
@@ -74,6 +80,10 @@ class TestConfig(ModelConfig):
     keep: bool = False
     strict: bool = False
     junit: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.experts, int) and self.experts < 1:
+            raise ConfigError(f"experts={self.experts}: must be at least 1")
 
 
 @dataclass
@@ -130,11 +140,12 @@ TASKS: dict[str, type[CommonConfig]] = {
     "merge": MergeConfig,
     "verify": VerifyConfig,
     "diff": DiffConfig,
+    "test": TestConfig,
     "train": TrainConfig,
 }
 PATH_KEYS = {
     "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "tracker.dir", "train.resume_from",
-    "convert.output", "merge.output", "merge.sources",
+    "convert.output", "merge.output", "merge.sources", "junit",
     "hydra.run.dir", "hydra.sweep.dir",
 }  # fmt: skip
 # Keys that a group's choice sets for all tasks alike and that nobody overrides.
@@ -170,7 +181,10 @@ class Format:
 
 @dataclass(frozen=True, kw_only=True)
 class Tier:
-    """How much is measured (`measures`, read by diagnose) and checked (`checks`, read by test)."""
+    """How much is measured (`measures`, read by diagnose) and checked (`checks`, read by test).
+
+    `max_size_mb`: what adapters, experts and their router may have together, in 10⁶ bytes.
+    """
 
     name: str
     measures: tuple[str, ...] = ()
@@ -178,8 +192,15 @@ class Tier:
     sequence_length: int = 512
     new_tokens: int = 32
     temperatures: tuple[float, ...] = (0.7,)
+    max_size_mb: float = 500
 
     def __post_init__(self) -> None:
+        if (
+            isinstance(self.max_size_mb, bool)
+            or not isinstance(self.max_size_mb, (int, float))
+            or self.max_size_mb <= 0
+        ):
+            raise ConfigError(f"tier.max_size_mb={self.max_size_mb}: give a number of megabytes above 0")
         known = (
             "load", "finite", "control", "logits", "isolation", "progressive", "additivity", "generation", "text",
             "floor",

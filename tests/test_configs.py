@@ -18,6 +18,8 @@ MANDATORY = {("data", "text"): [f"data.path={CONF / 'config.yaml'}"], ("data", "
 
 
 NEEDED = {"convert": ["convert.output=out"]}
+# The task that a choice is made for, where it is not the one by default.
+TASK_OF = {("tier", "minimal"): ["task=test"]}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +44,10 @@ def test_every_task_has_a_page_and_a_file():
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_each_choice_composes_and_builds(group, choice):
-    cfg = compose("config", overrides=[f"{group}={choice}", *MANDATORY.get((group, choice), [])])
+    cfg = compose(
+        "config",
+        overrides=[f"{group}={choice}", *TASK_OF.get((group, choice), []), *MANDATORY.get((group, choice), [])],
+    )
     _typed(cfg)
     if group != "experiment":
         assert _components(cfg, [group])[group] is not None

@@ -1,13 +1,15 @@
 """What the checks of one run share, each made when a check first asks for it."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from runner.checks.headers import Header, read_header
+from runner.checks.look import Look, look, weight_files
 from runner.config import TestConfig
-from runner.errors import ConfigError
+from runner.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from runner.checkpoints.checkpoint import Checkpoint
 
 Item = TypeVar("Item")
+# The check that builds a checkpoint where none was named; a tier without it needs one.
+BUILT = "built"
+# The family of what is too damaged to show it.
+UNKNOWN = "unknown"
 
 
 class Shows(Protocol):
@@ -41,11 +47,58 @@ class Bench:
     context: Shows
     path: Path | None
     scratch: Path
+    _headers: dict[tuple[Path, str], Header] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def family(self) -> str | None:
+        """The family that is tested, told without torch where that can be; None where no checkpoint is.
+
+        Raises CheckpointError where nothing at `path` could be a checkpoint, ConfigError where it is of another family
+        than was asked for.
+        """
+        wanted = None if self.config.family.name == "auto" else self.config.family.name
+        if self.path is None:
+            return (wanted or "npt") if BUILT in self.config.tier.checks else None
+        found = self.checkpoint.family if self.config.format.module else self.look.family
+        if wanted is not None and found not in (wanted, None):
+            raise ConfigError(f"family={wanted}, but {self.path} is of the family {found}")
+        return found or wanted or UNKNOWN
 
     @property
     def subject(self) -> Path:
         """The checkpoint that is tested: the one that was named, else `built`."""
         return self.built if self.path is None else self.path
+
+    @cached_property
+    def look(self) -> Look:
+        """What `subject` shows itself to be, however damaged. Raises CheckpointError."""
+        found = look(self.subject, self.header)
+        return found if self.config.format.name == "auto" else replace(found, format=self.config.format.name)
+
+    @cached_property
+    def weights(self) -> Header:
+        """The one weights file of a format that has one. Raises CheckpointError for none or several."""
+        files = weight_files(self.look)
+        if len(files) != 1:
+            held = ", ".join(file.name for file in files) or "none"
+            raise CheckpointError(f"one weights file is needed, there is {held}")
+        return self.header(files[0])
+
+    def header(self, path: Path, state_dict_key: str = "model") -> Header:
+        """The header of one weights file, read once; a training script's .pt has its tensors under "model".
+
+        Raises as `read_header`.
+        """
+        key = (path, state_dict_key)
+        if key not in self._headers:
+            self._headers[key] = read_header(path, state_dict_key)
+        return self._headers[key]
+
+    def extras(self, path: Path, state_dict_key: str) -> dict[str, Any]:
+        """What a .pt holds beside the tensors under `state_dict_key`."""
+        from runner.checkpoints.tensors import open_weights
+
+        return dict(open_weights(path, state_dict_key=state_dict_key).extras)
 
     @cached_property
     def built(self) -> Path:
@@ -111,7 +164,24 @@ class Bench:
             return None
         return load_tokenizer(self.config.tokenizer, directories)
 
+    def free_all(self) -> None:
+        """Forget every model."""
+        self.free("model", "reloaded", "own", "checkpoint")
+
     def free(self, *names: str) -> None:
         """Forget what was made under these names; it is made again if it is asked for."""
         for name in names:
             self.__dict__.pop(name, None)
+
+
+def check_buildable(bench: Bench) -> None:
+    """Raise ConfigError, or CheckpointError for a base that is not there, where `built` cannot be what is asked for."""
+    family, base = bench.family, bench.config.base
+    if family == "hf":
+        raise ConfigError("family=hf: nothing is added to a plain model; give ckpt=, or family=npt, gpt or lora_moe")
+    if family == "gpt" and base is not None:
+        raise ConfigError("base= belongs to families that stand on a base; a gpt is complete by itself")
+    if base is not None:
+        from runner.bases import find_base
+
+        find_base(None, base)

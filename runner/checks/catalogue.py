@@ -3,10 +3,14 @@
 from collections.abc import Callable, Iterable
 from importlib import import_module
 
-from runner.checks.bench import Bench
+from runner.checks.bench import BUILT, Bench
 from runner.checks.check import Check, Outcome
 from runner.config import did_you_mean
 from runner.errors import ConfigError
+
+# The checks of a checkpoint's parts: where one of them fails, what opens it as a whole would only fail again.
+PARTS = ("files", "config", "layout", "experts", "gate", "adapters", "blocks", "keys", "shapes", "hidden_size",
+         "skill_library")  # fmt: skip
 
 
 def late(place: str) -> Callable[[Bench], Outcome]:
@@ -35,9 +39,22 @@ def _quality(name: str, title: str, place: str, *needs: str) -> Check:
 
 
 # Of the machine: they need no checkpoint.
-ENVIRONMENT = by_name()
+ENVIRONMENT = by_name(
+    _check("versions", "the libraries and their versions", "environment.versions"),
+    _check("peft", "what the installed PEFT offers", "environment.peft"),
+    _check("safetensors", "written and read back equal", "environment.safetensors"),
+    _check("formats", "each layout is created and recognised", "layouts.formats", "safetensors"),
+    _check("writable", "outputs can be written, and there is room", "environment.writable"),
+)
 # Of every checkpoint.
 SHARED = by_name(
+    _check(BUILT, "built and saved by the code of training", "building.built"),
+    _check("files", "each weights file is whole", "structure.files", BUILT),
+    _check("size", "as large as the shapes say, below the cap", "structure.size", "files"),
+    _check("base", "the base that it names fits", "structure.base", "keys", "shapes", "adapters", "layout"),
+    _check("loading", "opened by its format, every key accounted for", "structure.loading", *PARTS),
+    _check("hashes", "as it was written: manifest and CRCs", "structure.hashes", "files"),
+    _check("finite", "no NaN or Inf in the weights", "structure.finite", "loading"),
     _check("model", "the model is built, strictly", "behaviour.build", "loading", "finite"),
     _check("forward", "finite logits, short and long", "behaviour.forward", "model"),
     _check("save", "saved again, it has the same names and shapes", "roundtrip.save", "model"),
@@ -49,6 +66,10 @@ SHARED = by_name(
 # Of the checkpoints of one family.
 OF_FAMILY = {
     "npt": by_name(
+        _check("config", "config.json of a complete model", "structure_npt.config", BUILT),
+        _check("keys", "every NPT layer whole, nothing else", "structure_npt.keys", "files", "config"),
+        _check("shapes", "the layers' matrices fit each other", "structure_npt.shapes", "keys"),
+        _check("pollution", "no merged model beside the weights", "structure_npt.pollution", BUILT),
         _check("modes", "switching modes leaves nothing behind", "behaviour_npt.modes", "forward"),
         _check("control", "all layers standard: the plain model", "behaviour_npt.control", "modes"),
         _quality("fidelity", "logits against the base's", "quality.fidelity", "control"),
@@ -57,14 +78,33 @@ OF_FAMILY = {
         _quality("generation", "continuations against the base's", "quality.generation", "control"),
     ),
     "gpt": by_name(
+        _check("blocks", "an even number, block 7 without attention", "structure_gpt.blocks", "files"),
+        _check("keys", "every tensor, nothing else", "structure_gpt.keys", "blocks"),
+        _check("shapes", "widths, heads and scalars fit", "structure_gpt.shapes", "keys"),
         _check("convert", "converted there and back", "behaviour_gpt.convert", "roundtrip"),
     ),
     "lora_moe": by_name(
+        _check("config", "config.json says how many experts", "structure_moe.config", BUILT),
+        _check("layout", "each adapter nested or flat, not both", "structure_moe.layout", BUILT),
+        _check("gate", "one router, weight and bias", "structure_moe.gate", "files"),
+        _check("experts", "config, router and adapters agree", "structure_moe.experts", "config", "layout", "gate"),
+        _check("adapters", "each expert has config and weights", "structure_moe.adapters", "files", "layout"),
+        _check("keys", "every A and B, nothing else", "structure_moe.keys", "adapters"),
+        _check("shapes", "ranks as the configs say", "structure_moe.shapes", "adapters"),
+        _check("hidden_size", "router and adapters fit each other", "structure_moe.hidden_size", "gate", "adapters"),
+        _check("skill_library", "embeddings of the hidden size", "structure_moe.skill_library", "files", "gate"),
+        _check("pollution", "no merged model beside the adapters", "structure_moe.pollution", BUILT),
         _check("router", "the reloaded router is the same", "behaviour_moe.router", "save"),
         _check("skills", "the saved skill library is the same", "behaviour_moe.skills", "save"),
         _check("routing", "reloaded, each token has the same experts", "behaviour_moe.routing", "roundtrip"),
     ),
-    "hf": by_name(),
+    "hf": by_name(
+        _check("config", "config.json describes a model", "structure_hf.config", BUILT),
+        _check("adapters", "the adapter has config and weights", "structure_hf.adapters", "files"),
+        _check("keys", "every tensor, nothing else", "structure_hf.keys", "files", "config", "adapters"),
+        _check("shapes", "shapes as the config says", "structure_hf.shapes", "keys"),
+        _check("pollution", "no merged model beside an adapter", "structure_hf.pollution", BUILT),
+    ),
 }
 
 

@@ -1,0 +1,46 @@
+"""What a checkpoint says of its base, from its configs and names alone: which it is, and what sizes it must have."""
+
+import re
+from pathlib import Path
+
+from runner.checkpoints.strict_json import read_object
+from runner.checks import structure_moe, structure_npt
+from runner.checks.adapters import Adapter, hidden_sizes, modules, open_parts
+from runner.checks.bench import Bench
+
+_LIMIT = 64 << 20
+_LAYER = re.compile(r".*\.layers\.(\d+)\.")
+
+
+def base_name(bench: Bench) -> str | None:
+    """The name of the base as the checkpoint writes it."""
+    root = bench.look.directory
+    keys = {"npt_delta": ("model_name",), "lora_moe": ("base_model_name_or_path", "model_name")}
+    for path in (root / "config.json", root / structure_moe.OLDER / "config.json"):
+        values = read_object(path, "config", _LIMIT) if path.is_file() else {}
+        for key in keys.get(bench.look.format or "", ()):
+            if isinstance(values.get(key), str):
+                return str(values[key])
+    adapters = _adapters(bench)
+    return adapters[0].settings.base_name if adapters else None
+
+
+def made_for(bench: Bench) -> dict[str, int]:
+    """`hidden_size`, `intermediate_size` and the highest `layer` that the tensors tell of."""
+    if bench.look.format == "npt_delta":
+        outcome = structure_npt.shapes(bench)
+        return {**outcome.data, "layer": max(part.layer for part in structure_npt.parts(bench.weights.tensors)[0])}
+    adapters = _adapters(bench)
+    sizes = {size for adapter in adapters for size in hidden_sizes(adapter)}
+    layers = [int(match[1]) for a in adapters for match in map(_LAYER.match, modules(a)) if match]
+    found = {"hidden_size": sizes.pop()} if len(sizes) == 1 else {}
+    return found | ({"layer": max(layers)} if layers else {})
+
+
+def _adapters(bench: Bench) -> list[Adapter]:
+    if bench.look.format == "peft":
+        return [open_parts(bench.look.directory, "the adapter", bench.header)]
+    if bench.look.format != "lora_moe":
+        return []
+    found: dict[Path, list[structure_moe.ExpertPlace]] = structure_moe.places(bench.look.path)
+    return [open_parts(place.adapter, place.label, bench.header) for place in next(iter(found.values()), [])]

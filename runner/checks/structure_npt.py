@@ -1,0 +1,201 @@
+"""The parts of an NPT checkpoint, over a base or complete (spec/formats.md §1 and §2), from names and shapes."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from runner.checkpoints.strict_json import read_object
+from runner.checks.bench import Bench
+from runner.checks.check import PASS, Outcome, failed, passed
+from runner.checks.headers import TensorHeader
+from runner.checks.look import MERGED_MODEL
+from runner.checks.structure_hf import config as model_config_check
+from runner.checks.structure_hf import model_header, model_key_problems, model_shapes
+
+_KEY = re.compile(
+    r"(?:layer_(?P<delta>\d+)_np|model\.layers\.(?P<full>\d+)\.np_component)"
+    r"\.(?P<matrix>W_down|W_a_up|W_b_up)(?P<suffix>_gate|_up|_down)?(?:\.(?P<rank>\d+))?"
+)
+_FULL_KEY = re.compile(
+    r"model\.layers\.(?P<layer>\d+)\.(?:adapter\.(?P<matrix>A_proj|B_model|B_ffn)\.weight|original_gate_weight)"
+)
+_SUFFIXES = {"single": ("",), "dual": ("_gate", "_up"), "triple": ("_gate", "_up", "_down")}
+_MATRICES = ("W_down", "W_a_up", "W_b_up")
+_FULL_MATRICES = ("A_proj", "B_model", "B_ffn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One matrix of a layer: its projection's suffix, its name among the three, its rank-1 term (None where k = 1)."""
+
+    layer: int
+    suffix: str
+    matrix: str
+    rank: int | None
+
+
+def is_full(bench: Bench) -> bool:
+    """Whether base and adapters both stand in the checkpoint."""
+    return bench.look.format == "npt_full"
+
+
+def parts(tensors: Mapping[str, TensorHeader]) -> tuple[dict[Part, str], list[str]]:
+    """The name of each part, and the names that are none, or are of a part that has one already."""
+    found: dict[Part, str] = {}
+    other = []
+    for name in tensors:
+        match = _KEY.fullmatch(name)
+        rank = None if match is None or match["rank"] is None else int(match["rank"])
+        part = match and Part(
+            layer=int(match["delta"] or match["full"]), suffix=match["suffix"] or "", matrix=match["matrix"], rank=rank
+        )
+        if part is None or part in found:
+            other.append(name)
+        else:
+            found[part] = name
+    return found, other
+
+
+def config(bench: Bench) -> Outcome:
+    """A complete model has a config.json with its sizes; over a base it is optional."""
+    if is_full(bench):
+        return model_config_check(bench)
+    path = bench.look.directory / "config.json"
+    if not path.is_file():
+        return passed("none: the base is to be named as base=")
+    values = read_object(path, "config", 16 << 20)
+    return passed(f"base {values.get('model_name')}")
+
+
+def keys(bench: Bench) -> Outcome:
+    """Every NPT layer is complete, and nothing else is in the file."""
+    return _full_keys(bench) if is_full(bench) else _delta_keys(bench)
+
+
+def _delta_keys(bench: Bench) -> Outcome:
+    found, other = parts(bench.weights.tensors)
+    other += bench.weights.extras
+    if not found:
+        shown = ", ".join(list(bench.weights.tensors)[:4]) or "nothing"
+        return failed(f"No NPT layers found: no key looks like layer_<i>_np.W_down…; there is {shown}")
+    problems, kinds = [], []
+    for layer in sorted({part.layer for part in found}):
+        own = {part for part in found if part.layer == layer}
+        suffixes = {part.suffix for part in own}
+        kind = "triple" if "_down" in suffixes else "single" if suffixes == {""} else "dual"
+        terms = _terms(own)
+        wanted = {
+            Part(layer=layer, suffix=suffix, matrix=matrix, rank=rank)
+            for suffix in _SUFFIXES[kind]
+            for matrix in _MATRICES
+            for rank in terms
+        }
+        problems += [f"missing {_spelled(part)}" for part in sorted(wanted - own, key=_spelled)]
+        problems += [f"unexpected {found[part]}" for part in sorted(own - wanted, key=_spelled)]
+        kinds.append(f"{layer}: {kind}, k {len(terms)}")
+    problems += [f"unexpected {name}" for name in other]
+    if problems:
+        shown = "; ".join(problems[:6]) + (f"; … ({len(problems)} in all)" if len(problems) > 6 else "")
+        return failed(shown, "save the checkpoint again: a layer that is not whole computes something else")
+    return passed(f"{len(found)} keys; layers {'; '.join(kinds)}")
+
+
+def _terms(own: set[Part]) -> list[int | None]:
+    """The rank-1 terms by the highest; a wild number is no reason to list thousands of names."""
+    ranks = [part.rank for part in own if part.rank is not None]
+    return list(range(min(1 + max(ranks), len(own)))) if ranks else [None]
+
+
+def _spelled(part: Part) -> str:
+    return f"layer_{part.layer}_np.{part.matrix}{part.suffix}" + ("" if part.rank is None else f".{part.rank}")
+
+
+def _full_keys(bench: Bench) -> Outcome:
+    tensors = model_header(bench)
+    matches = [match for match in map(_FULL_KEY.fullmatch, tensors) if match]
+    adapted = {(int(match["layer"]), match["matrix"]) for match in matches if match["matrix"]}
+    if not adapted:
+        return failed("No NPT layers found: no adapter keys among the weights", "format=hf tests it as a plain model")
+    layers = sorted({layer for layer, _ in adapted})
+    problems = [
+        f"missing model.layers.{layer}.adapter.{matrix}.weight"
+        for layer in layers
+        for matrix in _FULL_MATRICES
+        if (layer, matrix) not in adapted
+    ]
+    problems += model_key_problems(bench, {match.string for match in matches})
+    if problems:
+        return failed("; ".join(problems[:6]) + (f"; … ({len(problems)} in all)" if len(problems) > 6 else ""))
+    return passed(f"{len(tensors)} keys; NPT layers {', '.join(map(str, layers))}")
+
+
+def shapes(bench: Bench) -> Outcome:
+    """Each layer's matrices fit each other, and all layers have one hidden size and one MLP size."""
+    tensors = model_header(bench) if is_full(bench) else bench.weights.tensors
+    problems: list[str] = []
+    sizes: dict[tuple[int, int], int] = {}
+    layers = _full_layers(tensors) if is_full(bench) else _delta_layers(tensors)
+    for layer, matrices in layers.items():
+        if wrong := [name for name, shape in matrices.values() if len(shape) != 2]:
+            problems.append(f"{wrong[0]} is no matrix")
+            continue
+        (hidden, rank), inner = _first(matrices, "W_down"), _first(matrices, "W_b_up")[1]
+        sizes[hidden, inner] = layer
+        for (suffix, matrix, _), (name, shape) in matrices.items():
+            d_in, d_out = (inner, hidden) if suffix == "_down" else (hidden, inner)
+            wanted = {"W_down": (hidden, rank), "W_a_up": (rank, d_in), "W_b_up": (rank, d_out)}[matrix]
+            if shape != wanted:
+                problems.append(f"{name} is {list(shape)}, where the layer's others make it {list(wanted)}")
+    if len(sizes) > 1:
+        shown = ", ".join(f"layer {layer}: {hidden} and {inner}" for (hidden, inner), layer in sizes.items())
+        problems.append(f"the layers are made for different hidden and MLP sizes ({shown})")
+    if problems:
+        return failed("; ".join(problems[:4]), "one layer has one rank, and one base one hidden size")
+    if is_full(bench) and (outcome := model_shapes(bench)).status != PASS:
+        return outcome
+    hidden, inner = next(iter(sizes))
+    return passed(f"hidden size {hidden}, MLP size {inner}", hidden_size=hidden, intermediate_size=inner)
+
+
+# (suffix, matrix, rank-1 term) → name and shape.
+_Matrices = dict[tuple[str, str, int], tuple[str, tuple[int, ...]]]
+
+
+def _delta_layers(tensors: Mapping[str, TensorHeader]) -> dict[int, _Matrices]:
+    layers: dict[int, _Matrices] = {}
+    for part, name in parts(tensors)[0].items():
+        place = (part.suffix, part.matrix, part.rank or 0)
+        layers.setdefault(part.layer, {})[place] = (name, tensors[name].shape)
+    return layers
+
+
+def _full_layers(tensors: Mapping[str, TensorHeader]) -> dict[int, _Matrices]:
+    """The adapters' Linear weights turned to the shapes of the other layout."""
+    layers: dict[int, _Matrices] = {}
+    turned = dict(zip(_FULL_MATRICES, _MATRICES, strict=True))
+    for name, tensor in tensors.items():
+        match = _FULL_KEY.fullmatch(name)
+        if match and match["matrix"]:
+            place = ("", turned[match["matrix"]], 0)
+            layers.setdefault(int(match["layer"]), {})[place] = (name, tensor.shape[::-1])
+    return layers
+
+
+def _first(matrices: _Matrices, wanted: str) -> tuple[int, ...]:
+    """The shape of a layer's first matrix of this name that acts on the gate or up projection."""
+    return next(shape for (suffix, matrix, _), (_, shape) in matrices.items() if matrix == wanted and suffix != "_down")
+
+
+def pollution(bench: Bench) -> Outcome:
+    """No merged model lies beside NPT weights that stand on a base."""
+    root = bench.look.path
+    if is_full(bench) or not root.is_dir():
+        return passed("a complete model" if is_full(bench) else "a file by itself")
+    stray = sorted(path for path in root.iterdir() if MERGED_MODEL.fullmatch(path.name))
+    if stray:
+        size = sum(path.stat().st_size for path in stray) / 1e6
+        return failed(
+            f"a merged model lies beside the NPT weights: {', '.join(p.name for p in stray)} ({size:,.1f} MB)",
+            "delete it: it is not read",
+        )
+    return passed("no merged model beside the NPT weights")

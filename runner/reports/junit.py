@@ -1,0 +1,77 @@
+"""The checks of a result as JUnit XML, which CI systems show: one test case a check."""
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from runner.errors import ConfigError
+
+# What XML 1.0 cannot hold; a tensor's name may.
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def junit(result: Mapping[str, Any], *, strict: bool) -> ElementTree.Element:
+    """`<testsuites>` with one suite: failures of integrity checks fail their case, with `strict` also warnings."""
+    cases = [_case(row, result, strict) for row in result["checks"]]
+    counts = {
+        "tests": len(cases),
+        "failures": sum(case.find("failure") is not None for case in cases),
+        "errors": 0,
+        "skipped": sum(case.find("skipped") is not None for case in cases),
+    }
+    attributes = {name: str(count) for name, count in counts.items()}
+    attributes["time"] = f"{sum(row['seconds'] for row in result['checks']):.3f}"
+    root = ElementTree.Element("testsuites", {"name": "runner", **attributes})
+    suite = ElementTree.SubElement(root, "testsuite", {"name": _suite(result), **attributes})
+    suite.extend(cases)
+    return root
+
+
+def write_junit(path: Path, result: Mapping[str, Any], *, strict: bool) -> None:
+    """Write the XML so that a reader sees the old file or the new one. Raises ConfigError where it cannot be."""
+    text = ElementTree.tostring(junit(result, strict=strict), encoding="utf-8", xml_declaration=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(text + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ConfigError(f"junit={path}: cannot be written: {error.strerror}") from error
+
+
+def _suite(result: Mapping[str, Any]) -> str:
+    return _clean(" ".join(filter(None, ["runner", result.get("tier"), result.get("family")])))
+
+
+def _case(row: Mapping[str, Any], result: Mapping[str, Any], strict: bool) -> ElementTree.Element:
+    case = ElementTree.Element(
+        "testcase",
+        {"classname": _suite(result).replace(" ", "."), "name": row["name"], "time": f"{row['seconds']:.3f}"},
+    )
+    details = _clean(row["details"])
+    bad = (row["integrity"] and row["status"] == "fail") or (strict and row["status"] in ("fail", "warning"))
+    if bad:
+        failure = ElementTree.SubElement(case, "failure", {"message": details, "type": row["status"]})
+        failure.text = _clean(row.get("recommendation", ""))
+    elif row["status"] == "skipped":
+        ElementTree.SubElement(case, "skipped", {"message": details})
+    else:
+        output = ElementTree.SubElement(case, "system-out")
+        output.text = f"{row['status']}: {details}" if row["status"] != "pass" else details
+    return case
+
+
+def _clean(text: str) -> str:
+    return _FORBIDDEN.sub("�", text)

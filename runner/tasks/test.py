@@ -1,0 +1,140 @@
+"""`task=test`: the checks of a tier, one after the other; what they say together.
+
+Nothing heavy is imported at the top: the quick tier has no use for torch.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runner.checkpoints.runs import resolve
+from runner.checks.bench import BUILT, Bench, check_buildable
+from runner.checks.catalogue import checks_for
+from runner.checks.check import FAIL, STATUSES, WARNING, Check, run_checks
+from runner.config import TestConfig
+from runner.errors import ConfigError
+from runner.results import Result
+from runner.tasks.context import Context
+from runner.versions import versions
+
+# Mean score of the quality checks → what the checkpoint is, by the fixed thresholds of the comprehensive test.
+READINESS = ((0.8, "READY"), (0.6, "PARTIALLY_READY"))
+NOT_READY = "NOT_READY"
+
+
+def run(config: TestConfig, context: Context) -> Result:
+    """Run the tier's checks. Exit code 1 where an integrity check failed, or with `strict` where one warned.
+
+    Raises ConfigError or CheckpointError where there is nothing that could be checked.
+    """
+    scratch = context.directory / "scratch"
+    scratch.mkdir(parents=True)
+    bench = Bench(config=config, context=context, path=_path(config, context), scratch=scratch)
+    try:
+        return _tested(config, context, bench)
+    finally:
+        bench.free_all()
+        _clean(scratch, config.keep)
+
+
+def _tested(config: TestConfig, context: Context, bench: Bench) -> Result:
+    checks = _checks(config, bench)
+    with context.timed("checks"):
+        rows = run_checks(checks, bench)
+    integrity = [row["status"] for row in rows if row["integrity"]]
+    every = [row["status"] for row in rows]
+    bad = FAIL in integrity or (config.strict and (FAIL in every or WARNING in every))
+    result = Result(
+        task="test",
+        ckpt=_shown_path(config, bench),
+        family=bench.family,
+        tier=config.tier.name,
+        metrics=_metrics(rows),
+        checks=rows,
+        overall=overall(rows),
+        timing=context.timing,
+        versions=versions(),
+        details={"passed": not bad, "strict": config.strict, "kept": bench.path is None and config.keep},
+        exit_code=int(bad),
+    )
+    if config.junit:
+        from runner.reports.junit import write_junit
+
+        write_junit(Path(config.junit).expanduser(), result.to_dict(), strict=config.strict)
+    return result
+
+
+def _path(config: TestConfig, context: Context) -> Path | None:
+    if config.ckpt is None:
+        if config.step is not None:
+            raise ConfigError(f"step={config.step} needs a run directory as ckpt=")
+        return None
+    if config.ckpt == "demo":
+        from runner.tasks.naming import checkpoint_path
+
+        return checkpoint_path(config, context)
+    return resolve(Path(config.ckpt).expanduser(), config.step)
+
+
+def _shown_path(config: TestConfig, bench: Bench) -> str | None:
+    """The checkpoint that was named, or one that was built and is kept."""
+    if bench.path is not None:
+        return str(bench.path)
+    kept = config.keep and "built" in bench.__dict__
+    return str(bench.built) if kept else None
+
+
+def _checks(config: TestConfig, bench: Bench) -> list[Check]:
+    """Those of the tier that apply. Raises ConfigError for what cannot be built, before anything is."""
+    tier = config.tier
+    if bench.path is None and BUILT in tier.checks:
+        check_buildable(bench)
+    names = [name for name in tier.checks if name != BUILT or bench.path is None]
+    checks = checks_for(bench.family, names)
+    if checks:
+        return checks
+    if not tier.checks:
+        raise ConfigError(f"tier={tier.name} checks nothing: it is for task=diagnose; take tier=quick, minimal or full")
+    raise ConfigError(f"tier={tier.name}: its checks are of a checkpoint; give one as ckpt=, or name {BUILT!r} first")
+
+
+def overall(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """READY, PARTIALLY_READY or NOT_READY by the mean score of the quality checks; None where none gave one.
+
+    A checkpoint that fails an integrity check is NOT_READY, whatever its scores.
+    """
+    scores = [row["score"] for row in rows if "score" in row]
+    if not scores:
+        return None
+    if any(row["integrity"] and row["status"] == FAIL for row in rows):
+        return NOT_READY
+    mean = sum(scores) / len(scores)
+    return next((word for least, word in READINESS if mean > least), NOT_READY)
+
+
+def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many checks ended how, the mean score, and the figures of the checks that compare with the base."""
+    counts = {f"checks_{status}": sum(row["status"] == status for row in rows) for status in STATUSES}
+    scores = [row["score"] for row in rows if "score" in row]
+    figures = {
+        name: row["data"][name]
+        for row in rows
+        if row["name"] == "fidelity"
+        for name in ("mse", "cosine", "kl", "top1")
+        if name in row.get("data", {})
+    }
+    return {**figures, **counts, **({"score": sum(scores) / len(scores)} if scores else {})}
+
+
+def _clean(scratch: Path, keep: bool) -> None:
+    """Remove what the checks wrote, but with `keep` for the checkpoint that was built, and its base."""
+    for entry in scratch.iterdir():
+        if keep and entry.name == "built":
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    if not any(scratch.iterdir()):
+        scratch.rmdir()
