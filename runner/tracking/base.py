@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from runner.tracking.rows import Record
+
 # A group that was chosen but says nothing about the checkpoint.
 _UNDECIDED = "auto"
 
@@ -81,8 +83,11 @@ class Tracker(Protocol):
     def log(self, row: Mapping[str, float]) -> None:
         """Log one live row, as {"train/step": 10, "train/loss": 0.3}. Without a started run: nothing happens."""
 
-    def record(self, result: Mapping[str, Any]) -> None:
-        """Log a finished result, the dict of `runner.results`. Without a started run: nothing happens."""
+    def record(self, result: Mapping[str, Any], record: Record | None = None) -> None:
+        """Log a finished result, the dict of `runner.results`; `record` in the place of what is made of it.
+
+        Without a started run nothing happens.
+        """
 
     def finish(self, exit_code: int) -> None:
         """End the run; `exit_code` is that of the job."""

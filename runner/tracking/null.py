@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runner.tracking.base import RunIdentity
+from runner.tracking.rows import Record
 
 
 @dataclass(kw_only=True)
@@ -24,7 +25,7 @@ class NullTracker:
     def log(self, row: Mapping[str, float]) -> None:
         """Log nothing."""
 
-    def record(self, result: Mapping[str, Any]) -> None:
+    def record(self, result: Mapping[str, Any], record: Record | None = None) -> None:
         """Log nothing."""
 
     def finish(self, exit_code: int) -> None:

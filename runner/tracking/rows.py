@@ -6,14 +6,14 @@ Keys are flat and the step of the checkpoint is a metric of its own, so that ste
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 STEP = "checkpoint/step"
 # Every metric that matches a pattern is drawn over this one; the x axes themselves come first.
 AXES = {"eval/*": STEP, "merge/*": STEP, "layer/*": "layer/index", "train/*": "train/step"}
 
-_LAYER_FIGURES = ("mse", "cosine", "kl")
+LAYER_FIGURES = ("mse", "cosine", "kl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,46 @@ class Table:
     rows: list[list[Any]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """Lines in one plot: label → its points (x, y); `x` names the axis."""
+
+    title: str
+    x: str
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """All that is logged at the end of a run: `rows` in their order, then tables, charts and the summary.
+
+    `config`: keys that the run's config gains; `axes`: pattern → axis, beside AXES.
+    """
+
+    rows: Sequence[Mapping[str, float]] = ()
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    charts: Mapping[str, Chart] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    axes: Mapping[str, str] = field(default_factory=dict)
+
+
+def job_record(result: Mapping[str, Any], step: int | None) -> Record:
+    """The point of this checkpoint, one row a layer, the tables, and the keys that detection has found out."""
+    found = {"ckpt_step": step, "family": result.get("family"), "format": result.get("format")}
+    return Record(
+        rows=[row for row in (eval_row(result, step), *layer_rows(result)) if row],
+        tables=tables(result, step),
+        summary=summary(result),
+        config={key: value for key, value in found.items() if value is not None},
+    )
+
+
 def eval_row(result: Mapping[str, Any], step: int | None) -> dict[str, float]:
     """One point: every number of `metrics` as `eval/<name>` (nested ones as `eval/<group>_<name>`) and the progress."""
-    row: dict[str, float] = {f"eval/{name}": value for name, value in _numbers(result.get("metrics") or {})}
+    row: dict[str, float] = {f"eval/{name}": value for name, value in numbers(result.get("metrics") or {})}
     progress = (result.get("verdict") or {}).get("progress")
-    if _is_number(progress):
+    if is_number(progress):
         row["eval/progress"] = progress
     if row and step is not None:
         row[STEP] = step
@@ -39,7 +74,7 @@ def layer_rows(result: Mapping[str, Any]) -> list[dict[str, float]]:
     """One row for each layer that was measured by itself."""
     rows = []
     for layer in result.get("layers") or []:
-        figures = {f"layer/{name}": layer[name] for name in _LAYER_FIGURES if _is_number(layer.get(name))}
+        figures = {f"layer/{name}": layer[name] for name in LAYER_FIGURES if is_number(layer.get(name))}
         if figures:
             rows.append({"layer/index": layer["layer"], **figures})
     return rows
@@ -85,21 +120,24 @@ def _listed(value: Any) -> Sequence[Any]:
 
 def _table(records: Sequence[Mapping[str, Any]], step: int | None) -> Table:
     columns = list(dict.fromkeys(key for record in records for key in record))
-    rows = [[step, *(_cell(record.get(column)) for column in columns)] for record in records]
+    rows = [[step, *(cell(record.get(column)) for column in columns)] for record in records]
     return Table(columns=["ckpt_step", *columns], rows=rows)
 
 
-def _cell(value: Any) -> Any:
+def cell(value: Any) -> Any:
+    """`value` as a table holds it: lists and objects as JSON."""
     return value if value is None or isinstance(value, (str, int, float)) else json.dumps(value, ensure_ascii=False)
 
 
-def _numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every finite number of `metrics`, a nested one under `<group>_<name>`."""
     for name, value in metrics.items():
         if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{name}_")
-        elif _is_number(value):
+            yield from numbers(value, f"{prefix}{name}_")
+        elif is_number(value):
             yield f"{prefix}{name}", value
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a finite number; True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from runner.errors import ConfigError, printable
 from runner.tracking.base import RunIdentity, flat_config, run_id
+from runner.tracking.rows import Record, job_record
 from runner.tracking.session import wandb_session, within
 from runner.tracking.wandb_run import (
     RunPlan,
@@ -111,15 +112,16 @@ class WandbTracker:
         """Log one live row."""
         self._attempt(lambda: self._run.log(dict(row)))
 
-    def record(self, result: Mapping[str, Any]) -> None:
+    def record(self, result: Mapping[str, Any], record: Record | None = None) -> None:
         """Log a finished result; what was logged is on the disk when this returns."""
         wandb, run, identity = self._wandb, self._run, self._identity
         if wandb is None or identity is None:
             return
         step = result["step"] if result.get("step") is not None else identity.step
+        logged = record or job_record(result, step)
         before = self._attempt(lambda: written_bytes(run))
-        self._attempt(lambda: log_figures(run, result, step))
-        self._attempt(lambda: log_tables(wandb, run, result, step))
+        self._attempt(lambda: log_figures(run, logged))
+        self._attempt(lambda: log_tables(wandb, run, logged))
         self._attempt(lambda: log_checkpoint(wandb, run, result.get("ckpt"), identity, step))
         self._attempt(lambda: wait_for_flush(run, before or 0))
 

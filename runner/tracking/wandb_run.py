@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from runner.tracking.base import RunIdentity
-from runner.tracking.rows import AXES, eval_row, layer_rows, summary, tables
+from runner.tracking.rows import AXES, Chart, Record
 
 # Seconds between two writes of the run's file; a row that is not yet written is lost when the process is killed.
 FLUSH_SECONDS = 0.02
@@ -89,29 +89,36 @@ def open_run(wandb: ModuleType, plan: RunPlan, mode: str) -> Any:
         settings=settings,
     )
     for pattern, axis in AXES.items():
-        run.define_metric(axis)
+        run.define_metric(axis, hidden=True)
         run.define_metric(pattern, step_metric=axis)
     return run
 
 
-def log_figures(run: Any, result: Mapping[str, Any], step: int | None) -> None:
-    """The point of this checkpoint, one row a layer, the summary, and the keys that detection has found out."""
-    found = {"ckpt_step": step, "family": result.get("family"), "format": result.get("format")}
-    run.config.update({key: value for key, value in found.items() if value is not None}, allow_val_change=True)
-    for row in (eval_row(result, step), *layer_rows(result)):
-        if row:
-            run.log(row)
-    run.summary.update(summary(result))
+def log_figures(run: Any, record: Record) -> None:
+    """The rows and the summary, and the keys that the config gains."""
+    for pattern, axis in record.axes.items():
+        run.define_metric(axis, hidden=True)
+        run.define_metric(pattern, step_metric=axis)
+    run.config.update(dict(record.config), allow_val_change=True)
+    for row in record.rows:
+        run.log(dict(row))
+    run.summary.update(dict(record.summary))
 
 
-def log_tables(wandb: ModuleType, run: Any, result: Mapping[str, Any], step: int | None) -> None:
-    """The tables, in one row."""
+def log_tables(wandb: ModuleType, run: Any, record: Record) -> None:
+    """The tables and charts, in one row."""
     made = {
         name: wandb.Table(columns=table.columns, data=table.rows, allow_mixed_types=True)
-        for name, table in tables(result, step).items()
+        for name, table in record.tables.items()
     }
+    made |= {name: _line_series(wandb, chart) for name, chart in record.charts.items()}
     if made:
         run.log(made)
+
+
+def _line_series(wandb: ModuleType, chart: Chart) -> Any:
+    xs, ys = ([[point[i] for point in points] for points in chart.lines.values()] for i in (0, 1))
+    return wandb.plot.line_series(xs=xs, ys=ys, keys=list(chart.lines), title=chart.title, xname=chart.x)
 
 
 def log_checkpoint(wandb: ModuleType, run: Any, ckpt: object, identity: RunIdentity, step: int | None) -> None:
