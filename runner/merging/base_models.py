@@ -1,5 +1,6 @@
 """Whether the sources of a merge stand on one base model, as far as names, shapes and files at hand tell."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,24 +25,31 @@ def check_bases(sources: Sequence[S], base: str | None, check_fit: Callable[[S, 
         for source in sources if path.is_dir() else ():
             check_fit(source, path)
         return []
-    places: dict[str, Path | None] = {name: None for source in sources if (name := source.checkpoint.base_name)}
+    groups: dict[str, list[S]] = {}
+    places: dict[str, Path | None] = {}
     for source in sources:
         name = source.checkpoint.base_name
-        if name and (place := _at_hand(source, name)) is not None:
+        place = _at_hand(source, name) if name else None
+        if place is not None:
             check_fit(source, place)
-            places[name] = places[name] or place
-    return _compared(list(places.items()), sources) if len(places) > 1 else []
+        if name:
+            # One relative name leads to different places from different checkpoints.
+            key = name if place is None else os.path.realpath(place)
+            groups.setdefault(key, []).append(source)
+            places[key] = place
+    return _compared([(places[key], group) for key, group in groups.items()])
 
 
-def _compared(places: Sequence[tuple[str, Path | None]], sources: Sequence[Opened]) -> list[str]:
-    (first, there), *others = places
+def _compared(groups: Sequence[tuple[Path | None, Sequence[Opened]]]) -> list[str]:
+    """What should be said of the first base and each other one. Raises CheckpointError where weights differ."""
     findings = []
-    for name, place in others:
-        named = f"{first} ({_who(first, sources)}) and {name} ({_who(name, sources)})"
-        names = f"the sources name different base models, {named}"
+    for place, group in groups[1:]:
+        there, first = groups[0]
+        names = f"the sources name different base models, {_named(first)} and {_named(group)}"
         if there is None or place is None:
-            findings.append(f"{names}; they are not both at hand, so only the sizes of layers were compared")
-        elif there.samefile(place) or _weights(there) == _weights(place):
+            if first[0].checkpoint.base_name != group[0].checkpoint.base_name:
+                findings.append(f"{names}; they are not both at hand, so only the sizes of layers were compared")
+        elif _weights(there) == _weights(place):
             findings.append(f"{names}, which hold the same weights")
         else:
             raise CheckpointError(
@@ -51,8 +59,9 @@ def _compared(places: Sequence[tuple[str, Path | None]], sources: Sequence[Opene
     return findings
 
 
-def _who(name: str, sources: Sequence[Opened]) -> str:
-    return ", ".join(str(source.path) for source in sources if source.checkpoint.base_name == name)
+def _named(group: Sequence[Opened]) -> str:
+    """The name of a base and who names it."""
+    return f"{group[0].checkpoint.base_name} ({', '.join(str(source.path) for source in group)})"
 
 
 def _weights(place: Path) -> list[str]:

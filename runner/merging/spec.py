@@ -38,7 +38,8 @@ class MergeSpec:
 
     `rule`: `layers` unites the layers (of a lora_moe: the experts) of all sources; `average` takes the mean of sources
     with the same layers, by their weights; `linear` and `slerp` go from the first of two such checkpoints (`t` = 0) to
-    the second (`t` = 1). `layers` keeps only these of the union, `drop` leaves these out.
+    the second (`t` = 1). `layers` keeps only these of the union, `drop` leaves these out. `format` is that of the
+    weights file; the experts of a lora_moe are safetensors always.
     `verify`: `bytes` is always done; `functional` also runs the models. `demo`: sources are made on the fly.
     """
 

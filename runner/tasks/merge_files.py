@@ -58,10 +58,10 @@ def merge(config: MergeConfig, spec: MergeSpec, files: Files, output: Path, cont
         measured, functional = Result(task="diagnose"), _skipped()
         if spec.verify == "functional":
             measured, functional = _functional(config, files, partial, context)
-    how = "computed from" if files.computed else "equal to"
+    what = f"the {files.details['how']} of what the sources hold" if files.computed else "what the sources hold"
     checks = [
         {"name": "structure", "status": "pass", "details": f"reads back as planned: {written.evidence}"},
-        {"name": "bytes", "status": "pass", "details": f"{size(files.nbytes)} {how} what the sources hold"},
+        {"name": "bytes", "status": "pass", "details": f"{size(files.nbytes)} equal to {what}"},
         functional,
     ]
     return _result(files, spec, context, output, checks, found, measured)

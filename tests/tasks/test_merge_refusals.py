@@ -29,6 +29,9 @@ def sources(workdir, base):
     ):
         write_base(Path(name), values, **config)
         write_source(Path(f"on_{name}"), ONE if name == "one" else THREE, base=f"../{name}")
+    Path("far").mkdir()
+    write_base(Path("far/one"), b"xyz")
+    write_source(Path("far/b"), THREE, base="../one")
     script_file(Path("gpt.pt"), random_state("small", layers=6))
     write_moe(Path("moe"), base, experts=1)
     Path("hf").symlink_to(base)
@@ -44,6 +47,7 @@ REFUSED = {
     "the average of one": ("a", "give two sources or more", "merge=average"),
     "layers of other sizes": ("a,other_size", "made for hidden size 32 .* different base models"),
     "bases with other weights": ("on_one,on_two", r"../one \(on_one\) and ../two \(on_two\), whose weights differ"),
+    "one name for two bases": ("on_one,far/b", r"../one \(on_one\) and ../one \(far/b\), whose weights differ"),
     "a base with fewer layers": ("on_one,on_flat", "on_flat: has NPT layer 3, but its base flat has only the layers 0 to 0"),
     "a base of another size": ("on_one,on_wide", "made for intermediate_size 24, but its base wide has 99"),
     "another base by hand": ("a,b", "has only the layers 0 to 0; give the right one as base=", "base=flat"),
