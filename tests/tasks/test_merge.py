@@ -245,6 +245,7 @@ def test_demo(run, workdir):
     result = outcome.result
     assert result["verification"] == dict.fromkeys(("structure", "bytes", "functional"), "pass")
     assert (result["found_layers"], result["step"]) == ([1, 2], 2500)
+    assert any("random weights" in finding for finding in result["findings"])
     assert run("task=verify", f"ckpt={result['output']}").code == 0
 
 
