@@ -118,7 +118,7 @@ def ready(series: Series) -> Answer:
             level="good", short="ready for production", words=f"Yes, for production since step {since}: {reason}."
         )
     words = [f"For basic use since step {since}: {reason}." if readiness == "basic" else f"Not yet: {reason}."]
-    if series.estimate is not None:
+    if series.estimate is not None and not series.estimate.reached:
         words.append(f"Estimate: {series.estimate.words}")
     if readiness != "basic":
         words.append(f"Rule of thumb: {_lowered(str(verdict.get('remaining')))}.")

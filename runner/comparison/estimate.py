@@ -11,11 +11,12 @@ from runner.comparison.thresholds import thresholds
 class Estimate:
     """`words`: when each threshold of the mse that is not reached yet will be, or why that cannot be said.
 
-    `band`: (step, lower, median, upper) of the mse, empty where nothing was fitted. `details`: the whole estimate
+    `reached`: whether the last figure is below the lowest. `band`: (step, lower, median, upper) of the mse, empty where nothing was fitted. `details`: the whole estimate
     (runner/measures/forecast.py) as plain JSON values.
     """
 
     words: str
+    reached: bool = False
     band: tuple[tuple[float, float, float, float], ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -29,8 +30,10 @@ def estimate(steps: Sequence[int], mses: Sequence[float | None]) -> Estimate:
     found = forecast(steps, mses, sorted(thresholds().mse.values(), reverse=True))
     open_targets = [target for target in found.targets if target.status != "reached"] or found.targets[-1:]
     band = found.band
+    reached = all(target.status == "reached" for target in found.targets)
     return Estimate(
         words=_together([sentence(found, target) for target in open_targets]),
+        reached=reached,
         band=tuple(zip(band.steps, band.lower, band.median, band.upper, strict=True)) if band else (),
         details=asdict(found),
     )

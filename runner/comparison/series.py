@@ -19,18 +19,15 @@ class Series:
     """The jobs of one run in one tier that have a step and figures, by step.
 
     `variant`: what else tells them from another series of the same run and tier (`dtype=bfloat16`, a sweep's name).
+    `label`: the shortest name that tells it from the other series of the comparison.
     """
 
     run: str
     tier: str
     variant: str
     jobs: tuple[Job, ...]
+    label: str = ""
     estimate: Estimate | None = None
-
-    @property
-    def label(self) -> str:
-        """The name in a legend."""
-        return " · ".join(part for part in (self.run, self.tier, self.variant) if part)
 
     @property
     def steps(self) -> list[int]:
@@ -52,7 +49,14 @@ def make_series(jobs: Sequence[Job]) -> tuple[Series, ...]:
             for sweep, rows in _by_sweep([job for _, job in members]).items():
                 full = ", ".join(part for part in (variant, sweep) if part)
                 made.append(_one(rows[0].run, tier, full, rows))
-    return tuple(made)
+    return tuple(replace(one, label=label) for one, label in zip(made, _labels(made), strict=True))
+
+
+def _labels(series: Sequence[Series]) -> list[str]:
+    """`run · tier · variant` of each, without the parts that all share."""
+    parts = [(one.run, one.tier, one.variant) for one in series]
+    telling = [i for i in range(3) if len({part[i] for part in parts}) > 1] or [0, 1, 2]
+    return [" · ".join(part[i] for i in telling if part[i]) or part[0] for part in parts]
 
 
 def _one(run: str, tier: str, variant: str, jobs: list[Job]) -> Series:

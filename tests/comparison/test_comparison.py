@@ -68,9 +68,8 @@ def test_several_sweeps_over_one_run_are_joined_where_they_do_not_overlap(tmp_pa
     first = write_sweep(tmp_path / "one", {100: 0.5, 200: 0.4})
     second = write_sweep(tmp_path / "two", {300: 0.3})
     again = write_sweep(tmp_path / "three", {200: 0.2})
-    assert [s.steps for s in read([first, second]).series] == [[100, 200, 300]]
-    assert [(s.label, s.steps) for s in read([first, again]).series] == [
-        ("a · quick · one", [100, 200]), ("a · quick · three", [200])]  # fmt: skip
+    assert [(s.label, s.steps) for s in read([first, second]).series] == [("a · quick", [100, 200, 300])]
+    assert [(s.label, s.steps) for s in read([first, again]).series] == [("one", [100, 200]), ("three", [200])]
     assert len(read([first, first]).jobs) == 2
 
 
