@@ -36,7 +36,7 @@ def run(config: TrainConfig, context: Context) -> Result:
     resume_from = training_inputs.checkpoint_of(wanted.resume_from)
     documents = training_inputs.texts(config)
     with context.timed("load_base"):
-        base = training_inputs.open_base(config, context, llama=True)
+        base, base_name = training_inputs.open_base(config, context, resume_from, llama=True)
     with context.timed("data"):
         ids = training_inputs.token_ids(config, base, documents)
         chooser = random.Random(config.seed)
@@ -56,7 +56,7 @@ def run(config: TrainConfig, context: Context) -> Result:
             base,
             batches,
             settings,
-            base_name=training_inputs.base_name(config.base, base),
+            base_name=base_name,
             resume_from=resume_from,
             on_step=on_step,
         )

@@ -31,7 +31,7 @@ def run_moe(config: TrainConfig, context: Context) -> Result:
     done = 0 if resume_from is None else open_checkpoint(resume_from).step or 0
     documents = training_inputs.texts(config)
     with context.timed("load_base"):
-        base = training_inputs.open_base(config, context, llama=False)
+        base, base_name = training_inputs.open_base(config, context, resume_from, llama=False)
     with context.timed("data"):
         skills = {
             name: training_inputs.token_ids(config, base, own) for name, own in _skills(config, documents).items()
@@ -46,7 +46,7 @@ def run_moe(config: TrainConfig, context: Context) -> Result:
             base,
             skills,
             settings,
-            base_name=training_inputs.base_name(config.base, base),
+            base_name=base_name,
             top_k=top_k,
             resume_from=resume_from,
             on_step=on_step,
@@ -60,7 +60,7 @@ def run_moe(config: TrainConfig, context: Context) -> Result:
         family="lora_moe",
         format="lora_moe",
         metrics=trained.figures,
-        findings=training_inputs.findings(config, documents),
+        findings=[*training_inputs.findings(config, documents), *trained.findings],
         timing=context.timing,
         versions=versions(),
         details={

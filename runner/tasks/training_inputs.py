@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runner.bases import Base, load_base
+from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.runs import find_run
 from runner.config import TrainConfig
 from runner.data.text import MAX_DOCUMENTS
@@ -14,15 +15,20 @@ from runner.tasks.naming import demo_run
 from runner.tokens import encode, load_tokenizer
 
 
-def open_base(config: TrainConfig, context: Context, *, llama: bool) -> Base:
-    """`base=`, else that of the demonstration. Raises CheckpointError or ModelError."""
+def open_base(config: TrainConfig, context: Context, resume_from: Path | None, *, llama: bool) -> tuple[Base, str]:
+    """`base=`, else that of the checkpoint to go on from, else that of the demonstration; and what checkpoints say
+    their base is: a path that holds from anywhere, or a hub name.
+
+    Raises CheckpointError or ModelError.
+    """
+    place = {"device": config.device, "dtype": config.dtype}
+    if config.base is None and resume_from is not None:
+        checkpoint = open_checkpoint(resume_from)
+        base = load_base(checkpoint, None, **place, llama=llama)
+        return base, str(base.path.resolve() if checkpoint.local_base() else checkpoint.base_name)
     option = config.base or str(demo_run(config.cache, context.progress) / "base")
-    return load_base(None, option, device=config.device, dtype=config.dtype, llama=llama)
-
-
-def base_name(option: str | None, base: Base) -> str:
-    """What the checkpoints say their base is: a path that holds from anywhere, or the hub name that was given."""
-    return str(base.path.resolve()) if option is None or Path(option).expanduser().is_dir() else option
+    base = load_base(None, option, **place, llama=llama)
+    return base, str(base.path.resolve()) if Path(option).expanduser().is_dir() else option
 
 
 def texts(config: TrainConfig) -> list[str]:

@@ -17,6 +17,7 @@ from runner.models.lora_moe import LoraMoeForCausalLM
 from runner.training.moe_callback import MoeCheckpoints, News
 from runner.training.moe_data import Row, cut
 from runner.training.moe_model import new_moe, reopened_moe
+from runner.training.moe_recipe import differences, recipe
 from runner.training.moe_settings import MoeSettings
 from runner.training.moe_skills import Library, Skill, add_skills
 from runner.training.moe_trainer import MoeTrainer
@@ -27,12 +28,13 @@ OnFigures = Callable[[int, Mapping[str, float]], None]
 @dataclass(frozen=True, kw_only=True)
 class Trained:
     """What a training left: the model as last saved, in evaluation mode; the figures of its last log row; the
-    checkpoints; what it found of each skill."""
+    checkpoints; what it found of each skill; what the reader should know of it."""
 
     model: LoraMoeForCausalLM
     figures: dict[str, float]
     checkpoints: list[Path]
     skills: list[Skill]
+    findings: list[str]
 
 
 def train_moe(
@@ -54,25 +56,31 @@ def train_moe(
     stopped. `on_step` is called after each step, `on_log` for each row of the Trainer's log; both with figures.
     Raises CheckpointError, ConfigError or ModelError.
     """
-    rows = cut([document for documents in skills.values() for document in documents], settings.sequence_length)
+    texts = {name: cut(documents, settings.sequence_length) for name, documents in skills.items()}
+    texts = {name: own for name, own in texts.items() if own}
+    rows = [row for own in texts.values() for row in own]
     if not rows:
         raise ConfigError("the data holds no text to train on; give data=world, or data=text with data.path=FILE")
     library: Library = {}
+    findings: list[str] = []
+    made_of = recipe(settings, rows, base_name)
     if resume_from is None:
         model = new_moe(base, settings, top_k=top_k)
     else:
         checkpoint = open_checkpoint(resume_from, lora_moe.NAME)
         model, library = reopened_moe(checkpoint, base, settings, top_k=top_k)
+        findings = [f"train.resume_from: {text}" for text in differences(resume_from, made_of)]
     library, found = add_skills(
-        base.model, skills, library, threshold=settings.novelty_threshold, reduction=settings.novelty
+        base.model, texts, library, threshold=settings.novelty_threshold, reduction=settings.novelty
     )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name or name.startswith("router."))
-    checkpoints = MoeCheckpoints(directory, base_name=base_name, skills=library)
+    checkpoints = MoeCheckpoints(directory, base_name=base_name, skills=library, recipe=made_of)
     directory.mkdir(parents=True, exist_ok=True)
+    devices = [base.model.device] if base.model.device.type == "cuda" else []
     with (
         tempfile.TemporaryDirectory(dir=directory, prefix=".trainer-") as scratch,
-        torch.random.fork_rng(),
+        torch.random.fork_rng(devices),
         _quiet(),
     ):
         trainer = MoeTrainer(model, rows, settings, Path(scratch))
@@ -81,7 +89,7 @@ def train_moe(
         trainer.add_callback(news)
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     model.eval().requires_grad_(False)
-    return Trained(model=model, figures=news.last, checkpoints=checkpoints.written, skills=found)
+    return Trained(model=model, figures=news.last, checkpoints=checkpoints.written, skills=found, findings=findings)
 
 
 @contextmanager

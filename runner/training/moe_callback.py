@@ -19,8 +19,8 @@ class MoeCheckpoints(TrainerCallback):
     checkpoint before that is published, so that it appears whole. `written`: the checkpoints so far.
     """
 
-    def __init__(self, directory: Path, *, base_name: str, skills: Library) -> None:
-        self.directory, self.base_name, self.skills = directory, base_name, skills
+    def __init__(self, directory: Path, *, base_name: str, skills: Library, recipe: Mapping[str, Any]) -> None:
+        self.directory, self.base_name, self.skills, self.recipe = directory, base_name, skills, recipe
         self.written: list[Path] = []
 
     def on_save(
@@ -46,6 +46,7 @@ class MoeCheckpoints(TrainerCallback):
             base_name=self.base_name,
             step=state.global_step,
             skills=self.skills,
+            recipe=self.recipe,
             add_files=add_files,
         )
         own.rmdir()

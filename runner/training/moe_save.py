@@ -23,13 +23,14 @@ def save_moe(
     base_name: str,
     step: int | None = None,
     skills: Mapping[int | str, torch.Tensor] | None = None,
+    recipe: Mapping[str, Any] | None = None,
     add_files: Callable[[Path], None] | None = None,
 ) -> None:
     """Write `directory`: config, an adapter an expert, router and skills; never the base's weights.
 
-    `base_name`: a hub name, or a path that holds from the checkpoint. `skills`: embeddings [d] by id. `add_files`
-    writes more (a trainer's state) into the directory before it is published. Raises CheckpointError where
-    `directory` exists, RunnerError where the disk fails.
+    `base_name`: a hub name, or a path that holds from the checkpoint. `skills`: embeddings [d] by id. `recipe`: how
+    the model was made, for the manifest. `add_files` writes more (a trainer's state) before it is published. Raises
+    CheckpointError where `directory` exists, RunnerError where the disk fails.
     """
     names = _linears(model.lm)
     config = lora_moe_save.config(base_name=base_name, num_experts=len(model.names), step=step, top_k=model.top_k)
@@ -43,7 +44,8 @@ def save_moe(
         for expert, adapter in zip(model.names, model.adapters(), strict=True)
     ]
     size = sum(tensor.nbytes for _, tensors in experts for tensor in tensors.values())
-    with staged(directory, expected_bytes=size) as partial:
+    manifest = None if recipe is None else {"recipe": dict(recipe)}
+    with staged(directory, expected_bytes=size, manifest=manifest) as partial:
         lora_moe_save.save(
             partial, config=config, experts=experts, router=(model.router.weight, model.router.bias), skills=skills
         )

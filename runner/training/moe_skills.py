@@ -8,6 +8,7 @@ from torch import nn
 
 from runner.data import world_facts
 from runner.data.world_facts import Table
+from runner.errors import ModelError
 from runner.measures.novelty import similarity
 
 Library = Mapping[int | str, torch.Tensor]
@@ -58,13 +59,17 @@ def add_skills(
 ) -> tuple[dict[int | str, torch.Tensor], list[Skill]]:
     """The library with the new ones of the skills that `texts` (token ids by skill) show, and what was found of each.
 
-    One after the other: what is like an earlier skill gets no entry of its own.
+    One after the other: what is like an earlier skill gets no entry of its own. Raises ModelError for a library of
+    other embeddings.
     """
     grown = dict(library)
     found = []
     for name, own in texts.items():
         vector = embedding(base, own)
-        cosine = similarity(vector, grown, reduction)
+        try:
+            cosine = similarity(vector, grown, reduction)
+        except ValueError as error:
+            raise ModelError(f"the skill library does not fit: {error}") from error
         is_new = name not in grown and (cosine is None or cosine < threshold)
         if is_new:
             grown[name] = vector

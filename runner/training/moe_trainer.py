@@ -61,7 +61,7 @@ class MoeTrainer(Trainer):
         torch.manual_seed(self.settings.seed * 1_000_003 + self.state.global_step)
         ids = inputs["input_ids"]
         output = model(ids)
-        language = functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        language = functional.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         loss = language + self.settings.balance_weight * output.balance_loss
         use = output.expert_weights.detach().flatten(0, -2).mean(0).tolist()
         self.figures = {

@@ -51,10 +51,14 @@ def test_what_it_leaves_opens_in_every_task(run, base, text):
     assert measured.code == 0
     assert measured.result["metrics"]["mse"] > 0
 
-    again = run(*words(base, text, "train.experts=3", f"train.resume_from={directory}", "train.max_steps=14"))
+    given = [word for word in words(base, text) if not word.startswith("base=")]  # its own base is the default
+    again = run(*given, "train.experts=3", f"train.resume_from={directory}", "train.max_steps=14")
     assert again.code == 0
     assert [Path(path).name for path in again.result["checkpoints"]] == ["checkpoint-14"]
     assert again.result["skills"][0]["is_new"] is False
+    assert again.result["findings"] == [
+        "train.resume_from: goes on with max_steps 14 after 12: not what one uninterrupted training would have given"
+    ]
     config = json.loads((Path(again.result["ckpt"]) / "config.json").read_text())
     assert (config["top_k"], config["num_experts"]) == (2, 3)
 

@@ -160,6 +160,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(trained, base, path, tmp_pa
     one["trainer"].pop("save_steps"), other["trainer"].pop("save_steps")
     assert one == other
     assert all(not skill.is_new for skill in result.skills)
+    assert result.findings == []
 
 
 def test_an_interrupt_leaves_whole_checkpoints_only(base, path, tmp_path):
@@ -191,6 +192,24 @@ def test_a_new_skill_gets_an_entry_and_a_known_one_does_not(trained, base, path,
     assert list(grown) == [*library, "others"]
 
 
+def test_what_differs_from_the_training_that_is_gone_on_from_is_said(trained, base, path, tmp_path):
+    source = shutil.copytree(trained[1] / "checkpoint-10", tmp_path / "checkpoint-10")
+    values = with_(max_steps=11, batch_size=3, learning_rate=1e-3, save_every=5)
+    other = {"up": skills()["up"]}
+    first = train_moe(tmp_path / "one", base, other, values, base_name=str(path), resume_from=source)
+    assert [text.removeprefix("train.resume_from: ") for text in first.findings] == [
+        "goes on with other data than the checkpoint's: not what one uninterrupted training would have given",
+        "goes on with max_steps 11 after 20: not what one uninterrupted training would have given",
+        "learning_rate stays 0.05, as the checkpoint's optimizer has it, and is not 0.001",
+        "goes on with batch_size 3 after 2: not what one uninterrupted training would have given",
+    ]
+    (source / "MANIFEST.json").unlink()
+    second = train_moe(tmp_path / "two", base, skills(), with_(max_steps=11), base_name=str(path), resume_from=source)
+    assert second.findings == [
+        f"train.resume_from: {source} has no MANIFEST.json: what it was trained with is not known"
+    ]
+
+
 def without(name):
     return lambda checkpoint: (checkpoint / name).unlink()
 
@@ -199,7 +218,13 @@ def other_state(checkpoint):
     torch.save({"state": {}, "param_groups": []}, checkpoint / "optimizer.pt")
 
 
+def other_library(checkpoint):
+    torch.save({0: torch.ones(7)}, checkpoint / "skill_library.pt")
+
+
 CANNOT_RESUME = {
+    "a library of another model": (other_library, {}, ModelError, "the skill library does not fit: 0 has shape"),
+    "a changed manifest": (lambda c: (c / "MANIFEST.json").write_text("{}"), {}, CheckpointError, "MANIFEST.json: damaged"),
     "no optimizer": (without("optimizer.pt"), {}, CheckpointError, "has no optimizer.pt to go on from"),
     "no trainer state": (without("trainer_state.json"), {}, CheckpointError, "has no trainer_state.json to go on"),
     "another optimizer": (other_state, {}, CheckpointError, "optimizer.pt: is no state of this training"),
