@@ -7,10 +7,10 @@ import torch
 
 from runner.confdir import config_directory
 from tests.gpt_files import random_state, script_file
+from tests.merging.moe_sources import write_moe
 from tests.merging.sources import ONE, THREE, same, weights_in, weights_of, write_source
 from tests.merging.test_plan import write_base
 from tests.tasks.test_merge import check, merge
-from tests.tasks.test_merge_lora_moe import write_moe
 
 
 @pytest.fixture
