@@ -61,8 +61,8 @@ def size(bench: Bench) -> Outcome:
         if nbytes > most and not _holds_more(bench, path):
             return failed(
                 f"{path.name}: {nbytes / MB:,.1f} MB, where its {len(header.tensors)} tensors make "
-                f"{header.nbytes / MB:,.1f} MB",
-                "it holds whole storages of which its tensors are views: save clones of them",
+                f"{header.nbytes / MB:,.1f} MB: it holds whole storages of which its tensors are views",
+                "save clones of the tensors",
             )
     cap = bench.config.tier.max_size_mb
     if bench.look.format in _ADAPTERS and total > cap * MB:

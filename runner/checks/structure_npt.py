@@ -1,6 +1,7 @@
 """The parts of an NPT checkpoint, over a base or complete (spec/formats.md §1 and §2), from names and shapes."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -139,7 +140,7 @@ def shapes(bench: Bench) -> Outcome:
         if wrong := [name for name, shape in matrices.values() if len(shape) != 2]:
             problems.append(f"{wrong[0]} is no matrix")
             continue
-        (hidden, rank), inner = _first(matrices, "W_down"), _first(matrices, "W_b_up")[1]
+        hidden, rank, inner = _sizes(matrices)
         sizes[hidden, inner] = layer
         for (suffix, matrix, _), (name, shape) in matrices.items():
             d_in, d_out = (inner, hidden) if suffix == "_down" else (hidden, inner)
@@ -181,9 +182,17 @@ def _full_layers(tensors: Mapping[str, TensorHeader]) -> dict[int, _Matrices]:
     return layers
 
 
-def _first(matrices: _Matrices, wanted: str) -> tuple[int, ...]:
-    """The shape of a layer's first matrix of this name that acts on the gate or up projection."""
-    return next(shape for (suffix, matrix, _), (_, shape) in matrices.items() if matrix == wanted and suffix != "_down")
+def _sizes(matrices: _Matrices) -> tuple[int, int, int]:
+    """Hidden size, rank and MLP size of a layer, each as most of its matrices have it: so the odd one is named."""
+    votes: dict[str, Counter[int]] = {"hidden": Counter(), "rank": Counter(), "inner": Counter()}
+    for (suffix, matrix, _), (_, (rows, columns)) in matrices.items():
+        wide = {"W_down": "rank", "W_a_up": "hidden", "W_b_up": "inner"}[matrix]
+        if suffix == "_down" and matrix != "W_down":
+            wide = "inner" if matrix == "W_a_up" else "hidden"
+        votes["hidden" if matrix == "W_down" else "rank"][rows] += 1
+        votes[wide][columns] += 1
+    hidden, rank, inner = (each.most_common(1)[0][0] for each in votes.values())
+    return hidden, rank, inner
 
 
 def pollution(bench: Bench) -> Outcome:
