@@ -4,7 +4,8 @@ Words for one comparison (those of the field's own scripts): PASS where mse < 0.
 mse < 0.5 and cosine > 0.8, else FAIL. A check's score is the mean over what it compares (prompts, layers, depths) of
 1 for PASS, 0.5 for WARNING and 0 for FAIL; that of generation is the share of tokens that agree with the base's, times
 one minus what the model repeats more than the base does. The word of layers, progressive and generation is PASS for a
-score above 0.8, WARNING above 0.6, else FAIL. PASS is the status pass; both other words are the status warning.
+score above 0.8, WARNING from 0.5 on (the score where each comparison is a WARNING), else FAIL. PASS is the status pass;
+both other words are the status warning.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +38,7 @@ def grade(mse: float | None, cosine: float | None) -> str:
 
 def word_of(score: float) -> str:
     """PASS, WARNING or FAIL of several comparisons."""
-    return "PASS" if score > 0.8 else "WARNING" if score > 0.6 else "FAIL"
+    return "PASS" if score > 0.8 else "WARNING" if score >= 0.5 else "FAIL"
 
 
 def against_base(measure: Callable[[Bench, Subject], Outcome]) -> Callable[[Bench], Outcome]:
@@ -66,7 +67,7 @@ def fidelity(bench: Bench, subject: Subject) -> Outcome:
         _mean_score(rows),
         f"{_figures(figures)} over {len(rows)} prompts: {verdict['status']}, about {verdict['progress']} % trained",
         verdict["recommendation"],
-        {"mse": figures["mse"], "cosine": figures["cosine"], "prompts": rows},
+        {**{name: figures.get(name) for name in ("mse", "cosine", "kl", "top1")}, "prompts": rows},
     )
 
 
@@ -83,7 +84,7 @@ def layers(bench: Bench, subject: Subject) -> Outcome:
         word_of(score),
         score,
         f"{_counts(rows)} of {len(rows)} layers alone; worst is layer {worst['layer']}: {_figures(worst)}",
-        f"Train the layers {', '.join(poor)} further." if poor else None,
+        f"Train further, by layer: {', '.join(poor)}." if poor else None,
         {"layers": rows},
     )
 
@@ -101,7 +102,7 @@ def progressive(bench: Bench, subject: Subject) -> Outcome:
         word_of(score),
         score,
         f"{_counts(rows)} of {len(rows)} depths; all together: {_figures(rows[-1])}{f', {trend}' if trend else ''}",
-        f"From {first_poor} NPT layers on the error is large." if first_poor else None,
+        f"The error is large once the lowest {first_poor} of the NPT layers are active." if first_poor else None,
         {"progressive": rows},
     )
 

@@ -32,7 +32,7 @@ def test_words_of_one_comparison(mse, cosine, word):
 
 
 @pytest.mark.parametrize(
-    ("score", "word"), [(1, "PASS"), (0.8, "WARNING"), (0.61, "WARNING"), (0.6, "FAIL"), (0, "FAIL")]
+    ("score", "word"), [(1, "PASS"), (0.8, "WARNING"), (0.5, "WARNING"), (0.49, "FAIL"), (0, "FAIL")]
 )
 def test_words_of_several(score, word):
     assert word_of(score) == word
