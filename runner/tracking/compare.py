@@ -17,8 +17,8 @@ from runner.comparison.series import Series
 from runner.tracking.rows import LAYER_FIGURES, STEP, Chart, Record, Table, cell, eval_row, is_number, numbers
 
 # Of the estimate's curve, which goes on beyond the last checkpoint.
-_FORECAST_STEP = "forecast/step"
-AXES = {**{f"layer_{name}/*": STEP for name in LAYER_FIGURES}, "forecast/*": _FORECAST_STEP}
+FORECAST_STEP = "forecast/step"
+AXES = {**{f"layer_{name}/*": STEP for name in LAYER_FIGURES}, "forecast/*": FORECAST_STEP}
 # What is drawn with all series in one plot.
 CHARTS = ("mse", "cosine", "kl", "top1", "progress")
 _JOB_COLUMNS = (
@@ -29,29 +29,31 @@ _LAST_COLUMNS = ("seconds", "ckpt", "error")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=@+-]+")
 
 
+def group(comparison: Comparison) -> str:
+    """The W&B group of a comparison's runs: the name of its sweep, or of all of them."""
+    return " + ".join(directory.resolve().name for directory in comparison.directories)[:128]
+
+
 def comparison_record(comparison: Comparison) -> Record:
     """All points in ascending step, the table of checkpoints, one chart a figure, and what the curves say."""
-    endings = _endings(comparison.series)
-    rows = [row for series, end in endings for job in series.jobs if (row := _point(job, end))]
-    bands = [row for series, end in endings for row in _band(series, end)]
+    named = endings(comparison.series)
+    rows = [row for series, end in named for job in series.jobs if (row := _point(job, end))]
+    bands = [row for series, end in named for row in _band(series, end)]
     return Record(
-        rows=[*sorted(rows, key=lambda row: row[STEP]), *sorted(bands, key=lambda row: row[_FORECAST_STEP])],
+        rows=[*sorted(rows, key=lambda row: row[STEP]), *sorted(bands, key=lambda row: row[FORECAST_STEP])],
         tables={"tables/checkpoints": _checkpoints(comparison)},
         charts=_charts(comparison.series),
-        summary=_summary(comparison, endings),
+        summary=_summary(comparison, named),
         config=_config(comparison),
         axes=AXES,
     )
 
 
-def _endings(series: Sequence[Series]) -> list[tuple[Series, str]]:
-    """Each series with what stands behind its keys: nothing for the only one, else the part of its name that the
-    others do not have, in safe characters."""
+def endings(series: Sequence[Series]) -> list[tuple[Series, str]]:
+    """Each series with what stands behind its keys: nothing for the only one, else its label in safe characters."""
     if len(series) == 1:
         return [(series[0], "")]
-    varying = [part for part in ("run", "tier", "variant") if len({getattr(each, part) for each in series}) > 1]
-    labels = ["-".join(filter(None, (getattr(each, part) for part in varying))) for each in series]
-    names = [_UNSAFE.sub("-", label).strip("-") or "series" for label in labels]
+    names = [_UNSAFE.sub("-", each.label).strip("-") or "series" for each in series]
     counts = Counter(names)
     return [
         (each, f"/{name}-{number}" if counts[name] > 1 else f"/{name}")
@@ -61,20 +63,26 @@ def _endings(series: Sequence[Series]) -> list[tuple[Series, str]]:
 
 def _point(job: Job, end: str) -> dict[str, float]:
     """The figures of one checkpoint, and those of its layers, over its step."""
-    figures = eval_row({"metrics": job.metrics, "verdict": job.verdict}, None)
-    for layer in job.layers:
-        index = layer.get("layer")
-        for name in LAYER_FIGURES:
-            if isinstance(index, (int, str)) and is_number(value := layer.get(name)):
-                figures[f"layer_{name}/{_UNSAFE.sub('-', str(index))}"] = value
-    if not figures or job.step is None:
+    row = eval_row({"metrics": job.metrics, "verdict": job.verdict}, None)
+    for figure in LAYER_FIGURES:
+        row |= {f"layer_{figure}/{name}": value for name, value in layer_figures(job, figure).items()}
+    if not row or job.step is None:
         return {}
-    return {STEP: job.step, **{f"{key}{end}": value for key, value in figures.items()}}
+    return {STEP: job.step, **{f"{key}{end}": value for key, value in row.items()}}
+
+
+def layer_figures(job: Job, figure: str) -> dict[str, float]:
+    """Layer → its `figure`, for the layers that were measured by themselves."""
+    return {
+        _UNSAFE.sub("-", str(row["layer"])): value
+        for row in job.layers
+        if isinstance(row.get("layer"), (int, str)) and is_number(value := row.get(figure))
+    }
 
 
 def _band(series: Series, end: str) -> list[dict[str, float]]:
     """The estimate's curve of the mse with its lower and upper bound."""
-    names = (_FORECAST_STEP, *(f"forecast/{name}{end}" for name in ("lower", "median", "upper")))
+    names = (FORECAST_STEP, *(f"forecast/{name}{end}" for name in ("lower", "median", "upper")))
     rows = [dict(zip(names, point, strict=True)) for point in (series.estimate.band if series.estimate else ())]
     return [row for row in rows if all(map(is_number, row.values()))]
 
@@ -82,10 +90,10 @@ def _band(series: Series, end: str) -> list[dict[str, float]]:
 def _checkpoints(comparison: Comparison) -> Table:
     """One row a job, those without a result too."""
     labels = {(job.sweep, job.name): series.label for series in comparison.series for job in series.jobs}
-    figures = [dict(numbers(job.metrics)) for job in comparison.jobs]
-    columns = list(dict.fromkeys(key for row in figures for key in row))
+    metrics = [dict(numbers(job.metrics)) for job in comparison.jobs]
+    columns = list(dict.fromkeys(key for row in metrics for key in row))
     rows = []
-    for job, own in zip(comparison.jobs, figures, strict=True):
+    for job, own in zip(comparison.jobs, metrics, strict=True):
         verdict = job.verdict or {}
         known = {
             **{name: getattr(job, name) for name in ("status", "run", "tier", "family", "format", "overall", "ckpt")},
@@ -107,29 +115,30 @@ def _charts(series: Sequence[Series]) -> dict[str, Chart]:
     """`plots/<figure>`: all series in one plot; only the figures that a series has."""
     made = {}
     for name in CHARTS:
-        lines = {each.label: [(step, value) for step, value in _values(each, name)] for each in series}
+        lines = {each.label: [(step, value) for step, value in figures(each, name)] for each in series}
         lines = {label: points for label, points in lines.items() if points}
         if lines:
             made[f"plots/{name}"] = Chart(title=f"{name} by checkpoint", x=STEP, lines=lines)
     return made
 
 
-def _values(series: Series, name: str) -> list[tuple[int, float]]:
+def figures(series: Series, name: str) -> list[tuple[int, float]]:
+    """(step, value) of a figure of `metrics`, or of the progress, where it is a number."""
     found = (
         (job.step, (job.verdict or {}).get(name) if name == "progress" else job.metric(name)) for job in series.jobs
     )
     return [(step, value) for step, value in found if step is not None and is_number(value)]
 
 
-def _summary(comparison: Comparison, endings: Sequence[tuple[Series, str]]) -> dict[str, Any]:
+def _summary(comparison: Comparison, named: Sequence[tuple[Series, str]]) -> dict[str, Any]:
     """The headline, how many jobs ended how, and for each series its four answers, its best point and the estimate."""
     said: dict[str, Any] = {"headline": headline(comparison).words}
     said |= {f"jobs/{status}": count for status, count in Counter(job.status for job in comparison.jobs).items()}
-    for series, end in endings:
+    for series, end in named:
         found = answers(series)
         for name in ("working", "ready", "layer", "best"):
             said[f"answers/{name}{end}"] = getattr(found, name).words
-        points = _values(series, "mse")
+        points = figures(series, "mse")
         if points:
             said[f"best/step{end}"], said[f"best/mse{end}"] = min(points, key=lambda point: point[1])
         if series.estimate is not None:

@@ -69,7 +69,7 @@ def test_several_series_keep_apart_under_what_tells_them_apart(tmp_path: Path) -
     record = comparison_record(read(tmp_path / "s"))
     points = [(row["checkpoint/step"], key) for row in record.rows for key in row if key.startswith("eval/mse")]
     assert points == [(0, "eval/mse/quick"), (0, "eval/mse/full"), (100, "eval/mse/quick"), (100, "eval/mse/full")]
-    assert list(record.charts["plots/mse"].lines) == ["a · quick", "a · full"]
+    assert list(record.charts["plots/mse"].lines) == ["quick", "full"]
     assert {"best/step/quick", "best/step/full"} <= set(record.summary)
 
 
