@@ -62,25 +62,29 @@ def _jobs(directory: Path) -> list[Job]:
         found = [path.name for path in directory.iterdir() if path.is_dir() and _JOB_FOLDER.match(path.name)]
     except OSError as error:
         raise ConfigError(f"sweep={directory}: cannot be listed: {error.strerror}") from error
-    names = planned | {name: () for name in found if name not in planned}
+    names = planned | {name: ((), None) for name in found if name not in planned}
     if not names:
         raise ConfigError(f"sweep={directory}: no sweep: it holds no job folders such as 0_checkpoint-500")
-    return [read_job(directory, name, names[name]) for name in sorted(names, key=_number)]
+    return [read_job(directory, name, *names[name]) for name in sorted(names, key=_number)]
 
 
-def _planned(directory: Path) -> dict[str, tuple[str, ...]]:
-    """Job folder → its overrides, as the sweep's parent wrote them down; {} where it did not."""
+def _planned(directory: Path) -> dict[str, tuple[tuple[str, ...], str | None]]:
+    """Job folder → its overrides, and why it has no result if the launcher knows; {} where the parent wrote no plan."""
     try:
         plan = read_json(directory / PLAN_NAME)
     except (OSError, ValueError):
         return {}
     rows = plan.get("jobs") if isinstance(plan, dict) else None
     return {
-        row["directory"]: tuple(map(str, row.get("overrides") or ()))
-        for row in (rows if isinstance(rows, list) else [])
+        row["directory"]: (tuple(map(str, _list(row.get("overrides")))), row.get("reason"))
+        for row in _list(rows)
         if isinstance(row, dict) and isinstance(row.get("directory"), str) and _JOB_FOLDER.match(row["directory"])
         and Path(row["directory"]).name == row["directory"]
     }  # fmt: skip
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _number(name: str) -> tuple[int, str]:

@@ -9,10 +9,11 @@ from runner.comparison.thresholds import thresholds
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """`words`: when each threshold of the mse that is not reached yet will be, or why that cannot be said.
+    """When the thresholds are reached.
 
-    `reached`: whether the last figure is below the lowest. `band`: (step, lower, median, upper) of the mse, empty where nothing was fitted. `details`: the whole estimate
-    (runner/measures/forecast.py) as plain JSON values.
+    `words`: for each threshold of the mse that is not reached yet, or why that cannot be said; `reached`: whether the
+    last figure is below all of them. `band`: (step, lower, median, upper) of the mse, empty where nothing was fitted.
+    `details`: the whole estimate (runner/measures/forecast.py) as plain JSON values.
     """
 
     words: str

@@ -37,7 +37,7 @@ def _curve_words(comparison: Comparison) -> Answer:
     words = f"{found.working.short}; {found.ready.short}; {found.best.short}."
     words = words[:1].upper() + words[1:]
     if len(comparison.series) > 1:
-        words = f"{furthest.label}, the closest of {len(comparison.series)} curves: {words[:1].lower()}{words[1:]}"
+        words = f"Closest of {len(comparison.series)} curves is {furthest.label}: {words[:1].lower()}{words[1:]}"
     rank = ("good", "unknown", "warn", "bad")
     known = [answer.level for answer in (found.working, found.ready) if answer.level != "unknown"]
     return Answer(level=max(known, key=rank.index, default="unknown"), short=found.working.short, words=words)

@@ -58,16 +58,21 @@ class Job:
         return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def read_job(sweep: Path, name: str, overrides: tuple[str, ...] = ()) -> Job:
-    """The job that `sweep` keeps in its folder `name`. Never raises for what the folder holds or lacks."""
+def read_job(sweep: Path, name: str, overrides: tuple[str, ...] = (), reason: str | None = None) -> Job:
+    """The job that `sweep` keeps in its folder `name`. Never raises for what the folder holds or lacks.
+
+    `reason`: why the launcher says that there is no result.
+    """
     directory = sweep / name
     if not directory.is_dir():
-        return _without_result(sweep, name, "never_started", "it was planned, but never started", overrides, {})
+        return _without_result(
+            sweep, name, "never_started", reason or "it was planned, but never started", overrides, {}
+        )
     config = _config(directory)
     try:
         result = read_json(directory / FILE_NAME)
     except FileNotFoundError:
-        return _without_result(sweep, name, "lost", "it started, but left no result", overrides, config)
+        return _without_result(sweep, name, "lost", reason or "it started, but left no result", overrides, config)
     except (OSError, ValueError) as error:
         return _without_result(sweep, name, "lost", f"its {FILE_NAME} cannot be read: {error}", overrides, config)
     if not isinstance(result, dict):

@@ -79,4 +79,4 @@ def test_the_headline_names_what_is_missing(tmp_path):
 def test_of_several_curves_the_closest_speaks(tmp_path):
     sweep = write_sweep(tmp_path / "s", curve(0.9, 0.3))
     write_job(sweep, 2, "x", result("/runs/b/checkpoint-100", 0.05))
-    assert headline(read(sweep)).words.startswith("b, the closest of 2 curves: one checkpoint shows no trend")
+    assert headline(read(sweep)).words.startswith("Closest of 2 curves is b: one checkpoint shows no trend")

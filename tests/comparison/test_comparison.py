@@ -27,7 +27,7 @@ def test_failed_lost_and_never_started_are_told_apart(tmp_path):
     write_job(sweep, 1, "x", {"task": "diagnose", "status": "error", "ckpt": "/runs/a/checkpoint-200",
                               "error": {"type": "CheckpointError", "message": "two\nlines \x1b[31m"}})  # fmt: skip
     write_job(sweep, 2, "x", None, ckpt="/runs/a", step=300, tier={"name": "full"})
-    plan = [{"number": 3, "directory": "3_x", "overrides": ["ckpt=/runs/a", "step=400", "tier=quick"]},
+    plan = [{"number": 3, "directory": "3_x", "overrides": ["ckpt=/runs/a", "step=400", "tier=quick"], "reason": "no room"},
             {"number": 4, "directory": "../4_x"}, 5]  # fmt: skip
     (sweep / "sweep.json").write_text(json.dumps({"jobs": plan}))
     found = read(sweep)
@@ -36,6 +36,7 @@ def test_failed_lost_and_never_started_are_told_apart(tmp_path):
     assert [job.run for job in found.jobs] == ["a"] * 4
     assert found.jobs[1].error == {"type": "CheckpointError", "message": "two\\nlines \\x1b[31m"}
     assert found.jobs[3].tier == "quick"
+    assert [job.error["message"] for job in found.jobs[2:]] == ["it started, but left no result", "no room"]
     assert (len(found.done), len(found.failures)) == (1, 3)
 
 
