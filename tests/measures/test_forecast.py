@@ -52,9 +52,10 @@ def test_recovers_an_exact_curve(family):
         assert estimate.lower <= estimate.best <= estimate.upper
 
 
+@pytest.mark.parametrize("target", [0.05, 0.3])
 @pytest.mark.parametrize("family", CURVES)
-def test_the_interval_is_that_of_a_profile_scanned_step_by_step(family):
-    steps, mses, target = STEPS, noisy(family, 0.02), 0.05
+def test_the_interval_is_that_of_a_profile_scanned_step_by_step(family, target):
+    steps, mses = STEPS, noisy(family, 0.02)
     shape, y = SHAPES[family], np.log(mses)
 
     def least(at):
@@ -111,6 +112,8 @@ def test_a_curve_that_falls_too_slowly_has_no_step():
     found = forecast(STEPS, 1 - 0.001 * np.log(STEPS), (0.1,))
     assert found.targets[0].status == "not_reached"
     assert "falls too slowly" in sentence(found, found.targets[0])
+    hundreds_of_times_the_last_step = forecast(STEPS, curve("power law"), (0.0301,)).targets[0]
+    assert (hundreds_of_times_the_last_step.status, hundreds_of_times_the_last_step.lower) == ("not_reached", None)
 
 
 def test_noise_widens_until_there_is_no_upper_end():
@@ -185,6 +188,7 @@ def test_reached_counts_from_where_it_stays_below():
     assert reached(series, 0.5) == 4
     assert reached(series, 1.5) == 1
     assert reached(series, 0.2) == 5
+    assert reached(series_of([1, 2], [0.9, 0.5]), 0.5) is None
     assert reached(series_of([1, 2], [0.1, 0.9]), 0.5) is None
     found = forecast([1, 2], [0.7, 0.4], (0.5,))
     assert sentence(found, found.targets[0]) == "mse < 0.5: reached at step 2."
@@ -233,12 +237,16 @@ def test_both_families_are_joined_where_both_fit():
     mses = noisy("power law", 0.1, seed=1)
     found = forecast(STEPS, mses, (0.09,))
     assert [f.accepted for f in found.families] == [True, True]
-    ends = []
+    ends, bands = [], []
     for family in CURVES:
         region = forecast_fit.fit(np.log(mses)[None], forecast_fit.coordinate(family, STEPS, STEPS), 0.9)
         ends.append(
             [float(forecast_fit.step_at(family, STEPS, x)[0]) for x in forecast_fit.reach(region, math.log(0.09))]
         )
+        x = forecast_fit.coordinate(family, STEPS, np.array(found.band.steps))
+        bands.append(np.exp(forecast_fit.curve_band(region, x)))
+    assert found.band.lower == pytest.approx(np.minimum(bands[0][0], bands[1][0])[0])
+    assert found.band.upper == pytest.approx(np.maximum(bands[0][2], bands[1][2])[0])
     assert found.targets[0].lower == min(e[0] for e in ends)
     assert found.targets[0].upper is None
     assert max(e[2] for e in ends) > 100 * STEPS[-1]
@@ -251,29 +259,6 @@ def test_local_noise_sees_noise_and_not_the_curve():
     ratios = [rejection_ratio(np.linspace(1000, 12000, n)) for n in (6, 12, 60)]
     assert ratios == sorted(ratios, reverse=True)
     assert ratios[-1] == 1.5
-
-
-@pytest.mark.parametrize("family", CURVES)
-def test_back_test_scores_the_rest(family):
-    steps = np.arange(1, 21) * 1000.0
-    exact = backtest(steps, curve(family, steps), TARGETS)
-    assert (exact.fitted_points, exact.fitted_until, len(exact.points)) == (12, 12000.0, 8)
-    assert exact.typical_error < 1e-5
-    assert all(target.held for target in exact.targets)
-    mses = noisy(family, 0.03, steps)
-    score = backtest(steps, mses, TARGETS)
-    assert score.inside >= 0.75
-    broken = np.where(steps > 12000, mses * 2, mses)
-    worse = backtest(steps, broken, TARGETS)
-    assert worse.inside < 0.3
-    assert worse.bias == pytest.approx(2 * score.bias)
-    assert not all(target.held for target in backtest(steps, np.where(steps > 12000, mses / 5, mses), (0.05,)).targets)
-
-
-def test_back_test_refuses():
-    assert backtest(STEPS[:7], curve("power law")[:7], TARGETS).refusal == "too few points (7; a back-test needs 8)"
-    assert backtest(STEPS, np.full(12, 0.7), TARGETS).refusal == "the first part is not falling"
-    assert backtest(STEPS, 2 - (STEPS / 13000) ** 4, TARGETS, share=0.8).refusal == "the first part fits neither family"
 
 
 @pytest.mark.parametrize("size", [0.0, 0.02, 0.1, 0.5])
@@ -309,5 +294,3 @@ def test_words_round_outwards():
 def test_wrong_arguments(given, words):
     with pytest.raises(ValueError, match=words):
         forecast(**{"steps": STEPS, "mses": curve("power law"), "targets": TARGETS, **given})
-    with pytest.raises(ValueError, match="share=1"):
-        backtest(STEPS, curve("power law"), TARGETS, share=1)
