@@ -61,15 +61,16 @@ def _write_npt_delta(checkpoint: Checkpoint, model: NptLlamaForCausalLM, base: s
 
 def _write_npt_full(checkpoint: Checkpoint, model: NptLlamaForCausalLM, base: str, target: Path) -> None:
     details: NptFullDetails = checkpoint.details
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if ".updates." not in name}
+    stored = checkpoint.weights.infos
+    # A tied head that the checkpoint leaves out is left out again.
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name in stored}
     own = npt_tensors(model)
     for layer in checkpoint.layers:
         for matrix, names in layer.keys["gate"].items():
             # Linear weights: transposed to what npt_delta has.
             tensors[names[0]] = own[npt_delta.key(layer.layer, "single", "gate", matrix, 0, 1)].T
-    # The gates before permanent updates are a record; no model computes with them.
-    records = details.adapter_keys - set(tensors)
-    tensors |= {name: checkpoint.weights.read(name) for name in sorted(records)}
+    # What no model computes with: gates before permanent updates, buffers that follow from the config.
+    tensors |= {name: checkpoint.weights.read(name) for name in stored if name not in tensors}
     info = checkpoint.directory / npt_full.TRAINING_INFO
     with staged(target) as directory:
         npt_full_save.save(directory, tensors, config=details.config, training_info=info if info.is_file() else None)

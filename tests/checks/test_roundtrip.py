@@ -8,9 +8,9 @@ from runner import loading
 from runner.checkpoints import gpt_save, lora_moe_save, npt_delta, npt_full_save
 from runner.checks import saving
 from tests.checks.benches import bench_of, failing, rows_of, write_npt_full
-from tests.conftest import MIXED, npt_tensors, write_npt
+from tests.conftest import MIXED, npt_tensors, write_base, write_npt
 from tests.gpt_files import random_state, script_file
-from tests.lora_files import adapter_of, edit_adapter, write_adapter, write_moe
+from tests.lora_files import adapter_of, edit_adapter, edit_tensors, write_adapter, write_moe
 
 COPIES = ("model", "forward", "save", "router", "skills", "roundtrip", "routing", "convert")
 
@@ -50,6 +50,23 @@ def test_a_format_that_is_only_read_is_skipped(places, tmp_path):
     assert (statuses.pop("save"), statuses.pop("roundtrip")) == ("skipped", "skipped")
     assert set(statuses.values()) == {"pass"}
     assert rows["roundtrip"]["details"] == "needs save"
+
+
+def test_a_tied_head_and_old_buffers_are_kept_as_they_are(tmp_path):
+    tied = write_base(tmp_path / "tied", tie_word_embeddings=True)
+    path = write_npt_full(tmp_path / "full", tied)
+    edit_tensors(path / "model.safetensors", lambda t: t | {"model.rotary_emb.inv_freq": torch.ones(4)})
+    rows = rows_of(bench_of(path, tmp_path / "scratch"), COPIES)
+    assert (failing(rows), rows["roundtrip"]["status"]) == ([], "pass")
+
+
+def test_integrity_decides_the_exit_code(places, run, monkeypatch):
+    words = ("task=test", "tier=full", f"ckpt={places['npt_full']}", "tier.new_tokens=2")
+    assert run(*words).code == 0
+    npt_full_saves(monkeypatch, each(lambda t: t * 1.01, lambda name, tensor: "B_ffn" in name))
+    outcome = run(*words)
+    assert (outcome.code, outcome.result["overall"]) == (1, "NOT_READY")
+    assert [row["name"] for row in outcome.result["checks"] if row["status"] == "fail"] == ["roundtrip"]
 
 
 def without(tensors, index=0):
