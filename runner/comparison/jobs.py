@@ -139,17 +139,17 @@ def _config(directory: Path) -> dict[str, Any]:
     """The job's composed config, flat; {} where there is none."""
     try:
         text = (directory / ".hydra" / "config.yaml").read_text(encoding="utf-8")
-        return _flat(_mapping(yaml.load(text, Loader=_LOADER)))
+        return flat(_mapping(yaml.load(text, Loader=_LOADER)))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
 
 
-def _flat(config: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+def flat(config: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """A nested config with dotted keys; lists stay as they are."""
     rows: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            rows |= _flat(value, f"{prefix}{key}.")
+            rows |= flat(value, f"{prefix}{key}.")
         else:
             rows[f"{prefix}{key}"] = value
     return rows
