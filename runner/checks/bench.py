@@ -146,12 +146,13 @@ class Bench:
 
     @cached_property
     def reloaded(self) -> "nn.Module":
-        """A model of its own, built from `saved`; it shares with `model` only the base's weights."""
+        """A fresh model built from `saved`: it shares nothing with `model`, whose base a saver may have changed."""
         from runner.checkpoints.detect import open_checkpoint
         from runner.loading import build
 
         checkpoint = open_checkpoint(self.saved, self.checkpoint.format, self.config.format.module)
-        return build(checkpoint, self.own, routing=self.config.family.routing(), **self.options)
+        base = None if self.own is None else fresh(self.own)
+        return build(checkpoint, base, routing=self.config.family.routing(), **self.options)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -172,6 +173,17 @@ class Bench:
         """Forget what was made under these names; it is made again if it is asked for."""
         for name in names:
             self.__dict__.pop(name, None)
+
+
+def fresh(base: "Base") -> "Base":
+    """The same base, read from its files once more."""
+    from runner.bases import build_plain
+    from runner.checkpoints import hf
+
+    weights = hf.open_model_weights(base.path)
+    values, dtype, device = hf.read_config(base.path), base.model.dtype, base.model.device
+    model = build_plain(values, weights, weights.infos, dtype, device)
+    return replace(base, model=model, key=(*base.key, "fresh"))
 
 
 def check_buildable(bench: Bench) -> None:

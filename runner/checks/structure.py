@@ -135,7 +135,7 @@ def base(bench: Bench) -> Outcome:
     if bench.look.format in ("hf", "npt_full") or bench.look.family == "gpt":
         return passed("complete by itself")
     try:
-        path = _base_path(bench)
+        path = base_path(bench)
     except RunnerError as error:
         return skipped(f"{error}")
     from runner.checkpoints.strict_json import read_object
@@ -146,7 +146,8 @@ def base(bench: Bench) -> Outcome:
     return passed(f"fits {path.name}: hidden size {values.get('hidden_size')}")
 
 
-def _base_path(bench: Bench) -> Path:
+def base_path(bench: Bench) -> Path:
+    """The directory of the base that `base=` or the checkpoint names. Raises CheckpointError where it is not here."""
     if bench.config.base is not None:
         path = Path(bench.config.base).expanduser()
     else:

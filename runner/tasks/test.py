@@ -21,6 +21,8 @@ from runner.versions import versions
 # Mean score of the quality checks → what the checkpoint is, by the fixed thresholds of the comprehensive test.
 READINESS = ((0.8, "READY"), (0.6, "PARTIALLY_READY"))
 NOT_READY = "NOT_READY"
+# The check that puts a model into memory: a tier with it is asked for room first.
+MODEL = "model"
 
 
 def run(config: TestConfig, context: Context) -> Result:
@@ -40,6 +42,11 @@ def run(config: TestConfig, context: Context) -> Result:
 
 def _tested(config: TestConfig, context: Context, bench: Bench) -> Result:
     checks = _checks(config, bench)
+    memory = None
+    if MODEL in (check.name for check in checks):
+        from runner.checks.preflight import require_room
+
+        memory = require_room(bench)
     with context.timed("checks"):
         rows = run_checks(checks, bench)
     integrity = [row["status"] for row in rows if row["integrity"]]
@@ -55,7 +62,12 @@ def _tested(config: TestConfig, context: Context, bench: Bench) -> Result:
         overall=overall(rows),
         timing=context.timing,
         versions=versions(),
-        details={"passed": not bad, "strict": config.strict, "kept": bench.path is None and config.keep},
+        details={
+            "passed": not bad,
+            "strict": config.strict,
+            "kept": bench.path is None and config.keep,
+            **({"memory": memory.words(), "estimated_peak_bytes": memory.peak} if memory else {}),
+        },
         exit_code=int(bad),
     )
     if config.junit:
