@@ -30,6 +30,7 @@ LEAST_POINTS = 6
 # An upper end beyond this many times the last step is none.
 HORIZON = 100.0
 _BAND_POINTS = 80
+_MOST_LOG = 700.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +157,7 @@ def _refusal(y: Array, regions: dict[str, Region], most: float, confidence: floa
 
 
 def _family(name: str, region: Region, most: float) -> FamilyFit:
-    lower, best, upper = (math.exp(value[0]) for value in log_floor(region))
+    lower, best, upper = (_exp(value[0]) for value in log_floor(region))
     return FamilyFit(
         name=name,
         accepted=_accepted(region, most),
@@ -208,4 +209,9 @@ def _band(at: Array, regions: dict[str, Region], steps: Array) -> Band:
 
 
 def _figures(logs: Array) -> tuple[float, ...]:
-    return tuple(float(value) for value in np.exp(logs))
+    return tuple(_exp(value) for value in logs)
+
+
+def _exp(log: float) -> float:
+    """A positive finite figure, or the 0 of a floor that is not there."""
+    return 0.0 if log == -math.inf else math.exp(min(max(log, -_MOST_LOG), _MOST_LOG))

@@ -67,9 +67,9 @@ def step_at(family: str, steps: Array, x: Array) -> Array:
 
 
 def log_shape(x: Array, drop: Array, share: Array) -> Array:
-    """log f(x)/f(0), without overflow for steep curves."""
+    """log f(x)/f(0), without overflow for steep curves or far steps."""
     rate = drop / share
-    rise = np.exp(rate * (x - 1)) * np.expm1(-rate * x) / np.expm1(-rate)
+    rise = np.sign(x) * np.exp(rate * (np.maximum(x, 0) - 1)) * np.expm1(-rate * np.abs(x)) / np.expm1(-rate)
     return np.log(np.maximum(1 + np.expm1(drop) * rise, np.finfo(float).tiny))
 
 

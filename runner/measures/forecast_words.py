@@ -32,6 +32,8 @@ def _rest(forecast: Forecast, estimate: TargetEstimate) -> str:
         if lower <= now:
             return f"no bound on the remaining steps: soon, late or never ({guess} without ends)"
         return f"≥ {_down(lower - now)} more steps, not before step {_down(lower)} ({guess} without an upper end)"
+    if estimate.upper <= now:
+        return f"met by step {_up(estimate.upper)} on this fit, though the last figure is not below it ({guess})"
     if lower <= now:
         return f"at most {_up(estimate.upper - now)} more steps, by step {_up(estimate.upper)} ({guess})"
     more = f"{_down(lower - now)} to {_up(estimate.upper - now)} more"
