@@ -133,6 +133,13 @@ class TrainConfig(CommonConfig):
     train: Any = field(default_factory=dict)
 
 
+@dataclass
+class PanelsConfig(CommonConfig):
+    """`task=panels`; `sweep`: a directory or a list of several."""
+
+    sweep: Any = None
+
+
 TASKS: dict[str, type[CommonConfig]] = {
     "diagnose": DiagnoseConfig,
     "inspect": InspectConfig,
@@ -142,10 +149,11 @@ TASKS: dict[str, type[CommonConfig]] = {
     "diff": DiffConfig,
     "test": TestConfig,
     "train": TrainConfig,
+    "panels": PanelsConfig,
 }
 PATH_KEYS = {
     "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "tracker.dir", "train.resume_from",
-    "convert.output", "merge.output", "merge.sources", "junit",
+    "convert.output", "merge.output", "merge.sources", "junit", "sweep",
     "hydra.run.dir", "hydra.sweep.dir",
 }  # fmt: skip
 # Keys that a group's choice sets for all tasks alike and that nobody overrides.

@@ -20,7 +20,7 @@ FLAGS = {
     "--info": "?", "-i": "?", "--help": 0, "-h": 0,
 }  # fmt: skip
 # Keys whose value is a list of paths, each alone or as one field of a dict.
-LIST_KEYS = ("merge.sources",)
+LIST_KEYS = ("merge.sources", "sweep")
 PATH_FIELD = "path"
 _INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 

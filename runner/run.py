@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 exit_code = 0
 # Tasks that log while they run, not only at the end.
 _LIVE = ("train",)
+# Tasks that are about runs of the tracker and have none of their own.
+_UNTRACKED = ("panels",)
 
 
 def job(cfg: DictConfig) -> str | None:
@@ -106,7 +108,7 @@ def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tupl
         raise
     result = outcome.to_dict()
     code = _write(result, cfg, directory) or code
-    if result["status"] == "ok":
+    if result["status"] == "ok" and cfg.task not in _UNTRACKED:
         if cfg.task not in _LIVE:
             tracker.start(_identity(cfg, result, sweep), _plain(cfg))
         tracker.record(result)

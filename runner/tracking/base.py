@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,6 +68,15 @@ def flat_config(identity: RunIdentity, config: Mapping[str, Any]) -> dict[str, A
     return {**config, **options, **flat}
 
 
+@dataclass(frozen=True, kw_only=True)
+class SavedView:
+    """A workspace on the server: its address, and what it is updated by."""
+
+    url: str
+    id: str
+    name: str
+
+
 class Tracker(Protocol):
     """Where the figures of a run go beside its own files. No method raises because a service is out of reach."""
 
@@ -87,6 +96,12 @@ class Tracker(Protocol):
         """Log a finished result, the dict of `runner.results`; `record` in the place of what is made of it.
 
         Without a started run nothing happens.
+        """
+
+    def save_workspace(self, build: Callable[[str, str], Any]) -> SavedView | None:
+        """Save the workspace that `build(entity, project)` makes (runner/tracking/panels.py) where runs go online.
+
+        None where they do not. Needs no started run.
         """
 
     def finish(self, exit_code: int) -> None:

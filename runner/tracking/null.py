@@ -1,10 +1,10 @@
 """`tracker=none`: figures go nowhere but to the run's own files."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner.tracking.base import RunIdentity
+from runner.tracking.base import RunIdentity, SavedView
 from runner.tracking.rows import Record
 
 
@@ -27,6 +27,10 @@ class NullTracker:
 
     def record(self, result: Mapping[str, Any], record: Record | None = None) -> None:
         """Log nothing."""
+
+    def save_workspace(self, build: Callable[[str, str], Any]) -> SavedView | None:
+        """Save nothing."""
+        return None
 
     def finish(self, exit_code: int) -> None:
         """End nothing."""

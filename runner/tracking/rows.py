@@ -81,8 +81,13 @@ def layer_rows(result: Mapping[str, Any]) -> list[dict[str, float]]:
 
 
 def tables(result: Mapping[str, Any], step: int | None) -> dict[str, Table]:
-    """`tables/per_layer` and `tables/per_prompt`, each with a `ckpt_step` column; only those that have rows."""
+    """`tables/per_layer`, `tables/per_prompt` and, of a test, `tables/checks`; only those that have rows.
+
+    Each has a `ckpt_step` column.
+    """
     records = {"tables/per_layer": result.get("layers"), "tables/per_prompt": result.get("per_prompt")}
+    if result.get("task") == "test":
+        records["tables/checks"] = [{name: row.get(name) for name in _CHECK_COLUMNS} for row in result["checks"]]
     return {name: _table(rows, step) for name, rows in records.items() if rows}
 
 

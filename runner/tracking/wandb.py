@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from runner.errors import ConfigError, printable
-from runner.tracking.base import RunIdentity, flat_config, run_id
+from runner.tracking.base import RunIdentity, SavedView, flat_config, run_id
 from runner.tracking.rows import Record, job_record
 from runner.tracking.session import wandb_session, within
 from runner.tracking.wandb_run import (
@@ -26,6 +26,7 @@ from runner.tracking.wandb_run import (
     log_figures,
     log_tables,
     open_run,
+    save_view,
     wait_for_flush,
     written_bytes,
 )
@@ -138,6 +139,21 @@ class WandbTracker:
         if self._messages and not self._failed:
             self.warnings.append(f"W&B: {self._messages[0]}")
 
+    def save_workspace(self, build: Callable[[str, str], Any]) -> SavedView | None:
+        """Save a workspace, in a session of its own; None, and at most one warning, where that is not possible."""
+        mode = self._wanted_mode()
+        if mode in ("offline", "disabled") or _PROCESS.unreachable:
+            return None
+        try:
+            with wandb_session(self._folder(), mode, self._messages.append) as wandb:
+                if not within(self.init_timeout, lambda: has_credential(wandb)):
+                    return None
+                return within(self.init_timeout, lambda: save_view(wandb, build, self.entity, self.project))
+        except Exception as error:
+            _PROCESS.unreachable = True
+            self.warnings.append(f"W&B: the panels are not saved there ({_line(error)})")
+            return None
+
     def _wanted_mode(self) -> str:
         """auto, online, offline or disabled: `mode`, or WANDB_MODE where `mode` leaves it open."""
         said = os.environ.get("WANDB_MODE", "").strip().lower()
@@ -149,10 +165,13 @@ class WandbTracker:
             )
         return _WANDB_MODES.get(said, "offline")
 
-    def _plan(self, identity: RunIdentity, config: Mapping[str, Any]) -> RunPlan:
+    def _folder(self) -> Path:
+        """`dir`, under the name that W&B gives its folder, wherever it lies."""
         folder = Path(self.dir).expanduser().absolute()
-        if folder.name != "wandb":
-            folder /= "wandb"  # the name that W&B gives its folder, wherever it lies
+        return folder if folder.name == "wandb" else folder / "wandb"
+
+    def _plan(self, identity: RunIdentity, config: Mapping[str, Any]) -> RunPlan:
+        folder = self._folder()
         return RunPlan(
             project=self.project,
             entity=self.entity,

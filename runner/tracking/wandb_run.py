@@ -5,13 +5,13 @@ The module `wandb` is an argument: importing it takes more than a second and is 
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from runner.tracking.base import RunIdentity
+from runner.tracking.base import RunIdentity, SavedView
 from runner.tracking.rows import AXES, Chart, Record
 
 # Seconds between two writes of the run's file; a row that is not yet written is lost when the process is killed.
@@ -130,6 +130,13 @@ def log_checkpoint(wandb: ModuleType, run: Any, ckpt: object, identity: RunIdent
     artifact = wandb.Artifact(f"checkpoint-{name}", type="checkpoint", metadata={"ckpt_step": step})
     artifact.add_reference(path.absolute().as_uri(), checksum=False)
     run.log_artifact(artifact, aliases=["latest", *([f"step-{step}"] if step is not None else [])])
+
+
+def save_view(wandb: ModuleType, build: Callable[[str, str], Any], entity: str | None, project: str) -> SavedView:
+    """Save the workspace that `build` makes; its entity is the user's own where none is given."""
+    made = build(entity or str(wandb.Api().default_entity), project)
+    made.save()
+    return SavedView(url=made.url, id=made._internal_id, name=made._internal_name)
 
 
 def written_bytes(run: Any) -> int:

@@ -32,6 +32,7 @@ class Server(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}  # by path
         self.artifacts: dict[str, dict[str, Any]] = {}  # by name: the input of CreateArtifact
         self.committed: list[str] = []
+        self.views: dict[str, dict[str, Any]] = {}  # by id: the variables of UpsertView2
 
     @property
     def url(self) -> str:
@@ -136,6 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
         viewer = {"id": "u", "entity": "team", "username": "user", "email": "", "flags": "{}", "teams": {"edges": []}}
         return {"viewer": viewer}
 
+    _GetDefaultEntity = _Viewer
+
     def _ServerFeaturesQuery(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}
 
@@ -174,6 +177,11 @@ class _Handler(BaseHTTPRequestHandler):
             for file in variables["input"]["artifactFiles"]
         ]
         return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+
+    def _UpsertView2(self, variables: dict[str, Any]) -> dict[str, Any]:
+        identifier = variables.get("id") or f"view-{len(self.server.views) + 1}"
+        self.server.views[identifier] = variables
+        return {"upsertView": {"view": {"id": identifier, "name": variables["name"]}, "inserted": True}}
 
     def _CommitArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
         self.server.committed.append(variables["artifactID"])

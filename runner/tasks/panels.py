@@ -1,0 +1,60 @@
+"""`task=panels`: the W&B workspace that compares the checkpoints of sweeps, made again."""
+
+from pathlib import Path
+from typing import Any
+
+from runner.comparison.comparison import read
+from runner.config import PanelsConfig
+from runner.errors import ConfigError
+from runner.results import Result
+from runner.tasks.context import Context
+from runner.tracking.panels import check_installed
+from runner.tracking.panels_file import FILE_NAME, keep
+from runner.versions import versions
+
+
+def run(config: PanelsConfig, context: Context) -> Result:
+    """Build the workspace, write it beside the sweep (beside the result, for several), save it where runs go online.
+
+    Raises ConfigError for what is no sweep, and where the extra is not installed.
+    """
+    check_installed()
+    with context.timed("read"):
+        comparison = read(_directories(config.sweep))
+    directories = comparison.directories
+    path = (directories[0] if len(directories) == 1 else context.directory) / FILE_NAME
+    try:
+        with context.timed("panels"):
+            kept = keep(comparison, context.tracker, path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
+    return Result(
+        task="panels",
+        findings=_findings(kept),
+        timing=context.timing,
+        versions=versions(),
+        details={
+            "sweep": [str(directory) for directory in directories],
+            "workspace": kept["name"],
+            "sections": {section["name"]: len(section["panels"]) for section in _sections(kept)},
+            "file": str(path),
+            "url": kept.get("view", {}).get("url"),
+        },
+    )
+
+
+def _directories(value: Any) -> list[Path]:
+    if not value:
+        raise ConfigError("sweep= is needed: the directory of a sweep, or a list of several")
+    return [Path(str(each)).expanduser() for each in (value if isinstance(value, list) else [value])]
+
+
+def _sections(kept: dict[str, Any]) -> list[dict[str, Any]]:
+    sections: list[dict[str, Any]] = kept["spec"]["section"]["panelBankConfig"]["sections"]
+    return sections
+
+
+def _findings(kept: dict[str, Any]) -> list[str]:
+    if "view" in kept:
+        return []
+    return ["not saved in W&B, where runs are not online now; task=panels saves it once they are"]
