@@ -45,6 +45,7 @@ def job(cfg: DictConfig) -> str | None:
     """
     global exit_code
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # where the disk is full the result says so, not a traceback of the log
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
     sweep = Path(hydra.sweep.dir).name if hydra.mode == RunMode.MULTIRUN else None

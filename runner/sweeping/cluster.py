@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +35,43 @@ class _Answer:
 
 
 @contextmanager
-def waiting_for_all() -> Iterator[None]:
+def waiting_for_all(at_once: int | None) -> Iterator[None]:
     """Within the block submitit's executors wait for every job, and a job without a result is an answer that says why
-    instead of an exception that leaves the others alone."""
+    instead of an exception that leaves the others alone. `at_once`: how many run at a time; None: all go to the
+    cluster together."""
     original = Executor.map_array
 
     def map_array(executor: Executor, function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
-        jobs = original(executor, function, *arguments)
-        try:
-            return _wait(jobs)
-        except BaseException:
-            _cancel(jobs)
-            raise
+        def start(*lists: Iterable[Any]) -> list[Job[JobReturn]]:
+            with _stderr_to(Path(executor.folder).parent / "controllers.log"):
+                return original(executor, function, *lists)
+
+        if at_once is None:
+            return _run([partial(start, *arguments)], None)
+        return _run([partial(start, *([value] for value in row)) for row in zip(*arguments, strict=True)], at_once)
 
     Executor.map_array = map_array  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
         Executor.map_array = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def _stderr_to(path: Path) -> Iterator[None]:
+    """Within the block, processes that are started write their errors to `path`: submitit's local controllers print a
+    traceback when they are interrupted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @contextmanager
@@ -80,21 +100,29 @@ def _has_accounting() -> bool:
     return asked.returncode == 0 and "disabled" not in asked.stderr
 
 
-def _wait(jobs: Sequence[Job[JobReturn]]) -> list[_Answer]:
-    ended: dict[int, float] = {}
+def _run(starts: Sequence[Callable[[], list[Job[JobReturn]]]], at_once: int | None) -> list[_Answer]:
+    """Start all, no more than `at_once` at a time, and wait for all; cancel what runs when that is interrupted."""
+    jobs: list[Job[JobReturn]] = []
     answers: dict[int, _Answer] = {}
-    asked = time.monotonic()
-    while len(answers) < len(jobs):
-        ask = time.monotonic() - asked > _ASK
-        for index, job in enumerate(jobs):
-            if index in answers or not job.done(force_check=ask):
-                continue
-            if ask:  # one question is about all jobs
-                ask, asked = False, time.monotonic()
-            ended.setdefault(index, time.monotonic())
-            if _task(job).paths.result_pickle.exists() or time.monotonic() - ended[index] > _GRACE:
-                answers[index] = _Answer(value=_answer(job))
-        time.sleep(_LOOK)
+    ended: dict[int, float] = {}
+    waiting, asked = list(starts), time.monotonic()
+    try:
+        while waiting or len(answers) < len(jobs):
+            while waiting and (at_once is None or len(jobs) - len(answers) < at_once):
+                jobs += waiting.pop(0)()
+            ask = time.monotonic() - asked > _ASK
+            for index, job in enumerate(jobs):
+                if index in answers or not job.done(force_check=ask):
+                    continue
+                if ask:  # one question is about all jobs
+                    ask, asked = False, time.monotonic()
+                since = time.monotonic() - ended.setdefault(index, time.monotonic())
+                if _task(job).paths.result_pickle.exists() or since > _GRACE:
+                    answers[index] = _Answer(value=_answer(job))
+            time.sleep(_LOOK)
+    except BaseException:
+        _cancel(jobs)
+        raise
     return [answers[index] for index in range(len(jobs))]
 
 

@@ -1,6 +1,7 @@
 """Around Hydra's launchers, whichever is chosen: the plan is written first, a job that takes its launcher down does not
 take the other jobs along, and whatever a launcher says of a job that left no result is kept."""
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -89,9 +90,11 @@ class _Guarded(Launcher):
     """Hands jobs to `inner`, those with a good result left out, and answers Hydra that all went well: what became of
     a job stands in its directory."""
 
-    def __init__(self, inner: Launcher, sweep: Sweep) -> None:
+    def __init__(self, inner: Any, sweep: Sweep) -> None:
         self.inner = inner
         self.sweep = sweep
+        # A key of ours, which the launcher would not know.
+        self.at_once = inner.params.pop("jobs_at_once", None) if _is_submitit(inner) else None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Nothing: `inner` is set up already."""
@@ -110,18 +113,18 @@ class _Guarded(Launcher):
                 marks = {job.number: _start_mark(directory / job.directory) for job in todo}
                 problem = self._launch(todo)
                 left = [job for job in todo if _start_mark(directory / job.directory) == marks[job.number]]
-                for job in todo if problem else []:
-                    self.sweep.reasons.setdefault(job.number, problem or "")
-                if not problem or len(left) == len(todo):
+                if not problem:
                     break
-                todo = left
+                again = left if len(left) < len(todo) else []
+                self.sweep.reasons |= {job.number: problem for job in todo if job not in again}
+                todo = again
         return []
 
     def _launch(self, jobs: Sequence[Job]) -> str | None:
         """Launch `jobs`; what went wrong with the launcher itself, if anything."""
         words = [[*job.overrides, f"hydra.sweep.subdir={quoted(job.directory)}"] for job in jobs]
         try:
-            with _around(self.inner):
+            with self._around():
                 returned = self.inner.launch(words, initial_job_idx=jobs[0].number)
         except Exception as error:
             return _one_line(error)
@@ -133,17 +136,20 @@ class _Guarded(Launcher):
                 self.sweep.reasons.pop(job.number, None)
         return None
 
+    @contextmanager
+    def _around(self) -> Iterator[None]:
+        """What the launcher needs while it runs."""
+        if not _is_submitit(self.inner):
+            yield
+            return
+        from runner.sweeping.cluster import accounting, waiting_for_all
 
-@contextmanager
-def _around(launcher: Launcher) -> Iterator[None]:
-    """What a launcher needs while it runs."""
-    if not type(launcher).__module__.startswith("hydra_plugins.hydra_submitit_launcher"):
-        yield
-        return
-    from runner.sweeping.cluster import accounting, waiting_for_all
+        with accounting(), waiting_for_all(self.at_once):
+            yield
 
-    with accounting(), waiting_for_all():
-        yield
+
+def _is_submitit(launcher: Any) -> bool:
+    return type(launcher).__module__.startswith("hydra_plugins.hydra_submitit_launcher")
 
 
 def _start_mark(directory: Path) -> int | None:
@@ -163,5 +169,10 @@ def _problem(answer: JobReturn) -> str | None:
 
 def _one_line(error: object) -> str:
     """What an exception says, in at most one line of bearable length."""
+    if type(error).__name__ == "TerminatedWorkerError":  # joblib's, which says more than anyone wants to read
+        codes = re.findall(r"SIG\w+|EXIT\(\d+\)", str(error))
+        return (
+            f"a worker process was killed ({', '.join(codes) or 'unknown signal'}), which ends its neighbours as well"
+        )
     text = " ".join(printable(" ".join(str(error).split())).split())
     return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__

@@ -1,0 +1,160 @@
+"""Sweeps that are cut short: a worker killed, the parent interrupted, a full disk, a time limit. What was finished is
+kept and told, and the sweep goes on from there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import MIXED, ROOT, npt_tensors, write_npt
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+# A job that runs until it is stopped: the tests stop it.
+ENDLESS = "task=train data=text data.path=words.txt base=base train.save_every=10000000 train.warmup_steps=1 train.sequence_length=32"
+
+
+@pytest.fixture
+def scene(tmp_path: Path, base: Path) -> Path:
+    """A directory with a run of four checkpoints and a text to train on."""
+    for step in (100, 200, 300, 400):
+        tensors = npt_tensors(base, MIXED, seed=step)
+        write_npt(tmp_path / "run" / f"checkpoint-{step}", tensors, base=base, step=step)
+    (tmp_path / "base").symlink_to(base)
+    (tmp_path / "words.txt").write_text("the cat sat on the mat and looked at the dog\n" * 200)
+    return tmp_path
+
+
+def start(scene: Path, *words: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "runner", "-m", *words, "tracker=none"],
+        cwd=scene, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+def sweep_of(scene: Path) -> Path:
+    (found,) = (scene / "sweeps").iterdir()
+    return found
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.1)
+
+
+def workers(parent: subprocess.Popen) -> list[psutil.Process]:
+    """The processes in which the jobs of `parent` run."""
+    below = psutil.Process(parent.pid).children(recursive=True)
+    return [p for p in below if "popen_loky_posix" in " ".join(p.cmdline()) or "submitit.core._submit" in p.cmdline()]
+
+
+def started(scene: Path, number: int) -> bool:
+    """Whether the job trains: its log is written then."""
+    return bool(list(scene.glob(f"sweeps/*/{number}_*/.hydra/overrides.yaml")))
+
+
+def statuses(scene: Path) -> list[str]:
+    found = []
+    plan = json.loads((sweep_of(scene) / "sweep.json").read_text())
+    for job in plan["jobs"]:
+        directory = sweep_of(scene) / job["directory"]
+        if (directory / "result.json").exists():
+            found.append(json.loads((directory / "result.json").read_text())["status"])
+        else:
+            found.append("lost" if directory.exists() else "never started")
+    return found
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_killed_worker_is_told_and_the_rest_runs(scene, launcher):
+    process = start(scene, f"hydra/launcher={launcher}", *ENDLESS.split(), "train.max_steps=9000000,9000001,2")
+    wait_for(lambda: started(scene, 0) and started(scene, 1))
+    for worker in workers(process):
+        worker.kill()
+    code, _, err = finish(process)
+    assert (code, statuses(scene)) == (3, ["lost", "lost", "ok"]), err
+    assert "-m resume=" in err
+    reasons = [job.get("reason", "") for job in json.loads((sweep_of(scene) / "sweep.json").read_text())["jobs"]]
+    assert ["killed" in reason for reason in reasons] == [True, True, False]
+
+    finished = next(sweep_of(scene).glob("2_*/result.json")).stat().st_mtime_ns
+    marks = {file: file.stat().st_mtime_ns for file in sweep_of(scene).glob("*/.hydra/overrides.yaml")}
+    again = start(scene, f"resume={sweep_of(scene)}", "hydra/launcher=basic")
+    wait_for(lambda: any(file.stat().st_mtime_ns != mark for file, mark in marks.items()))
+    time.sleep(2)
+    again.send_signal(signal.SIGINT)
+    code, _, err = finish(again)
+    assert (code, "1 of 3 jobs" in err) == (130, True), err
+    assert next(sweep_of(scene).glob("2_*/result.json")).stat().st_mtime_ns == finished
+
+
+@pytest.mark.parametrize("whole_group", [True, False], ids=["terminal", "kill"])
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
+def test_an_interrupt_keeps_what_is_finished_and_leaves_nothing_running(scene, launcher, whole_group):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runner", "-m", f"hydra/launcher={launcher}", *ENDLESS.split(), "train.max_steps=2,9000000,3", "tracker=none"],
+        cwd=scene, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    wait_for(lambda: started(scene, 1) and statuses(scene)[0] == "ok")
+    time.sleep(3)
+    below = psutil.Process(process.pid).children(recursive=True)
+    if whole_group:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130, err
+    assert statuses(scene)[:2] == ["ok", "lost"]
+    assert f"{statuses(scene).count('ok')} of 3 jobs are finished and kept" in err
+    assert "python -m runner -m resume=" in err
+    assert "Traceback" not in err
+    wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in below), seconds=10)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_keeps_what_is_finished_and_the_sweep_goes_on_when_there_is_room(scene):
+    small = scene / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=72k", "tmpfs", str(small)], check=True)
+    try:
+        code, _, err = finish(start(scene, "ckpt=run", "step=all", f"hydra.sweep.dir={small}/sweep"))
+        assert code == 3, err
+        assert "No space left on device" in err
+        assert "Traceback" not in err
+        plan = json.loads((small / "sweep" / "sweep.json").read_text())
+        done = [json.loads(f.read_text())["status"] for f in sorted((small / "sweep").glob("*/result.json"))]
+        assert 0 < done.count("ok") < len(plan["jobs"]) == 4
+        subprocess.run(["mount", "-o", "remount,size=4m", str(small)], check=True)
+        code, out, err = finish(start(scene, f"resume={small}/sweep"))
+        assert code == 0, err
+        assert out.count("\n#") + out.startswith("#") == 4 - done.count("ok")
+        assert len(list((small / "sweep").glob("*/result.json"))) == 4
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_job_that_runs_out_of_time_says_so(scene):
+    words = [
+        "hydra/launcher=submitit_local",
+        "hydra.launcher.timeout_min=1",
+        *ENDLESS.split(),
+        "train.max_steps=9000000,2",
+    ]
+    code, _, err = finish(start(scene, *words))
+    assert (code, statuses(scene)) == (3, ["error", "ok"]), err
+    assert "out of time: stopped by the launcher's limit; give it more with hydra.launcher.timeout_min=" in err
