@@ -17,7 +17,8 @@ from runner.forward import device_of
 from runner.models.lora_moe import LoraForCausalLM
 from runner.models.npt_llama import NptLlamaForCausalLM
 
-LEARNING_RATE = 1e-2
+# By how much of its largest value a step moves a parameter: visible in every precision, whatever the gradient's scale.
+STEP_SIZE = 1e-2
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -60,23 +61,24 @@ def gradients(bench: Bench) -> Outcome:
 
 
 def optimizer_step(bench: Bench) -> Outcome:
-    """One step of AdamW changes every parameter that has a gradient, and not a bit of anything else."""
+    """One optimizer step changes every parameter that has a gradient, and not a bit of anything else."""
     model = bench.model
     wanted = trained(model)
     before = _digests(model)
-    kept = {name: p.detach().clone() for name, p in wanted.items()} if bench.own else {}
+    kept: list[tuple[nn.Parameter, torch.Tensor]] = []
     try:
         with _training(model, wanted):
             _loss(bench, model).backward()
             moving = {name for name, p in wanted.items() if p.grad is not None and bool(p.grad.any())}
-            chosen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            torch.optim.AdamW(chosen, lr=LEARNING_RATE, weight_decay=0.0, foreach=False).step()
+            stepped = [p for p in model.parameters() if p.grad is not None]
+            kept += [(p, p.detach().clone()) for p in stepped] if bench.own else []
+            torch.optim.SGD([_group(p) for p in stepped], foreach=False).step()
         changed = {name for name, digest in _digests(model).items() if before[name] != digest}
     finally:
         # The base is shared with whoever comes next, and what was stepped may lie in its memory.
         with torch.no_grad():
-            for name, values in kept.items():
-                wanted[name].copy_(values)
+            for parameter, values in kept:
+                parameter.copy_(values)
         if not bench.own:
             bench.free("model", "checkpoint")  # a model may lie in the mapped file, and a step in its private copy
     if stray := sorted(changed - wanted.keys()):
@@ -101,6 +103,13 @@ def _training(model: nn.Module, wanted: dict[str, nn.Parameter]) -> Iterator[Non
             parameter.grad = None
         for name, parameter in wanted.items():
             parameter.requires_grad_(required[name])
+
+
+def _group(parameter: nn.Parameter) -> dict[str, Any]:
+    """A parameter with a learning rate of its own. Plain SGD: moments would take twice the memory of the weights."""
+    assert parameter.grad is not None
+    largest, slope = (each.detach().abs().max().item() for each in (parameter, parameter.grad))
+    return {"params": [parameter], "lr": STEP_SIZE * max(largest, 1e-3) / slope if slope else 0.0}
 
 
 def _loss(bench: Bench, model: nn.Module) -> torch.Tensor:

@@ -189,7 +189,7 @@ def an_update_shares_memory_with_the_base(patch, model):
 
 
 def a_step_does_nothing(patch, model):
-    patch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    patch.setattr(torch.optim.SGD, "step", lambda self: None)
 
 
 # Name → the checkpoint, the defect, the check that must fail (and no other), and what it must say.
