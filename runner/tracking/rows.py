@@ -14,6 +14,7 @@ STEP = "checkpoint/step"
 AXES = {"eval/*": STEP, "merge/*": STEP, "layer/*": "layer/index", "train/*": "train/step"}
 
 LAYER_FIGURES = ("mse", "cosine", "kl")
+_CHECK_COLUMNS = ("name", "status", "integrity", "score", "seconds", "peak_bytes", "details", "recommendation")
 
 
 @dataclass(frozen=True, kw_only=True)
