@@ -2,15 +2,13 @@
 
 import glob
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from runner.checkpoints.runs import Run, find_run, select, spell, step_in_name
 from runner.errors import ConfigError
-from runner.overrides import CommandLine, quoted, split_list
-from runner.results import FILE_NAME, read_json
+from runner.overrides import CommandLine, quoted, split_list, unquoted
 
 # Tasks that go over every checkpoint of a run when no step is named.
 OVER_RUNS = ("diagnose", "test")
@@ -29,6 +27,9 @@ def expand(line: CommandLine, *, demo_run: Callable[[], Path]) -> CommandLine:
         ckpt = line.get("ckpt")
     if task not in OVER_RUNS:
         return line
+    runs = _several_runs(line)
+    if runs and step is not None and step != "null":
+        return _expand_runs(line, runs, step)
     path = None if ckpt is None else Path(ckpt).expanduser()
     if step is None:
         run = find_run(path) if path is not None and path.is_dir() else None
@@ -44,9 +45,17 @@ def expand(line: CommandLine, *, demo_run: Callable[[], Path]) -> CommandLine:
 
 
 def steps_of(value: str, run: Run) -> list[int]:
-    """The steps that `value` names: `all`, `1000,2000`, `[1000,2000]`, `range(1000,5001,1000)`; -1 is the last."""
+    """The steps that `value` names: `all`, `1000,2000`, `[1000,2000]`, `range(1000,5001,1000)`; -1 is the last.
+
+    `every(5000)`: the multiples of 5000 that there are, and the last step.
+    """
     if value == "all":
         return run.steps
+    if every := re.fullmatch(r"every\(\s*(\d+)\s*\)", value):
+        interval = int(every[1])
+        if not interval:
+            raise ConfigError(f"step={value}: give the number of steps from one to the next, at least 1")
+        return [step for step in run.steps if step % interval == 0 or step == run.steps[-1]]
     match = re.fullmatch(r"range\((.*)\)", value)
     parts = split_list(match[1] if match else value)
     try:
@@ -54,11 +63,35 @@ def steps_of(value: str, run: Run) -> list[int]:
         numbers = list(range(*numbers)) if match else numbers
     except (ValueError, TypeError) as error:
         raise ConfigError(
-            f"step={value}: give a number, a list, range(start,stop,step) or all; there are {spell(run.steps)}"
+            f"step={value}: give a number, a list, range(start,stop,step), every(N) or all; "
+            f"there are {spell(run.steps)}"
         ) from error
     for number in numbers:
         select(run, number)
     return sorted({run.steps[n] if n < 0 else n for n in numbers})
+
+
+def _several_runs(line: CommandLine) -> list[Path]:
+    """The paths of `ckpt=A,B`; none where it names one path, which may hold commas itself."""
+    given = [value for key, value in line.overrides if key == "ckpt"]
+    if not given or given[-1] is None or not line.multirun or Path(unquoted(given[-1])).expanduser().exists():
+        return []
+    parts = [Path(unquoted(part)).expanduser() for part in split_list(given[-1])]
+    return parts if len(parts) > 1 else []
+
+
+def _expand_runs(line: CommandLine, paths: Sequence[Path], step: str) -> CommandLine:
+    """Several runs, each with those of its own steps that `step` names, as a list of checkpoints."""
+    found = []
+    for path in paths:
+        run = find_run(path)
+        if run is None:
+            raise ConfigError(
+                f"step={step} needs run directories as ckpt=; {path} holds no checkpoint-<step> directories"
+            )
+        found += [select(run, number) for number in steps_of(step, run)]
+    kept = tuple((key, value) for key, value in line.overrides if key not in ("ckpt", "step"))
+    return replace(line, overrides=(*kept, ("ckpt", ",".join(quoted(str(path)) for path in found))))
 
 
 def _with_steps(line: CommandLine, run: Run, steps: list[int]) -> CommandLine:
@@ -84,19 +117,3 @@ def _expand_glob(line: CommandLine, pattern: str) -> CommandLine:
         for key, value in line.overrides
     )
     return replace(line, overrides=overrides)
-
-
-def collect(directory: Path) -> list[dict[str, Any]]:
-    """The results of a sweep's jobs in the order of their numbers; a job without one is `lost`."""
-    jobs = sorted(
-        (path for path in directory.iterdir() if path.is_dir() and re.match(r"\d+(_|$)", path.name)),
-        key=lambda path: int(re.split("_", path.name)[0]),
-    )
-    rows = []
-    for job in jobs:
-        try:
-            row = read_json(job / FILE_NAME)
-        except (OSError, ValueError):
-            row = {"status": "lost", "error": {"type": "lost", "message": f"{job} holds no result"}}
-        rows.append({"job": job.name, **row})
-    return rows

@@ -26,7 +26,7 @@ def resume(line: CommandLine) -> tuple[CommandLine, Plan]:
     for key, value in given:
         if not _is_free(key) and (key, value) not in before.overrides:
             then = before.get(key)
-            was = f"the sweep was started with {key}={then}" if then is not None else "the sweep was started without"
+            was = f"the sweep was started with {key}={then}" if then is not None else "the sweep was started without it"
             raise ConfigError(f"resume={directory}: {key}={value} does not fit: {was}; leave it out")
     if str(Path.cwd()) != plan.cwd:
         raise ConfigError(f"resume={directory}: that sweep was started in {plan.cwd}; go there first")

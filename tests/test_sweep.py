@@ -1,0 +1,188 @@
+"""Which jobs a sweep has, how its directory tells what became of each, and how it goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from runner.checkpoints.runs import find_run
+from runner.confdir import config_directory
+from runner.errors import ConfigError
+from runner.overrides import parse
+from runner.plan import Job, Plan, good_result, read_plan, write_plan
+from runner.sweep import expand, steps_of
+from runner.sweeping.launchers import check_launcher, use_own_configs
+from runner.sweeping.sacct import table
+from tests.conftest import MIXED, npt_tensors, write_npt
+
+
+@pytest.fixture
+def empty_run(tmp_path: Path) -> Path:
+    """A run whose checkpoints are empty directories: enough for what only looks at names."""
+    for step in (1000, 200, 3000, 500):
+        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def training(checkpoint: Path, base: Path) -> Path:
+    """A run of three checkpoints, the second of them damaged."""
+    for step in (200, 300):
+        tensors = npt_tensors(base, MIXED, seed=step)
+        write_npt(checkpoint.parent / f"checkpoint-{step}", tensors, base=base, step=step)
+    (checkpoint.parent / "checkpoint-200" / "npt_weights.pt").write_bytes(b"PK\x03\x04 nonsense")
+    return checkpoint.parent
+
+
+def sweep_directory() -> Path:
+    (found,) = Path("sweeps").iterdir()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("value", "steps"),
+    [
+        ("all", [200, 500, 1000, 3000]),
+        ("1000,200", [200, 1000]),
+        ("[3000,-1,500]", [500, 3000]),
+        ("-1", [3000]),
+        ("-1,-2", [1000, 3000]),
+        ("range(500,1001,500)", [500, 1000]),
+        ("every(1000)", [1000, 3000]),
+        ("every(2000)", [3000]),
+    ],
+)
+def test_steps(empty_run, value, steps):
+    assert steps_of(value, find_run(empty_run)) == steps
+
+
+@pytest.mark.parametrize("value", ["some", "every(0)", "every(x)", "range(1)x", "7", "range(200,900,100)"])
+def test_steps_that_are_not_there(empty_run, value):
+    with pytest.raises(ConfigError, match=r"200, 500, 1000, 3000|every"):
+        steps_of(value, find_run(empty_run))
+
+
+def expanded(*words: str) -> dict[str, str | None]:
+    return dict(expand(parse(words), demo_run=lambda: Path("nowhere")).overrides)
+
+
+def test_several_runs_are_written_out_each_with_its_own_steps(empty_run, tmp_path):
+    (tmp_path / "other" / "checkpoint-700").mkdir(parents=True)
+    given = expanded("-m", f"ckpt={empty_run},{tmp_path / 'other'}", "step=all", "tier=quick,full")
+    names = [Path(part.strip("'")).relative_to(tmp_path) for part in given["ckpt"].split(",")]
+    assert [str(name) for name in names] == [
+        *(f"run/checkpoint-{step}" for step in (200, 500, 1000, 3000)),
+        "other/checkpoint-700",
+    ]
+    assert "step" not in given
+    last = expanded("-m", f"ckpt={empty_run},{tmp_path / 'other'}", "step=-1")
+    assert [Path(part.strip("'")).name for part in last["ckpt"].split(",")] == ["checkpoint-3000", "checkpoint-700"]
+
+
+def test_the_plan_is_written_before_the_jobs_and_tells_what_became_of_each(run, training):
+    outcome = run("-m", f"ckpt={training}", "step=all")
+    assert outcome.code == 3
+    directory = sweep_directory()
+    plan = read_plan(directory)
+    assert [job.number for job in plan.jobs] == [0, 1, 2]
+    assert [sorted(set(job.overrides) - {f"ckpt='{training}'"}) for job in plan.jobs] == [
+        [f"step={step}", "tracker=none"] for step in (100, 200, 300)
+    ]
+    assert plan.task == "diagnose"
+    assert plan.launcher == "basic"
+    assert (directory / "sweep.json").stat().st_mtime_ns < min(
+        (directory / job.directory / "result.json").stat().st_mtime_ns for job in plan.jobs
+    )
+    assert [good_result(directory / job.directory) is not None for job in plan.jobs] == [True, False, True]
+    assert f"-m resume={directory}" in outcome.err
+    assert [line.split(":")[0].split()[0] for line in outcome.out.splitlines() if line.startswith("#")] == [
+        "#1",
+        "#2",
+        "#3",
+    ]
+
+
+def test_resume_runs_what_has_no_good_result_in_the_same_directory(run, training, base):
+    run("-m", f"ckpt={training}", "step=all")
+    directory = sweep_directory()
+    first = json.loads(next(directory.glob("0_*/result.json")).read_text())
+    mended = training / "checkpoint-200"
+    for file in mended.iterdir():
+        file.unlink()
+    mended.rmdir()
+    write_npt(mended, npt_tensors(base, MIXED, seed=200), base=base, step=200)
+    again = run("-m", f"resume={directory}")
+    assert again.code == 0, again.err
+    assert [line.split()[0] for line in again.out.splitlines() if line.startswith("#")] == ["#2"]
+    assert sweep_directory() == directory
+    results = [json.loads((directory / job.directory / "result.json").read_text()) for job in read_plan(directory).jobs]
+    assert [result["step"] for result in results] == [100, 200, 300]
+    assert results[0] == first
+    nothing = run("-m", f"resume={directory}")
+    assert nothing.code == 0
+    assert "\n#" not in "\n" + nothing.out
+
+
+def test_what_does_not_fit_a_sweep_that_goes_on(run, training, tmp_path):
+    run("-m", f"ckpt={training}", "step=100,300")
+    directory = sweep_directory()
+    for words, message in {
+        ("-m", f"resume={directory}", "seed=3"): "seed=3 does not fit: the sweep was started without it; leave it out",
+        ("-m", f"resume={directory}", "step=100"): "step=100 does not fit: the sweep was started with step=100,300",
+        (f"resume={directory}",): "add -m",
+        ("-m", "resume=nowhere"): "no such directory",
+        ("-m", f"resume={training}"): "holds no sweep.json",
+        ("-m", f"resume={directory}", "hydra/launcher=jobli"): "did you mean 'joblib'?",
+    }.items():
+        outcome = run(*words)
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+        assert message in outcome.err
+    for content in ("", "[]", "{}", '{"jobs": [{"number": 0, "directory": "../x", "overrides": []}]}'):
+        (tmp_path / "bad").mkdir(exist_ok=True)
+        (tmp_path / "bad" / "sweep.json").write_text(content)
+        outcome = run("-m", f"resume={tmp_path / 'bad'}")
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+
+
+def test_a_plan_is_read_as_it_was_written(tmp_path):
+    jobs = tuple(Job(number=i, directory=f"{i}_x@{i}", overrides=(f"step={i}", "ckpt='a, b'")) for i in range(3))
+    plan = Plan(task="diagnose", command=("-m", "ckpt=a, b"), cwd=str(tmp_path), launcher="basic", jobs=jobs)
+    write_plan(plan.with_reasons({1: "killed"}), tmp_path)
+    read = read_plan(tmp_path)
+    assert [job.reason for job in read.jobs] == [None, "killed", None]
+    assert read.with_reasons({}) == plan
+
+
+def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch):
+    monkeypatch.setattr("runner.sweeping.launchers.find_spec", lambda name: None)
+    for name, extra in {"joblib": "launchers", "submitit_slurm": "launchers", "ray": "ray"}.items():
+        with pytest.raises(ConfigError, match=rf"pip install 'checkpoint-runner\[{extra}\]'"):
+            check_launcher(parse([f"hydra/launcher={name}"]), config_directory())
+
+
+@pytest.mark.parametrize(
+    "file", sorted((config_directory() / "hydra" / "launcher").glob("*.yaml")), ids=lambda f: f.stem
+)
+def test_each_launcher_composes_as_it_stands(file, recwarn):
+    use_own_configs(config_directory())
+    with initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
+        cfg = compose("config", overrides=[f"hydra/launcher={file.stem}"], return_hydra_config=True)
+    assert cfg.hydra.launcher._target_.startswith("hydra_plugins.")
+    assert not [w for w in recwarn if "schema" in str(w.message)]
+
+
+SCONTROL = """\
+JobId=12 ArrayJobId=12 ArrayTaskId=1-3%2 JobName=runner JobState=PENDING Reason=None NodeList= Command=x
+JobId=13 ArrayJobId=12 ArrayTaskId=0 JobName=runner JobState=RUNNING Reason=None NodeList=n1 BatchHost=n1
+JobId=14 JobName=a=b JobState=TIMEOUT NodeList=n1
+JobId=15 JobName=other JobState=RUNNING NodeList=n1
+"""
+
+
+def test_the_stand_in_for_sacct_answers_what_submitit_reads():
+    slurm = pytest.importorskip("submitit.slurm.slurm", reason="submitit (extra launchers) is not installed")
+    info = slurm.SlurmInfoWatcher().read_info(table(["12", "14", "99"], SCONTROL))
+    assert {job: values["State"] for job, values in info.items()} == {
+        "12_0": "RUNNING", "12_1": "PENDING", "12_2": "PENDING", "12_3": "PENDING", "14": "TIMEOUT", "99": "COMPLETED",
+    }  # fmt: skip
