@@ -83,7 +83,6 @@ def _run(line: CommandLine) -> int:
 def _sweep(line: CommandLine, resumed: "Plan | None") -> int:
     """Run a sweep, then compare what its jobs left. Ctrl-C says what is kept and how to go on."""
     from runner import run as runs
-    from runner.sweep import collect
     from runner.sweeping.launching import Sweep, launching
 
     sweep = Sweep(line=line, resumed=resumed)
@@ -99,11 +98,9 @@ def _sweep(line: CommandLine, resumed: "Plan | None") -> int:
         return INTERRUPTED
     if sweep.directory is None:  # Hydra had only to show something
         return 0
-    from runner.reports.console import print_sweep
+    from runner.tasks.compare import conclude
 
-    rows = collect(sweep.directory)
-    print_sweep(rows, sweep.directory)
-    if all(row["status"] == "ok" for row in rows):
+    if not conclude(sweep.directory).failures:
         return 0
     print(f"runner: what has no result: python -m runner -m resume={sweep.directory}", file=sys.stderr)
     return 3

@@ -134,6 +134,13 @@ class TrainConfig(CommonConfig):
 
 
 @dataclass
+class CompareConfig(CommonConfig):
+    """`task=compare`; `sweep`: a directory or a list of several."""
+
+    sweep: Any = None
+
+
+@dataclass
 class PanelsConfig(CommonConfig):
     """`task=panels`; `sweep`: a directory or a list of several."""
 
@@ -149,6 +156,7 @@ TASKS: dict[str, type[CommonConfig]] = {
     "diff": DiffConfig,
     "test": TestConfig,
     "train": TrainConfig,
+    "compare": CompareConfig,
     "panels": PanelsConfig,
 }
 PATH_KEYS = {

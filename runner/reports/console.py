@@ -1,6 +1,5 @@
 """What a person reads in a terminal, and what grep reads in a pipe."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from runner.errors import printable
-from runner.reports.cells import percent, short
+from runner.reports.cells import short
 
 COLOURS = {
     "excellent": "bold green", "good": "green", "fair": "yellow", "moderate": "yellow", "poor": "bold red",
@@ -75,42 +74,14 @@ def print_line(result: Mapping[str, Any], console: Console, *, number: int) -> N
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def print_sweep(rows: Sequence[Mapping[str, Any]], directory: Path) -> None:
-    """The learning curve of a sweep as a table in the order of its jobs, failures first."""
-    failed = [row for row in rows if row["status"] != "ok"]
-    done = [row for row in rows if row["status"] == "ok"]
-    console = Console()
-    for row in failed:
-        print(f"{row['status'].upper()} {row['job']}: {printable(row['error']['message'])}", file=sys.stderr)
-    lines = [
-        {
-            "checkpoint": printable(Path(row["ckpt"]).name),
-            "step": row.get("step"),
-            "mse": short(row["metrics"].get("mse")),
-            "cosine": short(row["metrics"].get("cosine")),
-            "kl": short(row["metrics"].get("kl")),
-            "top1": percent(row["metrics"].get("top1")),
-            "status": (row.get("verdict") or {}).get("status", "–"),
-            "progress": _progress_bar(row.get("verdict"), console.is_terminal),
-            "readiness": (row.get("verdict") or {}).get("readiness", "–"),
-        }
-        for row in done
-        if "metrics" in row
-    ]
+def print_rows(title: str, rows: Sequence[Mapping[str, Any]], console: Console, *, gap: int = 2) -> None:
+    """Finished cells as a table in a terminal, as plain columns in a pipe; nothing where there are none."""
+    if not rows:
+        return
     if console.is_terminal:
-        if lines:
-            console.print(_table(f"{len(done)} of {len(rows)} jobs", lines, gap=2 if console.width >= 100 else 1))
+        console.print(_table(title, rows, gap))
     else:
-        _print_columns(lines)
-    print(f"Sweep: {printable(directory)}")
-
-
-def _progress_bar(verdict: Mapping[str, Any] | None, drawn: bool) -> str:
-    if not verdict:
-        return "–"
-    percent = verdict["progress"]
-    filled = min(5, (percent + 10) // 20)
-    return f"{'█' * filled}{'░' * (5 - filled)} {percent:3}%" if drawn else f"{percent}%"
+        _print_columns(rows)
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]], gap: int = 2) -> Table:

@@ -1,0 +1,157 @@
+"""The report of `task=compare`, and what a sweep prints when its jobs are done."""
+
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from runner.comparison.answers import Answers, answers, checkpoint_name
+from runner.comparison.comparison import Comparison
+from runner.comparison.headline import headline, leading
+from runner.comparison.jobs import Job
+from runner.errors import printable
+from runner.reports.cells import Fact, Rows, known, percent, short
+from runner.reports.comparison_files import Written
+from runner.reports.console import print_rows
+
+_LEVEL_WORDS = {"good": "good", "warn": "fair", "bad": "poor"}
+_QUESTIONS = {"working": "Training", "ready": "Readiness", "layer": "Layers", "best": "Best Checkpoint"}
+# What a narrow terminal does without, first to last.
+_SPARED = ("top1", "kl", "status", "progress", "run")
+# A panel's frame and padding.
+_FRAME = 6
+
+
+def summary(comparison: Comparison) -> dict[str, Any]:
+    """What the report shows, as JSON values: the sentence, the answers for the closest curve, jobs, failures."""
+    said = headline(comparison)
+    found: Answers | None = answers(leading(comparison)) if comparison.series else None
+    return {
+        "headline": {"level": said.level, "words": said.words},
+        "answers": {
+            name: {"level": getattr(found, name).level, "words": getattr(found, name).words} for name in _QUESTIONS
+        }
+        if found
+        else {},
+        "jobs": {"all": len(comparison.jobs), "ok": len(comparison.done)},
+        "failures": [
+            {"job": job.name, "status": job.status, "message": (job.error or {}).get("message")}
+            for job in comparison.failures
+        ],
+        "checkpoints": [_row(job) for job in comparison.done if job.metrics],
+    }
+
+
+def _row(job: Job) -> dict[str, Any]:
+    verdict = job.verdict or {}
+    return {
+        "checkpoint": checkpoint_name(job),
+        "run": job.run,
+        "tier": job.tier,
+        "step": job.step,
+        **{name: job.metric(name) for name in ("mse", "cosine", "kl", "top1")},
+        **{name: verdict.get(name) for name in ("status", "progress", "readiness")},
+    }
+
+
+def facts(result: Mapping[str, Any]) -> list[Fact]:
+    """Every line of the report, in order; failures first."""
+    said, jobs = result["headline"], result["jobs"]
+    rows: list[tuple[str, Any, str]] = [
+        (row["status"].replace("_", " ").title(), f"{row['job']}: {row['message']}", "poor")
+        for row in result["failures"]
+    ]
+    rows.append(("Comparison", said["words"], _LEVEL_WORDS.get(said["level"], "")))
+    rows += _answer_lines(result["answers"])
+    rows.append(("Jobs", f"{jobs['ok']} of {jobs['all']} ok", ""))
+    rows += [("Page" if kind == "html" else kind.upper(), path, "") for kind, path in _page_first(result["files"])]
+    return known(rows)
+
+
+def _answer_lines(said: Mapping[str, Mapping[str, str]]) -> list[tuple[str, Any, str]]:
+    return [
+        (label, said[name]["words"], _LEVEL_WORDS.get(said[name]["level"], ""))
+        for name, label in _QUESTIONS.items()
+        if name in said
+    ]
+
+
+def _page_first(files: Mapping[str, str]) -> list[tuple[str, str]]:
+    return sorted(files.items(), key=lambda item: item[0] != "html")
+
+
+def tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Rows]]:
+    """The checkpoints as rows of finished cells, as many columns as the terminal has room for."""
+    width = shutil.get_terminal_size().columns - _FRAME if sys.stdout.isatty() and not verbose else None
+    rows = fitting(checkpoint_rows(result["checkpoints"], drawn=sys.stdout.isatty()), width, gap=2)
+    return [("checkpoints", rows)] if rows else []
+
+
+def checkpoint_rows(checkpoints: Sequence[Mapping[str, Any]], *, drawn: bool) -> Rows:
+    """Finished cells; run and tier only where they differ, a verdict's columns only where one was given."""
+    several = {name for name in ("run", "tier") if len({row[name] for row in checkpoints}) > 1}
+    judged = any(row["status"] for row in checkpoints)
+    return [
+        {
+            "checkpoint": printable(row["checkpoint"]),
+            **{name: printable(row[name] or "–") for name in ("run", "tier") if name in several},
+            "step": "–" if row["step"] is None else row["step"],
+            **{name: short(row[name]) for name in ("mse", "cosine", "kl")},
+            "top1": percent(row["top1"]),
+            **(
+                {
+                    "status": printable(row["status"] or "–"),
+                    "progress": _bar(row["progress"], drawn),
+                    "readiness": printable(row["readiness"] or "–"),
+                }
+                if judged
+                else {}
+            ),
+        }
+        for row in checkpoints
+    ]
+
+
+def _bar(percent: Any, drawn: bool) -> str:
+    if not isinstance(percent, (int, float)):
+        return "–"
+    filled = max(0, min(5, (int(percent) + 10) // 20))
+    return f"{'█' * filled}{'░' * (5 - filled)} {percent:3}%" if drawn else f"{percent}%"
+
+
+def fitting(rows: Rows, width: int | None, *, gap: int) -> Rows:
+    """`rows` without the columns that do not fit into `width` characters; None: all."""
+    spared = [name for name in _SPARED if rows and name in rows[0]]
+    while width is not None and spared and _width(rows, gap) > width:
+        left_out = spared.pop(0)
+        rows = [{name: value for name, value in row.items() if name != left_out} for row in rows]
+    return rows
+
+
+def _width(rows: Rows, gap: int) -> int:
+    widest = [max(len(name), *(len(str(row[name])) for row in rows)) for name in rows[0]]
+    return sum(widest) + gap * len(widest)
+
+
+def print_comparison(comparison: Comparison, written: Written, console: Console) -> None:
+    """What a sweep prints at its end: failures (to stderr), the learning curve, what it says, where the page lies."""
+    found = summary(comparison)
+    for row in found["failures"]:
+        status = row["status"].upper().replace("_", " ")
+        print(f"{status} {printable(row['job'])}: {printable(row['message'])}", file=sys.stderr)
+    terminal = console.is_terminal
+    gap = 2 if console.width >= 100 else 1
+    rows = checkpoint_rows(found["checkpoints"], drawn=terminal)
+    title = f"{found['jobs']['ok']} of {found['jobs']['all']} jobs"
+    print_rows(title, fitting(rows, console.width if terminal else None, gap=gap), console, gap=gap)
+    if found["answers"]:
+        lines = known([("Comparison", found["headline"]["words"], ""), *_answer_lines(found["answers"])])
+        for label, value, _ in lines:
+            console.print(f"{label}: {value}", markup=False, highlight=False, soft_wrap=not terminal)
+    if written.problem is not None:
+        print(f"runner: warning: {printable(written.problem)}", file=sys.stderr)
+    print(f"Sweep: {', '.join(printable(path) for path in comparison.directories)}")
+    if "html" in written.files:
+        print(f"Page: {printable(written.files['html'])}")

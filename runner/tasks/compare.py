@@ -1,0 +1,59 @@
+"""`task=compare`: the comparison of a sweep, or of several, made again; and what every sweep ends with."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from runner.comparison.comparison import Comparison, read
+from runner.comparison.export import series_to_dict
+from runner.config import CompareConfig
+from runner.errors import ConfigError
+from runner.reports.compare import print_comparison, summary
+from runner.reports.comparison_files import write_files
+from runner.results import Result
+from runner.tasks.context import Context
+from runner.versions import versions
+
+
+def run(config: CompareConfig, context: Context) -> Result:
+    """Compare the jobs of `sweep`, and write the page and its files.
+
+    They go into the sweep's directory, those of several sweeps into the run's own. Raises ConfigError for a directory
+    that is no sweep, or that cannot be written.
+    """
+    directories = [Path(path).expanduser() for path in _named(config.sweep)]
+    with context.timed("read"):
+        comparison = read(directories)
+    target = comparison.directories[0] if len(comparison.directories) == 1 else context.directory
+    with context.timed("write"):
+        written = write_files(comparison, target)
+    if written.problem is not None:
+        raise ConfigError(written.problem)
+    return Result(
+        task="compare",
+        timing=context.timing,
+        versions=versions(),
+        details={
+            "sweeps": list(map(str, comparison.directories)),
+            **summary(comparison),
+            "series": [series_to_dict(series) for series in comparison.series],
+            "files": {kind: str(path) for kind, path in written.files.items()},
+        },
+    )
+
+
+def conclude(directory: Path) -> Comparison:
+    """What a sweep ends with: its jobs compared, the files beside them, the curve on the terminal.
+
+    A file that cannot be written is a warning: what the jobs left is there. Raises ConfigError where no job was begun.
+    """
+    comparison = read(directory)
+    print_comparison(comparison, write_files(comparison, directory), Console())
+    return comparison
+
+
+def _named(sweep: object) -> list[str]:
+    """The directories that `sweep=` names: one, or a list."""
+    if sweep is None:
+        raise ConfigError("sweep= is needed: the directory of a sweep, or a list of them: sweep=[A,B]")
+    return [str(path) for path in sweep] if isinstance(sweep, (list, tuple)) else [str(sweep)]
