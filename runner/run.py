@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 exit_code = 0
 # Tasks that log while they run, not only at the end.
 _LIVE = ("train",)
-# Tasks that are about runs of the tracker and have none of their own.
-_UNTRACKED = ("panels",)
+# Tasks that tell the tracker themselves, or that are about its runs and have none of their own.
+_UNTRACKED = ("compare", "panels")
 
 
 def job(cfg: DictConfig) -> str | None:
@@ -93,7 +93,7 @@ def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tupl
     tracker: Tracker = NullTracker()
     code = 0
     try:
-        tracker = _components(cfg, ["tracker"])["tracker"]
+        tracker = tracker_of(cfg)
         if cfg.task in _LIVE:
             tracker.start(_identity(cfg, {}, sweep), _plain(cfg))
         outcome = _run(cfg, directory, tracker, quiet=sweep is not None)
@@ -200,6 +200,12 @@ def _components(cfg: DictConfig, names: list[str]) -> dict[str, Any]:
                 raise ConfigError(f"{key} is needed; give it as {key}=…") from error
             raise ConfigError(f"{name}: {str(cause).splitlines()[0]}") from error
     return built
+
+
+def tracker_of(cfg: DictConfig) -> Tracker:
+    """The tracker that a composed config names. Raises ConfigError."""
+    tracker: Tracker = _components(cfg, ["tracker"])["tracker"]
+    return tracker
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from runner.sweeping.watching import watched
 
 @dataclass
 class Sweep:
-    """A sweep on its way: `plan` and `directory` are known as soon as Hydra has composed it.
+    """A sweep on its way: `plan`, `directory` and `config` are known as soon as Hydra has composed it.
 
     `resumed`: the plan of a sweep that goes on; `reasons`: what is known of jobs that left no result, by number.
     """
@@ -34,6 +34,7 @@ class Sweep:
     resumed: Plan | None = None
     plan: Plan | None = None
     directory: Path | None = None
+    config: DictConfig | None = None
     reasons: dict[int, str] = field(default_factory=dict)
 
     def finished(self) -> tuple[int, int]:
@@ -75,7 +76,7 @@ def launching(sweep: Sweep) -> Iterator[None]:
             plan = Plan(**{**vars(plan), "jobs": sweep.resumed.jobs, "command": sweep.resumed.command})
         directory = Path(str(config.hydra.sweep.dir))
         write_plan(plan, directory)
-        sweep.plan, sweep.directory = plan, directory
+        sweep.plan, sweep.directory, sweep.config = plan, directory, config
         return _Guarded(inner, sweep)
 
     Plugins.instantiate_launcher = instantiate  # type: ignore[method-assign, assignment]

@@ -14,6 +14,7 @@ from runner.comparison.comparison import Comparison
 from runner.comparison.headline import headline
 from runner.comparison.jobs import Job
 from runner.comparison.series import Series
+from runner.tracking.base import RunIdentity, Tracker
 from runner.tracking.rows import LAYER_FIGURES, STEP, Chart, Record, Table, cell, eval_row, is_number, numbers
 
 # Of the estimate's curve, which goes on beyond the last checkpoint.
@@ -32,6 +33,15 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._=@+-]+")
 def group(comparison: Comparison) -> str:
     """The W&B group of a comparison's runs: the name of its sweep, or of all of them."""
     return " + ".join(directory.resolve().name for directory in comparison.directories)[:128]
+
+
+def log_comparison(comparison: Comparison, tracker: Tracker) -> None:
+    """One run of its own for `comparison`, in the group of its jobs. The same sweeps give the same id, and attempts."""
+    name = group(comparison)
+    identity = RunIdentity(task="compare", run_name=name, series=name)
+    tracker.start(identity, {"task": "compare", "sweeps": [path.resolve().name for path in comparison.directories]})
+    tracker.record({"task": "compare", "status": "ok"}, comparison_record(comparison))
+    tracker.finish(0)
 
 
 def comparison_record(comparison: Comparison) -> Record:
@@ -164,6 +174,7 @@ def _config(comparison: Comparison) -> dict[str, Any]:
         values = {getattr(job, name) for job in comparison.done}
         if len(values) == 1:
             config[name] = values.pop()
+    config["jobs"] = len(comparison.jobs)
     config["runs"] = sorted({job.run for job in comparison.jobs if job.run})
     config["tiers"] = sorted({job.tier for job in comparison.jobs if job.tier})
     return config

@@ -14,6 +14,7 @@ from runner.errors import ConfigError
 from runner.tracking.compare import FORECAST_STEP, endings, figures, group, layer_figures
 from runner.tracking.rows import STEP
 
+HOW_TO_INSTALL = "pip install 'checkpoint-runner[panels]'"
 # Figure, title, and whether its axis is logarithmic.
 _CURVES = (
     ("mse", "MSE of the logits", True),
@@ -30,7 +31,7 @@ _CURVES = (
 def check_installed() -> None:
     """Raises ConfigError where the extra is not installed."""
     if not installed():
-        raise ConfigError("panels are built with wandb-workspaces: pip install 'checkpoint-runner[panels]'")
+        raise ConfigError(f"panels are built with wandb-workspaces: {HOW_TO_INSTALL}")
 
 
 def installed() -> bool:
