@@ -98,9 +98,13 @@ def _sweep(line: CommandLine, resumed: "Plan | None") -> int:
         return INTERRUPTED
     if sweep.directory is None:  # Hydra had only to show something
         return 0
+    from runner.sweeping.recording import record
     from runner.tasks.compare import conclude
 
-    if not conclude(sweep.directory).failures:
+    comparison = conclude(sweep.directory)
+    if sweep.config is not None:
+        record(comparison, sweep.directory, sweep.config)
+    if not comparison.failures:
         return 0
     print(f"runner: what has no result: python -m runner -m resume={sweep.directory}", file=sys.stderr)
     return 3

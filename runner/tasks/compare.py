@@ -12,6 +12,7 @@ from runner.reports.compare import print_comparison, summary
 from runner.reports.comparison_files import write_files
 from runner.results import Result
 from runner.tasks.context import Context
+from runner.tracking.compare import log_comparison
 from runner.versions import versions
 
 
@@ -29,6 +30,7 @@ def run(config: CompareConfig, context: Context) -> Result:
         written = write_files(comparison, target)
     if written.problem is not None:
         raise ConfigError(written.problem)
+    log_comparison(comparison, context.tracker)
     return Result(
         task="compare",
         timing=context.timing,
@@ -54,6 +56,8 @@ def conclude(directory: Path) -> Comparison:
 
 def _named(sweep: object) -> list[str]:
     """The directories that `sweep=` names: one, or a list."""
-    if sweep is None:
+    named = sweep if isinstance(sweep, (list, tuple)) else [sweep]
+    paths = [str(path) for path in named if path]
+    if not paths:
         raise ConfigError("sweep= is needed: the directory of a sweep, or a list of them: sweep=[A,B]")
-    return [str(path) for path in sweep] if isinstance(sweep, (list, tuple)) else [str(sweep)]
+    return paths
