@@ -1,0 +1,198 @@
+"""`task=test` from the command line: what is run, what is said, what is left, and the exit code."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from runner.checks import preflight
+from runner.tasks.test import overall
+from tests.conftest import ROOT, npt_tensors, write_npt
+from tests.lora_files import write_adapter, write_moe
+
+HEAVY = ("torch", "transformers", "peft", "wandb")
+
+
+def checks(outcome) -> dict[str, str]:
+    return {row["name"]: row["status"] for row in outcome.result["checks"]}
+
+
+def test_quick_looks_at_the_machine(run):
+    outcome = run("task=test")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert checks(outcome) == dict.fromkeys(("versions", "peft", "safetensors", "formats", "writable"), "pass")
+    for line in ("Tier: quick", "Checks: 5 pass", "Passed: yes"):
+        assert line in outcome.out.splitlines()
+    assert "ckpt" not in outcome.result
+    assert all(row["seconds"] >= 0 and row["peak_bytes"] > 0 for row in outcome.result["checks"])
+    assert not list(Path("outputs").rglob("scratch"))
+
+
+def test_quick_imports_nothing_heavy(tmp_path, base):
+    light = write_moe(tmp_path / "moe", base)
+    (light / "skill_library.pt").unlink()
+    paths = [light, write_adapter(tmp_path / "adapter", base), base]
+    code = (
+        "import json, sys; from runner.cli import run; "
+        "codes = [run(['task=test', 'tracker=none', *words]) for words in json.loads(sys.argv[1])]; "
+        f"print(codes, [m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
+    )
+    commands = [[], *([f"ckpt={path}"] for path in paths)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    assert done.stderr.strip() == "[0, 0, 0, 0] []"
+    assert done.stdout.count("Passed: yes") == 4
+
+
+@pytest.mark.parametrize("family", ["auto", "lora_moe", "gpt"])
+def test_minimal_builds_saves_and_looks(run, family):
+    outcome = run("task=test", "tier=minimal", f"family={family}", "experts=3")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert set(checks(outcome).values()) <= {"pass", "skipped"}
+    assert {"built", "files", "keys", "shapes", "size", "loading", "hashes", "finite"} <= checks(outcome).keys()
+    assert outcome.result["family"] == {"auto": "npt"}.get(family, family)
+    assert "model" not in checks(outcome)
+    assert not list(Path("outputs").rglob("scratch")), "nothing is left"
+    if family == "lora_moe":
+        assert "3 in config, router and directories" in outcome.out
+
+
+def test_keep_leaves_a_checkpoint_that_opens_by_itself(run):
+    outcome = run("task=test", "tier=minimal", "family=lora_moe", "keep=true")
+    path = Path(outcome.result["ckpt"])
+    assert f"Kept: {path}" in outcome.out.splitlines()
+    assert run("task=inspect", f"ckpt={path}").code == 0
+    assert run("task=test", f"ckpt={path}").code == 0
+
+
+def test_minimal_over_a_base_of_ones_own(run, base):
+    outcome = run("task=test", "tier=minimal", "family=npt", f"base={base}")
+    assert outcome.code == 0
+    assert "layers 1: dual, k 2; 2: dual, k 2" in outcome.out
+
+
+def test_a_failed_integrity_check_is_exit_code_1_and_shows_once(run, checkpoint):
+    tensors = torch.load(checkpoint / "npt_weights.pt", weights_only=True)
+    del tensors["layer_0_np.W_a_up"]
+    torch.save(tensors, checkpoint / "npt_weights.pt")
+    outcome = run("task=test", "tier=minimal", f"ckpt={checkpoint}")
+    assert (outcome.code, outcome.err) == (1, "")
+    assert [name for name, status in checks(outcome).items() if status == "fail"] == ["keys"]
+    assert "missing layer_0_np.W_a_up" in outcome.out
+    assert "Passed: NO" in outcome.out.splitlines()
+    assert any(line.startswith("Recommendation (keys): ") for line in outcome.out.splitlines())
+
+
+def test_strict_counts_warnings(run):
+    words = ("task=test", "tier.checks=[versions,writable]", "tier.max_size_mb=1e12")
+    outcome = run(*words)
+    assert (outcome.code, checks(outcome)["writable"]) == (0, "warning")
+    assert run(*words, "strict=true").code == 1
+
+
+def test_what_cannot_be_read_fails_the_check_of_files(run, tmp_path):
+    file = tmp_path / "some.pt"
+    file.write_bytes(b"PK\x03\x04" + b"x" * 200)
+    outcome = run("task=test", f"ckpt={file}")
+    assert (outcome.code, checks(outcome)["files"]) == (1, "fail")
+    assert "truncated" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ckpt=nowhere"], "nowhere: no such file or directory"),
+        (["ckpt=empty"], "holds no checkpoint that is known; it holds notes.txt"),
+        (["step=3"], "step=3 needs a run directory as ckpt="),
+        (["tier=minimal", "experts=0"], "experts=0: must be at least 1"),
+        (["tier=minimal", "family=hf"], "nothing is added to a plain model"),
+        (["tier=minimal", "family=gpt", "base=x"], "a gpt is complete by itself"),
+        (["tier.checks=[structur]"], "'structur' is unknown"),
+        (["tier.checks=[loadin]"], "did you mean 'loading'?"),
+        (["tier.checks=[]"], "tier=quick checks nothing: it is for task=diagnose"),
+        (["tier.checks=[files]"], "its checks are of a checkpoint; give one as ckpt="),
+        (["tier.max_size_mb=-1"], "tier.max_size_mb=-1"),
+        (["tier=mnimal"], "did you mean 'minimal'?"),
+    ],
+)
+def test_misuse_is_one_line_and_exit_code_2(run, words, message):
+    Path("empty").mkdir()
+    Path("empty/notes.txt").write_text("")
+    outcome = run("task=test", *words)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert message in outcome.err
+
+
+def test_a_family_that_the_checkpoint_is_not(run, checkpoint):
+    outcome = run("task=test", "family=gpt", f"ckpt={checkpoint}")
+    assert (outcome.code, "is of the family npt" in outcome.err) == (2, True)
+
+
+def test_a_tier_without_measures_is_not_for_diagnose(run, checkpoint):
+    outcome = run("tier=minimal", f"ckpt={checkpoint}")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "tier=minimal measures nothing: it is for task=test" in outcome.err
+
+
+def test_a_tier_of_ones_own(run, checkpoint, tmp_path):
+    (tmp_path / "own" / "tier").mkdir(parents=True)
+    (tmp_path / "own" / "tier" / "mine.yaml").write_text(
+        "_target_: runner.config.Tier\nname: mine\nchecks: [pollution, size]\n"
+    )
+    outcome = run("--config-dir", str(tmp_path / "own"), "task=test", "tier=mine", f"ckpt={checkpoint}")
+    assert (outcome.code, checks(outcome)) == (0, {"pollution": "pass", "size": "pass"})
+
+
+def test_the_cap_on_the_size_is_the_tiers(run, base, tmp_path):
+    path = write_moe(tmp_path / "moe", base)
+    assert run("task=test", f"ckpt={path}").code == 0
+    outcome = run("task=test", f"ckpt={path}", "tier.max_size_mb=0.01")
+    assert (outcome.code, checks(outcome)["size"]) == (1, "fail")
+    assert "more than max_size_mb=0.01" in outcome.out
+
+
+def test_where_it_would_not_fit_nothing_is_started(run, checkpoint, monkeypatch):
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(preflight, "resident_bytes", lambda: 1 << 20)
+    outcome = run("task=test", "tier=full", f"ckpt={checkpoint}")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "tier=full would need about 0.5 GB of memory, and 0.0 GB are there; take tier=minimal" in outcome.err
+    assert run("task=test", "tier=minimal", f"ckpt={checkpoint}").code == 0
+
+
+def test_a_run_directory_is_a_sweep_over_its_checkpoints(run, base, tmp_path):
+    for step in (200, 100):
+        write_npt(tmp_path / "run" / f"checkpoint-{step}", npt_tensors(base, {0: ("dual", 2, 2)}), base=base, step=step)
+    outcome = run("task=test", f"ckpt={tmp_path / 'run'}")
+    assert outcome.code == 0
+    found = [json.loads(path.read_text()) for path in sorted(Path("sweeps").rglob("result.json"))]
+    assert [Path(each["ckpt"]).name for each in found] == ["checkpoint-100", "checkpoint-200"]
+    assert all(each["passed"] for each in found)
+
+
+def test_the_inputs_are_not_touched(run, base, tmp_path):
+    path = write_moe(tmp_path / "moe", base)
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    shutil.copytree(path, tmp_path / "copy")
+    run("task=test", "tier=minimal", f"ckpt={path}")
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("scores", "failing", "word"),
+    [
+        ([], False, None), ([0.81], False, "READY"), ([0.8], False, "PARTIALLY_READY"),
+        ([1.0, 0.3], False, "PARTIALLY_READY"), ([0.6], False, "NOT_READY"), ([1.0], True, "NOT_READY"),
+    ],
+)  # fmt: skip
+def test_readiness_is_the_mean_score(scores, failing, word):
+    rows = [{"name": "q", "integrity": False, "status": "warning", "score": score} for score in scores]
+    rows.append({"name": "i", "integrity": True, "status": "fail" if failing else "pass"})
+    assert overall(rows) == word
