@@ -122,7 +122,7 @@ def ready(series: Series) -> Answer:
         words.append(f"Estimate: {series.estimate.words}")
     if readiness != "basic":
         words.append(f"Rule of thumb: {_lowered(str(verdict.get('remaining')))}.")
-    level = {"basic": "good", "continue": "warn"}.get(readiness, "bad")
+    level = "good" if readiness == "basic" else "warn"
     short = {"basic": "ready for basic use", "continue": "close, not ready yet"}.get(readiness, "not ready yet")
     return Answer(level=level, short=short, words=" ".join(words))
 
