@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from runner.checkpoints import gpt_save, npt_delta, npt_full, npt_full_save
+from runner.checkpoints import gpt_save, hf_save, npt_delta, npt_full
 from runner.checkpoints.adapter_save import save_adapter
 from runner.checkpoints.adapters import AdapterDetails, key
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.commit import staged
 from runner.checkpoints.gpt_layout import GptDetails
 from runner.checkpoints.gpt_provenance import provenance
+from runner.checkpoints.hf import HfDetails
 from runner.checkpoints.lora_moe import MoeDetails
 from runner.checkpoints.lora_moe_state import read_skills
 from runner.checkpoints.npt_full import NptFullDetails
@@ -34,6 +35,7 @@ def writer_of(checkpoint: Checkpoint) -> Writer | None:
         return _write_npt_delta
     writers: dict[type, Writer] = {
         NptFullDetails: _write_npt_full,
+        HfDetails: _write_hf,
         GptDetails: _write_gpt,
         MoeDetails: _write_moe,
         AdapterDetails: _write_adapter,
@@ -60,20 +62,28 @@ def _write_npt_delta(checkpoint: Checkpoint, model: NptLlamaForCausalLM, base: s
 
 
 def _write_npt_full(checkpoint: Checkpoint, model: NptLlamaForCausalLM, base: str, target: Path) -> None:
-    details: NptFullDetails = checkpoint.details
-    stored = checkpoint.weights.infos
-    # A tied head that the checkpoint leaves out is left out again.
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name in stored}
-    own = npt_tensors(model)
+    tensors, own = _stored_tensors(checkpoint, model), npt_tensors(model)
     for layer in checkpoint.layers:
         for matrix, names in layer.keys["gate"].items():
             # Linear weights: transposed to what npt_delta has.
             tensors[names[0]] = own[npt_delta.key(layer.layer, "single", "gate", matrix, 0, 1)].T
-    # What no model computes with: gates before permanent updates, buffers that follow from the config.
-    tensors |= {name: checkpoint.weights.read(name) for name in stored if name not in tensors}
     info = checkpoint.directory / npt_full.TRAINING_INFO
     with staged(target) as directory:
-        npt_full_save.save(directory, tensors, config=details.config, training_info=info if info.is_file() else None)
+        hf_save.save(directory, tensors, config=checkpoint.details.config, beside=[info] if info.is_file() else [])
+
+
+def _write_hf(checkpoint: Checkpoint, model: nn.Module, base: str, target: Path) -> None:
+    with staged(target) as directory:
+        hf_save.save(directory, _stored_tensors(checkpoint, model), config=checkpoint.details.config)
+
+
+def _stored_tensors(checkpoint: Checkpoint, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's weights under the names that the checkpoint stores: a tied head that it leaves out is left out again.
+
+    What no model computes with is read: gates before permanent updates, buffers that follow from the config.
+    """
+    state = model.state_dict()
+    return {name: state[name] if name in state else checkpoint.weights.read(name) for name in checkpoint.weights.infos}
 
 
 def _write_gpt(checkpoint: Checkpoint, model: nn.Module, base: str, target: Path) -> None:

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from runner import loading
-from runner.checkpoints import gpt_save, lora_moe_save, npt_delta, npt_full_save
-from runner.checks import saving
+from runner.checkpoints import gpt_save, hf_save, lora_moe_save, npt_delta
+from runner.checks import roundtrip, saving
 from tests.checks.benches import bench_of, failing, rows_of, write_npt_full
 from tests.conftest import MIXED, npt_tensors, write_base, write_npt
 from tests.gpt_files import random_state, script_file
@@ -37,18 +37,21 @@ def places(tmp_path_factory, base):
     }
 
 
-@pytest.mark.parametrize("name", ["npt_delta", "lora_moe", "one_expert", "peft", "npt_full", "gpt_small", "gpt_medium"])
+@pytest.mark.parametrize(
+    "name", ["npt_delta", "lora_moe", "one_expert", "peft", "npt_full", "hf", "gpt_small", "gpt_medium"]
+)
 def test_every_saver_gives_back_the_same_model(name, places, tmp_path):
     rows = rows_of(bench_of(places[name], tmp_path / "scratch"), COPIES)
     assert {row["name"]: row["details"] for row in rows.values() if row["status"] != "pass"} == {}
     assert rows["roundtrip"]["data"] == {"max_difference": 0.0, "mean_difference": 0.0, "bit_equal": True}
 
 
-def test_a_format_that_is_only_read_is_skipped(places, tmp_path):
-    rows = rows_of(bench_of(places["hf"], tmp_path / "scratch"))
+def test_a_format_that_is_only_read_is_skipped(places, tmp_path, monkeypatch):
+    monkeypatch.setattr(roundtrip, "writer_of", lambda checkpoint: None)
+    rows = rows_of(bench_of(places["hf"], tmp_path / "scratch"), COPIES)
     statuses = {name: row["status"] for name, row in rows.items()}
-    assert (statuses.pop("save"), statuses.pop("roundtrip")) == ("skipped", "skipped")
-    assert set(statuses.values()) == {"pass"}
+    assert statuses == {"model": "pass", "forward": "pass", "save": "skipped", "roundtrip": "skipped"}
+    assert rows["save"]["details"] == "hf checkpoints are read, never written"
     assert rows["roundtrip"]["details"] == "needs save"
 
 
@@ -63,7 +66,7 @@ def test_a_tied_head_and_old_buffers_are_kept_as_they_are(tmp_path):
 def test_integrity_decides_the_exit_code(places, run, monkeypatch):
     words = ("task=test", "tier=full", f"ckpt={places['npt_full']}", "tier.new_tokens=2")
     assert run(*words).code == 0
-    npt_full_saves(monkeypatch, each(lambda t: t * 1.01, lambda name, tensor: "B_ffn" in name))
+    hf_saves(monkeypatch, each(lambda t: t * 1.01, lambda name, tensor: "B_ffn" in name))
     outcome = run(*words)
     assert (outcome.code, outcome.result["overall"]) == (1, "NOT_READY")
     assert [row["name"] for row in outcome.result["checks"] if row["status"] == "fail"] == ["roundtrip"]
@@ -106,9 +109,9 @@ def npt_saves(patch, change):
     patch.setattr(npt_delta, "save", lambda directory, tensors, **rest: real(directory, change(tensors), **rest))
 
 
-def npt_full_saves(patch, change):
-    real = npt_full_save.save
-    patch.setattr(npt_full_save, "save", lambda directory, tensors, **rest: real(directory, change(tensors), **rest))
+def hf_saves(patch, change):
+    real = hf_save.save
+    patch.setattr(hf_save, "save", lambda directory, tensors, **rest: real(directory, change(tensors), **rest))
 
 
 def gpt_saves(patch, change, suffix=".pt"):
@@ -182,14 +185,14 @@ FAULTS = {
     ),
     "npt_full saver writes the gate before permanent updates": (
         "npt_full",
-        lambda p: npt_full_saves(p, lambda t: t | {n: t[f"{n.partition('.mlp')[0]}.original_gate_weight"] for n in t if "gate_proj" in n}),
+        lambda p: hf_saves(p, lambda t: t | {n: t[f"{n.partition('.mlp')[0]}.original_gate_weight"] for n in t if "gate_proj" in n}),
         "roundtrip", "other logits",
     ),
     "npt_full saver drops an adapter": (
-        "npt_full", lambda p: npt_full_saves(p, lambda t: {n: x for n, x in t.items() if "B_ffn" not in n}), "save", "B_ffn",
+        "npt_full", lambda p: hf_saves(p, lambda t: {n: x for n, x in t.items() if "B_ffn" not in n}), "save", "B_ffn",
     ),
     "npt_full saver writes the plain model": (
-        "npt_full", lambda p: npt_full_saves(p, lambda t: {n: x for n, x in t.items() if "adapter" not in n}), "save",
+        "npt_full", lambda p: hf_saves(p, lambda t: {n: x for n, x in t.items() if "adapter" not in n}), "save",
         "No NPT layers found",
     ),
     "moe saver drops a matrix": (
@@ -236,6 +239,9 @@ FAULTS = {
         "convert", "other logits",
     ),
     "gpt converter loses the step": ("gpt_small", provenance_is_lost, "convert", "are lost"),
+    "hf saver takes one layer's MLP for another's": (
+        "hf", lambda p: hf_saves(p, exchanged("layers.0.mlp", "layers.1.mlp")), "roundtrip", "other logits",
+    ),
     "adapter saver loses alpha": ("peft", adapter_alpha_is_lost, "roundtrip", "other logits"),
 }  # fmt: skip
 
