@@ -13,12 +13,13 @@ FOLDERS = {
     for kind in ("npt", "npt_full", "gpt", "moe")
     if GOLDEN.is_dir()
 }
-PATHS = [path for paths in FOLDERS.values() for path in paths]
+PATHS = [path for paths in FOLDERS.values() for path in paths] + ([GOLDEN / "npt" / "base"] if FOLDERS else [])
 EXPECTED = {
     "npt": {"modes", "control"} | QUALITY,
     "npt_full": {"modes", "control"} | QUALITY,
     "gpt": {"convert"},
     "moe": {"router", "skills", "routing"},
+    "hf": set(),
 }
 SHARED = {"model", "forward", "save", "roundtrip", "batch", "gradients", "optimizer_step"}
 
@@ -26,9 +27,9 @@ SHARED = {"model", "forward", "save", "roundtrip", "batch", "gradients", "optimi
 @pytest.mark.skipif(not PATHS, reason="the golden checkpoints (../shared/golden) are not on this machine")
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_golden_checkpoints_pass(path, tmp_path):
-    kind = path.parent.name
+    kind = "hf" if path.name == "base" else path.parent.name
     file = next(path.glob("best_state*.pt")) if kind == "gpt" else path
-    bench = bench_of(file, tmp_path / "scratch", base=None if kind == "gpt" else GOLDEN / "npt" / "base")
+    bench = bench_of(file, tmp_path / "scratch", base=None if kind in ("gpt", "hf") else GOLDEN / "npt" / "base")
     bench.config.tier = replace(bench.config.tier, sequence_length=128, new_tokens=4)
     names = tuple(name for name in bench.config.tier.checks if name != BUILT)
     assert set(MODEL_CHECKS) <= set(names)
