@@ -7,9 +7,13 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from runner.checkpoints.tensors import is_finite
+from runner.errors import ModelError
 from runner.models.lora_moe import LoraMoeForCausalLM
 from runner.training.moe_save import save_moe
 from runner.training.moe_skills import Library
+
+DIVERGED = "give a smaller train.learning_rate or train.gradient_clip_value"
 
 
 class MoeCheckpoints(TrainerCallback):
@@ -31,8 +35,10 @@ class MoeCheckpoints(TrainerCallback):
         model: LoraMoeForCausalLM | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the checkpoint of the step that was just taken."""
+        """Write the checkpoint of the step that was just taken. Raises ModelError where a weight is not finite."""
         assert model is not None, "the Trainer gives its model"
+        if not all(map(is_finite, (parameter for parameter in model.parameters() if parameter.requires_grad))):
+            raise ModelError(f"NaN or Inf in the weights after step {state.global_step}, not saved: {DIVERGED}")
         own = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
         target = self.directory / own.name
 

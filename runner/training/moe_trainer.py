@@ -12,6 +12,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, get_cosine
 from runner.checkpoints.pickles import load_pickle
 from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.models.lora_moe import LoraMoeForCausalLM
+from runner.training.moe_callback import DIVERGED
 from runner.training.moe_data import EqualLengthBatches, Row, RowLoader
 from runner.training.moe_model import OPTIMIZER, SCHEDULER
 from runner.training.moe_settings import MoeSettings
@@ -58,7 +59,7 @@ class MoeTrainer(Trainer):
         Raises ModelError where it is not finite.
         """
         # Dropout must not depend on what was drawn before: a resumed training draws the same.
-        torch.manual_seed(self.settings.seed * 1_000_003 + self.state.global_step)
+        torch.manual_seed((self.settings.seed * 1_000_003 + self.state.global_step) % 2**63)
         ids = inputs["input_ids"]
         output = model(ids)
         language = functional.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
@@ -71,10 +72,7 @@ class MoeTrainer(Trainer):
             **{f"use_expert_{i}": share for i, share in enumerate(use)},
         }
         if not math.isfinite(self.figures["loss"]):
-            raise ModelError(
-                f"the loss is no longer finite at step {self.state.global_step + 1}: give a smaller "
-                "train.learning_rate, or a stronger train.gradient_clip_value"
-            )
+            raise ModelError(f"the loss is no longer finite at step {self.state.global_step + 1}: {DIVERGED}")
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -130,10 +128,8 @@ def _arguments(model: LoraMoeForCausalLM, settings: MoeSettings, scratch: Path) 
         disable_tqdm=True,
         use_cpu=device.type == "cpu",
         use_cache=bool(getattr(model.config, "use_cache", False)),
-        seed=settings.seed,
-        data_seed=settings.seed,
+        seed=settings.seed % 2**32,  # numpy takes no more
         remove_unused_columns=False,
-        bf16=False,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several would split each batch
     return arguments

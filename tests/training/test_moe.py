@@ -19,7 +19,7 @@ from tests.lora_files import edit_json, hashes
 IDS = torch.tensor([[5, 9, 31, 7, 250, 3, 77, 4]])
 SETTINGS = MoeSettings(
     lora_r=2, lora_alpha=4, lora_dropout=0.1, target_modules=("q_proj", "down_proj"), max_steps=20, save_every=10,
-    warmup_steps=2, learning_rate=5e-2, batch_size=2, sequence_length=12, balance_weight=0.5,
+    warmup_steps=2, learning_rate=5e-2, batch_size=2, sequence_length=12, balance_weight=0.5, seed=2**40,
 )  # fmt: skip
 
 
@@ -163,7 +163,9 @@ def test_a_resumed_training_is_the_uninterrupted_one(trained, base, path, tmp_pa
     assert result.findings == []
 
 
-def test_an_interrupt_leaves_whole_checkpoints_only(base, path, tmp_path):
+def test_an_interrupt_leaves_whole_checkpoints_only(trained, base, path, tmp_path):
+    """And the same training writes the same bytes."""
+
     def interrupt(step, figures):
         if step == 13:
             raise KeyboardInterrupt
@@ -173,6 +175,8 @@ def test_an_interrupt_leaves_whole_checkpoints_only(base, path, tmp_path):
     left = [entry.name for entry in (tmp_path / "run").iterdir() if not entry.name.endswith(".lock")]
     assert left == ["checkpoint-10"]
     assert commit.verify(tmp_path / "run" / "checkpoint-10") == []
+    one, other = (hashes(directory / "checkpoint-10") for directory in (trained[1], tmp_path / "run"))
+    assert list(one.values()) == list(other.values())
 
 
 def test_a_new_skill_gets_an_entry_and_a_known_one_does_not(trained, base, path, tmp_path):
@@ -252,12 +256,14 @@ def test_what_cannot_be_gone_on_from(trained, base, path, tmp_path, case):
     ("values", "error", "message"),
     [
         ({"target_modules": ("c_attn",)}, ModelError, "no linear module c_attn; it has down_proj, gate_proj"),
-        ({"learning_rate": 1e30, "max_steps": 8}, ModelError, "no longer finite at step"),
+        ({"learning_rate": 1e30, "max_steps": 8}, ModelError, "the loss is no longer finite at step"),
+        ({"learning_rate": 1e39, "save_every": 1}, ModelError, "NaN or Inf in the weights after step"),
     ],
 )
 def test_what_cannot_be_trained(base, path, tmp_path, values, error, message):
     with pytest.raises(error, match=message):
-        train_moe(tmp_path / "run", base, skills(), with_(**values), base_name=str(path))
+        train_moe(tmp_path / "run", base, skills(), with_(**{"warmup_steps": 0, **values}), base_name=str(path))
+    assert not list(tmp_path.glob("run/*"))
 
 
 def test_no_text_and_a_directory_in_the_way(base, path, tmp_path):
