@@ -22,11 +22,19 @@ BASES_KEPT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """A model in memory that others run on or are compared with. `key` changes with its files, dtype and device."""
+    """A model in memory that others run on or are compared with. `key` changes with its files, dtype and device.
+
+    `files`: all that determines it, config and weights.
+    """
 
     model: PreTrainedModel
     path: Path
     key: tuple[Any, ...]
+    files: tuple[Path, ...]
+
+    def is_current(self) -> bool:
+        """Whether the files are those that it was made from, unchanged since."""
+        return fingerprint(self.path, self.files) == self.key[0]
 
 
 _bases: OrderedDict[tuple[Any, ...], Base] = OrderedDict()
@@ -52,9 +60,11 @@ def load_base(
         raise ModelError(f"{path}: model_type is {kind!r}; NPT layers stand on a Llama base (model_type 'llama')")
     weights = hf.open_model_weights(path)
     target, where = torch_dtype(dtype, weights), torch_device(device)
-    key = (_fingerprint(path, weights), target, where)
+    files = (path / hf.CONFIG, *weights.files)
+    key = (fingerprint(path, files), target, where)
     if key not in _bases:
-        _bases[key] = Base(model=build_plain(values, weights, weights.infos, target, where), path=path, key=key)
+        model = build_plain(values, weights, weights.infos, target, where)
+        _bases[key] = Base(model=model, path=path, key=key, files=files)
         while len(_bases) > BASES_KEPT:
             _bases.popitem(last=False)
     _bases.move_to_end(key)
@@ -75,9 +85,11 @@ def build_plain(
     return model
 
 
-def _fingerprint(path: Path, weights: TensorSource) -> tuple[Any, ...]:
-    stats = [(file.name, file.stat()) for file in (path / hf.CONFIG, *weights.files)]
-    return (str(path.resolve()), tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats))
+def fingerprint(path: Path, files: Iterable[Path]) -> tuple[Any, ...]:
+    """Changes with any of `files`, even where a modification time was set back: their ctime cannot be."""
+    stats = [(file.name, file.stat()) for file in files]
+    marks = tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats)
+    return (str(path.resolve()), marks)
 
 
 def torch_device(name: str) -> torch.device:

@@ -96,7 +96,7 @@ def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tupl
         tracker = tracker_of(cfg)
         if cfg.task in _LIVE:
             tracker.start(_identity(cfg, {}, sweep), _plain(cfg))
-        outcome = _run(cfg, directory, tracker, quiet=sweep is not None)
+        outcome = _run(cfg, directory, tracker, in_sweep=sweep is not None)
         code = outcome.exit_code
     except RunnerError as error:
         log.error("%s", error)
@@ -147,10 +147,11 @@ def _write(result: dict[str, Any], cfg: DictConfig, directory: Path) -> int:
     return 0
 
 
-def _run(cfg: DictConfig, directory: Path, tracker: Tracker, *, quiet: bool = False) -> Result:
-    """Check the config, build its components, run the task's page; `quiet`: no progress of its own."""
+def _run(cfg: DictConfig, directory: Path, tracker: Tracker, *, in_sweep: bool = False) -> Result:
+    """Check the config, build its components, run the task's page; a sweep's job shows no progress of its own."""
     config = _typed(cfg)
-    context = Context(directory=directory, tracker=tracker, progress=Console(stderr=True, quiet=quiet))
+    console = Console(stderr=True, quiet=in_sweep)
+    context = Context(directory=directory, tracker=tracker, progress=console, in_sweep=in_sweep)
     return _page(config.task).run(config, context)
 
 

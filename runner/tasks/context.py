@@ -17,11 +17,15 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """`directory`: the run's own; `progress`: the console (stderr) for bars, silent where it is no terminal."""
+    """`directory`: the run's own; `progress`: the console (stderr) for bars, silent where it is no terminal.
+
+    `in_sweep`: whether other jobs follow that will want the same things again.
+    """
 
     directory: Path
     tracker: Tracker
     progress: Console
+    in_sweep: bool = False
     timing: dict[str, float] = field(default_factory=dict)
 
     @contextmanager

@@ -29,7 +29,12 @@ def demo_run(cache: str | None, progress: Console) -> Path:
     """The run directory of the built-in demonstration, trained on the first call; `cache` is where it is kept."""
     from runner.training.demo import ensure_demo
 
-    return ensure_demo(Path(cache).expanduser() if cache else Path.home() / ".cache" / "runner", progress=progress)
+    return ensure_demo(cache_directory(cache), progress=progress)
+
+
+def cache_directory(cache: str | None) -> Path:
+    """Where things are kept between runs: `cache`, or its default."""
+    return Path(cache).expanduser() if cache else Path.home() / ".cache" / "runner"
 
 
 def check_family(config: CheckpointConfig, checkpoint: Checkpoint) -> None:

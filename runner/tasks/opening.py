@@ -1,6 +1,8 @@
 """From `ckpt`, `step`, `base` and `reference` of a config to models in memory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from runner.loading import build, own_base
 from runner.models.lora_moe import LoraForCausalLM
 from runner.models.npt_llama import NptLlamaForCausalLM
 from runner.reference import Reference
+from runner.shelves import shelf_of
 from runner.subject import Subject
 from runner.tasks.context import Context
-from runner.tasks.naming import check_family, checkpoint_path
+from runner.tasks.naming import cache_directory, check_family, checkpoint_path
 from runner.tokens import load_tokenizer
 
 GPT_FAMILY = "gpt"
@@ -59,10 +62,11 @@ def open_subject(config: DiagnoseConfig, context: Context) -> Opened:
             model.experts_on = config.family.experts
     with context.timed("load_reference"):
         base = own or (_base_of_a_complete_model(checkpoint, config, options) if config.accuracy else None)
-        reference, path = _reference(config, base, options)
+        keep = partial(_kept, cache=cache_directory(config.cache), in_sweep=context.in_sweep)
+        reference, path = _reference(config, base, options, keep)
     plain = None
     if isinstance(model, NptLlamaForCausalLM):
-        plain = _kept(own) if own else Reference(model.plain(), ("plain", id(model)))
+        plain = keep(own) if own else Reference(model.plain(), ("plain", id(model)))
     with context.timed("load_tokenizer"):
         tokenizer = _tokenizer(config, checkpoint, base)
     vocab_size, max_length = limits(model)
@@ -97,8 +101,10 @@ def _tokenizer(config: DiagnoseConfig, checkpoint: Checkpoint, base: Base | None
     return load_tokenizer(config.tokenizer, directories)
 
 
-def _kept(base: Base) -> Reference:
-    return Reference(base.model, base.key)
+def _kept(base: Base, *, cache: Path, in_sweep: bool) -> Reference:
+    """A base as a reference, with what earlier processes computed. To read its weights once more for their hash pays
+    in a sweep only."""
+    return Reference(base.model, base.key, shelf_of(base, cache, may_read=in_sweep))
 
 
 def _base_of_a_complete_model(checkpoint: Checkpoint, config: DiagnoseConfig, options: dict[str, Any]) -> Base | None:
@@ -109,21 +115,21 @@ def _base_of_a_complete_model(checkpoint: Checkpoint, config: DiagnoseConfig, op
 
 
 def _reference(
-    config: DiagnoseConfig, base: Base | None, options: dict[str, Any]
+    config: DiagnoseConfig, base: Base | None, options: dict[str, Any], keep: Callable[[Base], Reference]
 ) -> tuple[Reference | None, Path | None]:
     """What is compared with, and its path: `reference=`, else the base; nothing where there is neither."""
     if not config.accuracy:
         return None, None
     if config.reference is None or config.reference == config.base:
-        return (_kept(base), base.path) if base else (None, None)
+        return (keep(base), base.path) if base else (None, None)
     path = Path(config.reference).expanduser()
     if not path.exists():
         found = load_base(None, find_base(None, config.reference), **options)
-        return _kept(found), found.path
+        return keep(found), found.path
     checkpoint = open_checkpoint(resolve(path))
     if checkpoint.format == hf.NAME:
         found = load_base(None, checkpoint.path, **options)
-        return _kept(found), found.path
+        return keep(found), found.path
     own = own_base(checkpoint, config.base, **options)
     stats = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in checkpoint.weights.files)
     key = (str(checkpoint.path.resolve()), stats, own.key if own else None, *options.values())

@@ -1,0 +1,114 @@
+"""Tensors kept on disk between processes: safetensors files under names that say exactly what is in them.
+
+A file is whole or absent, is checked against the checksum in its header when it is read, and the least recently used
+ones go when all together exceed a limit. Whatever is wrong with a file costs a warning and the work of making it again.
+"""
+
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+log = logging.getLogger(__name__)
+LIMIT = 2 << 30  # bytes in all
+_SUFFIX = ".safetensors"
+# An unfinished file this old, in seconds, has been left by a process that died.
+_ABANDONED = 3600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """`directory` holds at most `limit` bytes, a quarter more for a moment."""
+
+    directory: Path
+    limit: int = LIMIT
+
+
+def name_of(*parts: object) -> str:
+    """A file name for what `parts` determine: a hash of their spelling."""
+    return hashlib.sha256("\0".join(map(repr, parts)).encode()).hexdigest()
+
+
+def read(store: Store, name: str) -> dict[str, torch.Tensor] | None:
+    """The tensors kept under `name`; None where there are none, or they are not what was written."""
+    path = store.directory / f"{name}{_SUFFIX}"
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Copies: the file's own memory is aligned otherwise, and products over it may round otherwise.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - it is no dict
+            written = (file.metadata() or {}).get("sha256")
+        if written != _digest(name, tensors):
+            raise ValueError("its checksum does not fit its content")
+        os.utime(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, SafetensorError) as error:
+        log.warning("%s: cannot be used and is computed again: %s", path, error)
+        _remove(path)
+        return None
+    return tensors
+
+
+def write(store: Store, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Keep `tensors` under `name`. Where that is not possible, nothing is kept and a warning says so."""
+    held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    if sum(tensor.nbytes for tensor in held.values()) > store.limit // 4:
+        return
+    unfinished: Path | None = None
+    try:
+        store.directory.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=store.directory, suffix=".unfinished")
+        os.close(handle)
+        unfinished = Path(temporary)
+        save_file(held, unfinished, metadata={"sha256": _digest(name, held)})
+        unfinished.replace(store.directory / f"{name}{_SUFFIX}")
+        _make_room(store)
+    except (OSError, SafetensorError) as error:
+        log.warning("%s: nothing can be kept there: %s", store.directory, error)
+        if unfinished is not None:
+            _remove(unfinished)
+
+
+def _digest(name: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(name.encode())
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous()
+        digest.update(f"\0{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _make_room(store: Store) -> None:
+    """Remove what was not used for longest until the rest fits, and what dead processes left unfinished."""
+    found = []
+    with os.scandir(store.directory) as entries:
+        for entry in entries:
+            try:
+                stat = entry.stat()
+            except FileNotFoundError:  # another process made room
+                continue
+            if entry.name.endswith(_SUFFIX):
+                found.append((stat.st_mtime_ns, stat.st_size, Path(entry.path)))
+            elif entry.name.endswith(".unfinished") and time.time() - stat.st_mtime > _ABANDONED:
+                _remove(Path(entry.path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= store.limit:
+            break
+        _remove(path)
+        total -= size
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s: cannot be removed: %s", path, error)
