@@ -30,7 +30,7 @@ def test_golden_checkpoints_pass(path, tmp_path):
     kind = "hf" if path.name == "base" else path.parent.name
     file = next(path.glob("best_state*.pt")) if kind == "gpt" else path
     bench = bench_of(file, tmp_path / "scratch", base=None if kind in ("gpt", "hf") else GOLDEN / "npt" / "base")
-    bench.config.tier = replace(bench.config.tier, sequence_length=128, new_tokens=4)
+    bench.config.tier = replace(bench.config.tier, sequence_length=128, new_tokens=2)
     names = tuple(name for name in bench.config.tier.checks if name != BUILT)
     assert set(MODEL_CHECKS) <= set(names)
     rows = rows_of(bench, names)
