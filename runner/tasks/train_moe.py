@@ -87,7 +87,8 @@ def _top_k(family: Family, settings: MoeSettings) -> int | None:
             "family.router_features and family.experts are no keys of task=train: a checkpoint does not record them; "
             "give them when it is measured"
         )
-    if family.top_k is not None and not 1 <= family.top_k <= settings.experts:
+    # With train.experts=auto their number is known later, and the model checks it.
+    if family.top_k is not None and isinstance(settings.experts, int) and not 1 <= family.top_k <= settings.experts:
         raise ConfigError(
             f"family.top_k={family.top_k}: with train.experts={settings.experts} it is a number from 1 to "
             f"{settings.experts}"

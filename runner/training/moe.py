@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,14 +12,15 @@ from transformers.utils import logging as transformers_logging
 from runner.bases import Base
 from runner.checkpoints import lora_moe
 from runner.checkpoints.detect import open_checkpoint
+from runner.checkpoints.lora_moe_state import read_skills
 from runner.errors import ConfigError
 from runner.models.lora_moe import LoraMoeForCausalLM
 from runner.training.moe_callback import MoeCheckpoints, News
 from runner.training.moe_data import Row, cut
 from runner.training.moe_model import new_moe, reopened_moe
 from runner.training.moe_recipe import differences, recipe
-from runner.training.moe_settings import MoeSettings
-from runner.training.moe_skills import Library, Skill, add_skills
+from runner.training.moe_settings import AUTO, MoeSettings
+from runner.training.moe_skills import Skill, add_skills
 from runner.training.moe_trainer import MoeTrainer
 
 OnFigures = Callable[[int, Mapping[str, float]], None]
@@ -61,18 +62,21 @@ def train_moe(
     rows = [row for own in texts.values() for row in own]
     if not rows:
         raise ConfigError("the data holds no text to train on; give data=world, or data=text with data.path=FILE")
-    library: Library = {}
-    findings: list[str] = []
+    checkpoint = None if resume_from is None else open_checkpoint(resume_from, lora_moe.NAME)
+    known = read_skills(checkpoint.details.skills) if checkpoint and checkpoint.details.skills else {}
+    library, found = add_skills(
+        base.model, texts, known, threshold=settings.novelty_threshold, reduction=settings.novelty
+    )
+    if settings.experts == AUTO:
+        new = sum(skill.is_new for skill in found)
+        settings = replace(settings, experts=checkpoint.details.num_experts if checkpoint else new)
     made_of = recipe(settings, rows, base_name)
-    if resume_from is None:
+    findings: list[str] = []
+    if checkpoint is None:
         model = new_moe(base, settings, top_k=top_k)
     else:
-        checkpoint = open_checkpoint(resume_from, lora_moe.NAME)
-        model, library = reopened_moe(checkpoint, base, settings, top_k=top_k)
-        findings = [f"train.resume_from: {text}" for text in differences(resume_from, made_of)]
-    library, found = add_skills(
-        base.model, texts, library, threshold=settings.novelty_threshold, reduction=settings.novelty
-    )
+        model = reopened_moe(checkpoint, base, settings, top_k=top_k)
+        findings = [f"train.resume_from: {text}" for text in differences(checkpoint.path, made_of)]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name or name.startswith("router."))
     checkpoints = MoeCheckpoints(directory, base_name=base_name, skills=library, recipe=made_of)

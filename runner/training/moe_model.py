@@ -10,12 +10,11 @@ from runner.bases import Base
 from runner.checkpoints import lora_moe
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.lora_moe import MoeDetails
-from runner.checkpoints.lora_moe_state import TRAINER_STATE, read_skills
+from runner.checkpoints.lora_moe_state import TRAINER_STATE
 from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.loading import build
 from runner.models.lora_moe import Adapter, LoraMoeForCausalLM
 from runner.training.moe_settings import MoeSettings
-from runner.training.moe_skills import Library
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 # The router starts with hardly a preference: by how much, in units of its logits.
@@ -25,8 +24,10 @@ ROUTER_SCALE = 0.02
 def new_moe(base: Base, settings: MoeSettings, *, top_k: int | None = None) -> LoraMoeForCausalLM:
     """Experts that change nothing yet (B is zero, A as PEFT draws it) and a router; `settings.seed` gives the values.
 
-    Raises ModelError where the base has no such modules, ConfigError for a top_k that the experts do not allow.
+    `settings.experts` must be a number. Raises ModelError where the base has no such modules, ConfigError for a top_k
+    that the experts do not allow.
     """
+    assert isinstance(settings.experts, int), "whoever knows the skills has counted them"
     model = base.model
     generator = torch.Generator().manual_seed(settings.seed)
     place: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
@@ -57,12 +58,13 @@ def new_moe(base: Base, settings: MoeSettings, *, top_k: int | None = None) -> L
 
 def reopened_moe(
     checkpoint: Checkpoint, base: Base, settings: MoeSettings, *, top_k: int | None = None
-) -> tuple[LoraMoeForCausalLM, Library]:
-    """A checkpoint's model and its skill library, to go on training with `settings`.
+) -> LoraMoeForCausalLM:
+    """A checkpoint's model, to go on training with `settings`, whose `experts` must be a number.
 
     Raises CheckpointError where it has no state to go on from, ConfigError where its experts are not those of
     `settings` or nothing is left to train, and what `runner.loading.build` raises.
     """
+    assert isinstance(settings.experts, int), "whoever knows the skills has counted them"
     details: MoeDetails = checkpoint.details
     path = checkpoint.path
     missing = [name for name in (TRAINER_STATE, OPTIMIZER, SCHEDULER) if not (path / name).is_file()]
@@ -87,8 +89,9 @@ def reopened_moe(
             f"{wanted}; they must be the same"
         )
     options = {"temperature": settings.temperature, "dropout": settings.lora_dropout}
-    model: Any = build(checkpoint, base, routing=options if top_k is None else {**options, "top_k": top_k})
-    return model, read_skills(details.skills) if details.skills else {}
+    model = build(checkpoint, base, routing=options if top_k is None else {**options, "top_k": top_k})
+    assert isinstance(model, LoraMoeForCausalLM)
+    return model
 
 
 def _target_modules(base: Base, settings: MoeSettings) -> dict[str, tuple[int, int]]:

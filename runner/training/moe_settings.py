@@ -6,9 +6,10 @@ from runner.errors import ConfigError
 from runner.training.settings import check_number, check_whole
 
 NOVELTY = ("max", "median")
+AUTO = "auto"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-_AT_LEAST_ONE = ("experts", "lora_r", "max_steps", "save_every", "batch_size")
+_AT_LEAST_ONE = ("lora_r", "max_steps", "save_every", "batch_size")
 _POSITIVE = ("lora_alpha", "temperature", "learning_rate", "gradient_clip_value")
 _NOT_NEGATIVE = ("weight_decay", "balance_weight")
 
@@ -17,13 +18,15 @@ _NOT_NEGATIVE = ("weight_decay", "balance_weight")
 class MoeSettings:
     """The experts, and how they are trained.
 
-    `target_modules`: what the experts change, by the last part of the modules' names. `temperature` divides the
-    router's logits in training; `balance_weight`: how much the balance loss counts beside the cross-entropy.
-    A skill is new where its `novelty` (max or median) cosine to the library is below `novelty_threshold`.
-    `batch_size` rows of up to `sequence_length` tokens are a batch. Raises ConfigError for what cannot be trained.
+    `experts`: their number, or `auto` for one for each new skill of the data (a training that goes on keeps those of
+    its checkpoint). `target_modules`: what the experts change, by the last part of the modules' names. `temperature`
+    divides the router's logits in training; `balance_weight`: how much the balance loss counts beside the
+    cross-entropy. A skill is new where its `novelty` (max or median) cosine to the library is below
+    `novelty_threshold`. `batch_size` rows of up to `sequence_length` tokens are a batch. Raises ConfigError for what
+    cannot be trained.
     """
 
-    experts: int = 2
+    experts: int | str = 2
     lora_r: int = 8
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
@@ -47,6 +50,8 @@ class MoeSettings:
         if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) and n for n in names):
             raise ConfigError(f"train.target_modules={names}: give a list of modules, such as [q_proj,v_proj]")
         object.__setattr__(self, "target_modules", tuple(names))
+        if self.experts != AUTO:
+            check_whole("experts", self.experts, 1)
         for name in _AT_LEAST_ONE:
             check_whole(name, getattr(self, name), 1)
         check_whole("sequence_length", self.sequence_length, 2)

@@ -196,6 +196,17 @@ def test_a_new_skill_gets_an_entry_and_a_known_one_does_not(trained, base, path,
     assert list(grown) == [*library, "others"]
 
 
+def test_each_new_skill_gets_an_expert_where_that_is_asked_for(base, path, tmp_path):
+    values = with_(experts="auto", novelty_threshold=0.99, max_steps=2, warmup_steps=1)
+    texts = {**skills(), "up again": skills()["up"]}
+    first = train_moe(tmp_path / "one", base, texts, values, base_name=str(path))
+    assert [skill.is_new for skill in first.skills] == [True, True, False]
+    assert first.model.names == ("expert_0", "expert_1")
+    more = with_(experts="auto", max_steps=3)
+    again = train_moe(tmp_path / "two", base, texts, more, base_name=str(path), resume_from=first.checkpoints[0])
+    assert again.model.names == first.model.names
+
+
 def test_what_differs_from_the_training_that_is_gone_on_from_is_said(trained, base, path, tmp_path):
     source = shutil.copytree(trained[1] / "checkpoint-10", tmp_path / "checkpoint-10")
     values = with_(max_steps=11, batch_size=3, learning_rate=1e-3, save_every=5)

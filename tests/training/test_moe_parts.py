@@ -1,9 +1,10 @@
 """The parts of the experts' training: settings, batches, skills, the first model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from runner.bases import Base
 from runner.data.world import generate
 from runner.errors import ConfigError
 from runner.training.moe_data import EqualLengthBatches, RowLoader, cut
@@ -13,6 +14,7 @@ from runner.training.moe_skills import add_skills, embedding, world_skills
 
 WRONG = [
     ({"experts": 0}, "train.experts=0: must be a whole number, at least 1"),
+    ({"experts": "many"}, "train.experts=many: must be a whole number, at least 1"),
     ({"experts": True}, "train.experts=True"),
     ({"lora_r": 1.5}, "train.lora_r=1.5"),
     ({"lora_alpha": 0}, "train.lora_alpha=0: must be a number above 0"),
@@ -90,7 +92,7 @@ def test_novelty_decides_which_skills_are_added(base):
 def test_experts_start_apart_and_change_nothing(base):
     ids = torch.tensor([[3, 9, 27, 1, 5]])
     settings = MoeSettings(experts=3, lora_r=2, seed=5)
-    made = Base(model=base, path="base", key=())
+    made = SimpleNamespace(model=base, path="base")
     model = new_moe(made, settings, top_k=2)
     assert model.idle() == ("expert_0", "expert_1", "expert_2")
     assert torch.equal(model(ids).logits, base(ids).logits)
