@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Thread
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 _START_SECONDS = 30  # for the service to start, on a busy machine
@@ -40,7 +40,7 @@ def wandb_session(folder: Path, mode: str, warn: Callable[[str], None]) -> Itera
         settings = wandb.Settings(silent=True, x_service_wait=_START_SECONDS)
         service = None
         try:
-            with _no_output():
+            with _quiet_service():
                 service = _service_of(within(_START_SECONDS + 5, lambda: wandb.setup(settings)))
             wandb.termsetup(settings, _Messages(warn))
             yield wandb
@@ -123,20 +123,23 @@ def _silent_logger() -> Iterator[None]:
         logger.setLevel(level)
 
 
+class _QuietService(subprocess.Popen):
+    """A process as asked for, but for wandb-core: that one writes its crashes nowhere."""
+
+    def __init__(self, args: Any, *rest: Any, **options: Any) -> None:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} if "wandb-core" in str(args) else {}
+        super().__init__(args, *rest, **{**options, **quiet})
+
+
 @contextmanager
-def _no_output() -> Iterator[None]:
-    """File descriptors 1 and 2 on the null device: a process started in the block keeps them so."""
-    saved = {number: os.dup(number) for number in (1, 2)}
-    null = os.open(os.devnull, os.O_WRONLY)
+def _quiet_service() -> Iterator[None]:
+    """Start wandb-core without our stdout and stderr. Those stay open to the other threads of this process."""
+    before = subprocess.Popen
+    subprocess.Popen = _QuietService  # type: ignore[misc]
     try:
-        for number in saved:
-            os.dup2(null, number)
         yield
     finally:
-        for number, copy in saved.items():
-            os.dup2(copy, number)
-            os.close(copy)
-        os.close(null)
+        subprocess.Popen = before  # type: ignore[misc]
 
 
 class _Messages:

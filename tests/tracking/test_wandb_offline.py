@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,25 @@ def test_everything_lies_in_one_folder_and_nothing_is_left_behind(
     folder = file.parent.relative_to(a_machine_of_its_own)
     assert tracker.location == f"{folder} (upload it with: wandb sync {folder})"
     assert str(folder).startswith("outputs/wandb/offline-run-")
+
+
+def test_what_other_threads_print_meanwhile_is_not_lost(
+    identity: RunIdentity, capfd: pytest.CaptureFixture[str]
+) -> None:
+    done, printed = threading.Event(), []
+
+    def work() -> None:
+        while not done.wait(0.002):
+            printed.append(os.write(1, b"x"))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    tracker = WandbTracker()
+    tracker.start(identity, CONFIG)
+    tracker.finish(0)
+    done.set()
+    thread.join()
+    assert capfd.readouterr().out == "x" * len(printed)
 
 
 def test_a_folder_of_another_name_and_outside(tmp_path: Path, identity: RunIdentity) -> None:
