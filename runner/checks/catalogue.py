@@ -91,7 +91,7 @@ OF_FAMILY = {
         _check("adapters", "each expert has config and weights", "structure_moe.adapters", "files", "layout"),
         _check("keys", "every A and B, nothing else", "structure_moe.keys", "adapters"),
         _check("shapes", "ranks as the configs say", "structure_moe.shapes", "adapters"),
-        _check("hidden_size", "router and adapters fit each other", "structure_moe.hidden_size", "gate", "adapters"),
+        _check("hidden_size", "router and adapters fit each other", "structure_moe.hidden_size", "gate", "shapes"),
         _check("skill_library", "embeddings of the hidden size", "structure_moe.skill_library", "files", "hidden_size"),
         _check("pollution", "no merged model beside the adapters", "structure_moe.pollution", BUILT),
         _check("router", "the reloaded router is the same", "behaviour_moe.router", "save"),

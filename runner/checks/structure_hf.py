@@ -15,6 +15,9 @@ from runner.errors import CheckpointError
 
 _LIMIT = 16 << 20
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_OPTIONAL = ("num_key_value_heads", "head_dim")
+# No model has more; a wild number is no reason to list billions of names.
+_MOST_LAYERS = 10_000
 _TIED = "lm_head.weight"
 
 
@@ -31,10 +34,16 @@ def config(bench: Bench) -> Outcome:
     kind = values.get("model_type")
     if not isinstance(kind, str):
         return failed(f"config.json: model_type is {kind!r}", "it must say what architecture the weights are of")
-    bad = [f"{n} is {values[n]!r}" for n in _SIZES if n in values and (type(values[n]) is not int or values[n] < 1)]
+    needed = _SIZES if kind == "llama" else ()
+    given = [*needed, *(name for name in (*_SIZES, *_OPTIONAL) if values.get(name) is not None and name not in needed)]
+    bad = [f"{name} is {values.get(name)!r}" for name in given if not _is_size(name, values.get(name))]
     if bad:
-        return failed(f"config.json: {', '.join(bad)}")
+        return failed(f"config.json: {', '.join(bad)}", "restore the config.json that was saved with these weights")
     return passed(f"config.json of a {kind}, {values.get('num_hidden_layers')} layers")
+
+
+def _is_size(name: str, value: Any) -> bool:
+    return type(value) is int and 1 <= value <= (_MOST_LAYERS if name == "num_hidden_layers" else 1 << 40)
 
 
 def model_config(root: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.runs import resolve
+from runner.checkpoints.runs import resolve, step_in_name
 from runner.checks.bench import BUILT, Bench, check_buildable
 from runner.checks.catalogue import checks_for
 from runner.checks.check import FAIL, STATUSES, WARNING, Check, run_checks
@@ -55,7 +55,9 @@ def _tested(config: TestConfig, context: Context, bench: Bench) -> Result:
     result = Result(
         task="test",
         ckpt=_shown_path(config, bench),
+        step=_step(rows, bench),
         family=bench.family,
+        format=None if bench.family is None else bench.look.format,
         tier=config.tier.name,
         metrics=_metrics(rows),
         checks=rows,
@@ -95,6 +97,14 @@ def _shown_path(config: TestConfig, bench: Bench) -> str | None:
         return str(bench.path)
     kept = config.keep and "built" in bench.__dict__
     return str(bench.built) if kept else None
+
+
+def _step(rows: Sequence[Mapping[str, Any]], bench: Bench) -> int | None:
+    """The step that the checkpoint's own state reports, where it was opened, else that of its name."""
+    if bench.path is None:
+        return None
+    own = next((row["data"].get("step") for row in rows if row["name"] == "loading" and "data" in row), None)
+    return step_in_name(bench.path.name) if own is None else own
 
 
 def _checks(config: TestConfig, bench: Bench) -> list[Check]:

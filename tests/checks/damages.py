@@ -217,7 +217,8 @@ FULL: list[Damage] = [
 HF: list[Damage] = [
     ("missing layer", tensors(without("layers.1."), MODEL), "keys", "missing model.layers.1.input_layernorm"),
     ("config of other heads", values("config.json", num_key_value_heads=4), "shapes", "by config.json [32, 32]"),
-    ("config without sizes", values("config.json", hidden_size=0), "config", "hidden_size is 0"),
+    ("config without sizes", values("config.json", hidden_size="absent"), "config", "hidden_size is None"),
+    ("config of a wild depth", values("config.json", num_hidden_layers=10**9), "config", "num_hidden_layers is 1000000000"),
     ("two models", lambda p: torch.save({"a": torch.ones(1)}, p / "pytorch_model.bin"), "keys", "keep the one that is meant"),
     ("truncated", cut(MODEL), "files", "truncated at byte"),
 ]  # fmt: skip
