@@ -76,15 +76,16 @@ def run_checks(checks: Sequence[Check], bench: Bench) -> list[dict[str, Any]]:
     recommendation and data. `peak_bytes`: the process's peak of resident memory while the check ran.
     """
     rows: list[dict[str, Any]] = []
-    obstacles: set[str] = set()
+    # What failed or was skipped → what began it.
+    obstacles: dict[str, list[str]] = {}
     for check in _shown(checks, bench):
-        missing = [name for name in check.needs if name in obstacles]
+        missing = list(dict.fromkeys(root for name in check.needs for root in obstacles.get(name, [])))
         reset_peak()
         start = time.perf_counter()
         outcome = skipped(f"needs {', '.join(missing)}") if missing else _outcome(check, bench)
         seconds = time.perf_counter() - start
         if outcome.status in (FAIL, SKIPPED):
-            obstacles.add(check.name)
+            obstacles[check.name] = missing or [check.name]
         rows.append(_row(check, outcome, seconds))
     return rows
 

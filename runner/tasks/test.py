@@ -47,6 +47,8 @@ def _tested(config: TestConfig, context: Context, bench: Bench) -> Result:
         from runner.checks.preflight import require_room
 
         memory = require_room(bench)
+        if memory is not None and context.progress.is_terminal:
+            context.progress.print(f"Memory: {memory.words()}")
     with context.timed("checks"):
         rows = run_checks(checks, bench)
     integrity = [row["status"] for row in rows if row["integrity"]]

@@ -36,6 +36,11 @@ def test_a_failure_does_not_stop_the_rest_and_skips_what_needs_it():
     assert found == {"a": "fail", "b": "pass", "c": "skipped", "d": "skipped", "e": "pass"}
 
 
+def test_what_is_skipped_says_what_began_it():
+    checks = [check("a", failed("broken")), check("b", passed(""), ("a",)), check("c", passed(""), ("b", "a"))]
+    assert [row["details"] for row in run_checks(checks, BENCH)] == ["broken", "needs a", "needs a"]
+
+
 def test_what_found_nothing_to_look_at_skips_what_needs_it():
     found = statuses(check("a", skipped("no saver")), check("b", passed("never run"), needs=("a",)))
     assert found == {"a": "skipped", "b": "skipped"}
