@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from runner.comparison.jobs import Job
+from runner.comparison.jobs import Job, is_number
 from runner.comparison.series import Series
 from runner.comparison.thresholds import thresholds
 
@@ -23,11 +23,20 @@ _TURNED = 1.5
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """`level`: good, warn, bad or unknown; `short`: a clause for a headline; `words`: one or two sentences."""
+    """`level`: good, warn, bad or unknown; `short`: a clause for a headline; `words`: one or two sentences.
+
+    `more`: what belongs to it, sentence by sentence.
+    """
 
     level: str
     short: str
     words: str
+    more: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return " ".join((self.words, *self.more))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +126,15 @@ def ready(series: Series) -> Answer:
         return Answer(
             level="good", short="ready for production", words=f"Yes, for production since step {since}: {reason}."
         )
-    words = [f"For basic use since step {since}: {reason}." if readiness == "basic" else f"Not yet: {reason}."]
+    words = f"For basic use since step {since}: {reason}." if readiness == "basic" else f"Not yet: {reason}."
+    more = []
     if series.estimate is not None and not series.estimate.reached:
-        words.append(f"Estimate: {series.estimate.words}")
+        more.append(f"Estimate: {series.estimate.words}")
     if readiness != "basic":
-        words.append(f"Rule of thumb: {_lowered(str(verdict.get('remaining')))}.")
+        more.append(f"Rule of thumb: {_lowered(str(verdict.get('remaining')))}.")
     level = "good" if readiness == "basic" else "warn"
     short = {"basic": "ready for basic use", "continue": "close, not ready yet"}.get(readiness, "not ready yet")
-    return Answer(level=level, short=short, words=" ".join(words))
+    return Answer(level=level, short=short, words=words, more=tuple(more))
 
 
 def _since(jobs: Sequence[Job], readiness: str) -> int | None:
@@ -169,7 +179,7 @@ def layer_mses(job: Job) -> dict[Any, float]:
     return {
         row.get("layer"): row["mse"]
         for row in job.layers
-        if isinstance(row.get("mse"), (int, float)) and isinstance(row.get("layer"), (int, str))
+        if is_number(row.get("mse")) and isinstance(row.get("layer"), (int, str))
     }
 
 
@@ -201,7 +211,7 @@ def _runner_up(first: Job, second: Job) -> str:
 
 def prompt_mses(job: Job) -> dict[str, float]:
     """Prompt → its mse, for the prompts that have one."""
-    return {str(row.get("prompt")): row["mse"] for row in job.per_prompt if isinstance(row.get("mse"), (int, float))}
+    return {str(row.get("prompt")): row["mse"] for row in job.per_prompt if is_number(row.get("mse"))}
 
 
 def figures(job: Job) -> str:

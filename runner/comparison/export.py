@@ -2,7 +2,6 @@
 
 import csv
 import io
-from dataclasses import asdict
 from typing import Any
 
 from runner.comparison.answers import answers
@@ -68,7 +67,7 @@ def series_to_dict(series: Series) -> dict[str, Any]:
         "tier": series.tier,
         "variant": series.variant,
         "points": [_point(job) for job in series.jobs],
-        "answers": asdict(answers(series)),
+        "answers": {name: {"level": said.level, "words": said.text} for name, said in vars(answers(series)).items()},
         "estimate": finite(
             None
             if series.estimate is None

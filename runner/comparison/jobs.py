@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -55,7 +55,7 @@ class Job:
     def metric(self, name: str) -> float | None:
         """A figure of `metrics`, or None where it is missing or not a finite number."""
         value = self.metrics.get(name)
-        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+        return value if is_number(value) else None
 
 
 def read_job(sweep: Path, name: str, overrides: tuple[str, ...] = (), reason: str | None = None) -> Job:
@@ -153,6 +153,11 @@ def flat(config: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
         else:
             rows[f"{prefix}{key}"] = value
     return rows
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a number: JSON's true is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def finite(value: Any) -> Any:

@@ -31,7 +31,7 @@ def summary(comparison: Comparison) -> dict[str, Any]:
     return {
         "headline": {"level": said.level, "words": said.words},
         "answers": {
-            name: {"level": getattr(found, name).level, "words": getattr(found, name).words} for name in _QUESTIONS
+            name: {"level": getattr(found, name).level, "words": getattr(found, name).text} for name in _QUESTIONS
         }
         if found
         else {},

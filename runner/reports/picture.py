@@ -6,10 +6,12 @@ import logging
 from runner.comparison.comparison import Comparison
 from runner.comparison.series import Series
 from runner.comparison.thresholds import thresholds
+from runner.errors import printable
 
 _COLOURS = ("#2563c9", "#c2570c", "#12855f", "#8a3ffc", "#b8286a", "#0b7a94", "#7a6a00", "#596273")
 _BANDS = {"excellent": "#e2f0e8", "good": "#edf5e9", "fair": "#fbf4e4", "poor": "#fceeec"}
 _MOST_BANDS = 3
+_LONGEST_LABEL = 60
 
 
 def pictures(comparison: Comparison) -> dict[str, bytes]:
@@ -87,5 +89,6 @@ def _draw_statuses(axes, low: float, high: float) -> None:  # type: ignore[no-un
 
 
 def _text(text: str) -> str:
-    """Text that matplotlib does not take for a formula."""
-    return text.replace("$", r"\$")
+    """Text that fits a legend, and that matplotlib does not take for a formula."""
+    short = text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…"
+    return printable(short).replace("$", r"\$")

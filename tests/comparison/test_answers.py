@@ -35,7 +35,10 @@ def test_readiness_repeats_the_verdict_and_says_since_when(tmp_path):
     assert found.ready.words.startswith("For basic use since step 400: mse 0.07")
     early = answers(read(write_sweep(tmp_path / "t", curve(0.9, 0.5))).series[0]).ready
     assert early.words.startswith("Not yet: mse 0.5.")
-    assert "Rule of thumb: fine-tuning needed" in early.words
+    assert early.more == (
+        "Estimate: mse < 0.5, mse < 0.1, mse < 0.05: too few points (2; an estimate needs 6).",
+        "Rule of thumb: fine-tuning needed (<1k steps).",
+    )
 
 
 def test_without_a_verdict_none_is_invented(tmp_path):

@@ -1,5 +1,6 @@
 """The curves over the training steps: mse with its bands and estimate, cosine, KL, agreement, progress, perplexity."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,8 +34,9 @@ def mse(series: Sequence[Series]) -> Figure | None:
     rows = with_values(series, "mse")
     if not rows:
         return None
-    shown = rows[:_MOST_BANDS] if len(rows) <= _MOST_BANDS else []
-    # Two tiers of one run may give the same estimate: one band is enough.
+    # The closest curve first; two tiers of one run may give the same estimate, and one band is enough.
+    closest = sorted(rows, key=lambda row: next((mse for mse in reversed(row[2]) if mse is not None), math.inf))
+    shown = closest if len(rows) <= _MOST_BANDS else closest[:1]
     distinct = {one.estimate.band: (number, one) for number, one, _ in reversed(shown) if one.estimate is not None}
     bands = [trace for number, one in distinct.values() for trace in _estimate_band(one, number)]
     values = [value for _, _, mses in rows for value in mses]
@@ -44,16 +46,15 @@ def mse(series: Sequence[Series]) -> Figure | None:
     shapes = status_bands(bounds, "poor", *(10**end for end in axis["range"])) if bounds else []
     note = "Mean squared difference of the logits, over the prompts; lower is closer."
     if bands:
-        note += " Shaded: the estimate, 90 % for the true curve at each step; dashed: its best fit."
-    elif len(rows) > _MOST_BANDS:
-        note += " The estimates' bands are left out with so many curves; their words stand above."
+        whose = "the estimate" if len(rows) <= _MOST_BANDS else "the estimate of the closest curve"
+        note += f" Shaded: {whose}, 90 % for the true curve at each step; dashed: its best fit."
     return Figure(
         name="mse",
         title="MSE",
         note=note,
         wide=True,
         height=440,
-        data=[*bands, *(line(one, number, positive(mses)) for number, one, mses in rows)],
+        data=[*bands, *(line(one, number, positive(mses), legendgroup=str(number)) for number, one, mses in rows)],
         layout={"xaxis": STEP_AXIS, "yaxis": axis, "shapes": shapes, "annotations": band_labels(shapes, log=True)},
     )
 
@@ -131,7 +132,8 @@ def kl(series: Sequence[Series]) -> Figure | None:
                 "mode": "lines+markers" if mean else "lines",
             }
             label = name if alone else f"{one.label}, {name}"
-            data.append(line(one, number, values, name=label, **style, showlegend=alone or mean))
+            group = {} if alone else {"legendgroup": str(number)}
+            data.append(line(one, number, values, name=label, **style, **group, showlegend=alone or mean))
     values = [value for trace in data for value in trace["y"]]
     return Figure(
         name="kl",

@@ -8,10 +8,11 @@ from runner.comparison.answers import checkpoint_name, layer_mses, prompt_mses
 from runner.comparison.jobs import Job
 from runner.comparison.series import Series
 from runner.comparison.thresholds import thresholds
-from runner.reports.page.figures import MOST_LINES, STEP_AXIS, Figure, line, log_axis, plot_text, positive
+from runner.reports.page.figures import MOST_LINES, STEP_AXIS, Figure, line, log_axis, plot_text, positive, shortened
 
 # Cells that still have room for their figure, and how many series get a chart of their own.
 _LABELLED_COLUMNS = 12
+_SPACED_COLUMNS = 60
 _MOST_SERIES = 6
 
 
@@ -29,19 +30,20 @@ def _heat_map(series: Series, number: int) -> Figure:
     centre = math.log10(thresholds().layer_mse)
     reach = max([abs(value - centre) for row in logs for value in row if value is not None] + [1.0])
     ends = [centre - reach, centre, centre + reach]
+    gap = 1 if len(jobs) <= _SPACED_COLUMNS else 0
     label = {"texttemplate": "%{text}"} if len(jobs) <= _LABELLED_COLUMNS else {}
     trace = {
         "type": "heatmap",
         "x": _columns(jobs),
-        "y": [f"layer {layer}" for layer in names],
+        "y": [plot_text(shortened(f"layer {layer}", 24)) for layer in names],
         "z": logs,
         "zmin": ends[0],
         "zmid": centre,
         "zmax": ends[2],
         "text": [["–" if value is None else f"{value:.2g}" for value in row] for row in grid],
         "hovertemplate": "%{y}, step %{x}: mse %{text}<extra></extra>",
-        "xgap": 1,
-        "ygap": 1,
+        "xgap": gap,
+        "ygap": gap,
         "colorbar": {
             "tickvals": ends,
             "ticktext": [f"{10**end:.2g}" for end in ends],
@@ -59,7 +61,7 @@ def _heat_map(series: Series, number: int) -> Figure:
         data=[trace],
         height=max(280, 130 + 26 * len(names)),
         wide=len(jobs) > _LABELLED_COLUMNS,
-        layout={"xaxis": {"type": "category", "title": {"text": "step"}}, "yaxis": {"type": "category"}},
+        layout={"xaxis": {"type": "category", "title": {"text": "step"}, "nticks": 16}, "yaxis": {"type": "category"}},
     )
 
 
@@ -106,7 +108,7 @@ def _prompt_lines(series: Series) -> tuple[list[dict[str, Any]], str]:
         last |= row
     shown = sorted(texts, key=lambda text: -last[text])[:MOST_LINES]
     data = [
-        line(series, place, positive([row.get(text) for row in rows]), name=_short(text))
+        line(series, place, positive([row.get(text) for row in rows]), name=shortened(text, 48))
         for place, text in enumerate(text for text in texts if text in shown)
     ]
     note = "The mse of each prompt by itself: how far the mean stands for all."
@@ -172,7 +174,7 @@ def without_step(jobs: Sequence[Job]) -> Figure | None:
         "type": "bar",
         "orientation": "h",
         "x": positive([job.metric("mse") for job in rows]),
-        "y": [plot_text(f"{job.name.partition('_')[0]} {checkpoint_name(job)}") for job in rows],
+        "y": [plot_text(shortened(f"{job.name.partition('_')[0]} {checkpoint_name(job)}", 40)) for job in rows],
         "hovertemplate": "%{y}: mse %{x:.4~g}<extra></extra>",
         "meta": {"colour": 0},
     }
@@ -192,7 +194,3 @@ def without_step(jobs: Sequence[Job]) -> Figure | None:
 def _first(series: Sequence[Series], figures: Any) -> list[tuple[int, Series]]:
     having = [(number, one) for number, one in enumerate(series) if any(figures(job) for job in one.jobs)]
     return having[:_MOST_SERIES]
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 48 else f"{text[:47]}…"

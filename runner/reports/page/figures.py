@@ -16,7 +16,7 @@ STEP_AXIS = {"title": {"text": "step"}, "tickformat": "~s"}
 # Lines that a legend and an eye can still tell apart.
 MOST_LINES = 12
 # Decades that are too few for a logarithmic axis to have ticks.
-_LINEAR_BELOW = 0.5
+_LINEAR_BELOW = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +37,20 @@ def plot_text(value: object) -> str:
     return html.escape(str(value), quote=False)
 
 
+def shortened(text: str, longest: int = 60) -> str:
+    """Text for a legend or an axis."""
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
 def line(
     series: Series, number: int, values: Sequence[float | None], *, name: str | None = None, **more: Any
 ) -> dict[str, Any]:
     """A curve of `series` over its steps; points without a value are gaps."""
-    label = name or series.label
+    label = shortened(name or series.label)
     return {
         "type": "scatter",
         "mode": "lines+markers",
         "name": plot_text(label),
-        "legendgroup": str(number),
         "x": series.steps,
         "y": list(values),
         "text": [plot_text(checkpoint_name(job)) for job in series.jobs],
@@ -90,14 +94,19 @@ def log_axis(title: str, values: Sequence[float | None], *, include: Sequence[fl
     shown = [value for value in [*values, *include] if value is not None and value > 0] or [0.01, 1.0]
     low, high = math.log10(min(shown)), math.log10(max(shown))
     if high - low < _LINEAR_BELOW:
-        return {"title": {"text": title}, "tickformat": "~g"}
+        span = max(shown) - min(shown) or max(shown)
+        return {
+            "title": {"text": title},
+            "tickformat": "~g",
+            "range": [min(shown) - 0.1 * span, max(shown) + 0.1 * span],
+        }
     margin = max(0.06 * (high - low), 0.08)
     return {
         "title": {"text": title},
         "type": "log",
         "range": [low - margin, high + margin],
         "tickformat": "~g",
-        "dtick": "D2" if high - low < 2.5 else 1,
+        "dtick": "D2" if high - low < 2.5 else max(1, round((high - low) / 8)),
         "minor": {"showgrid": False},
     }
 

@@ -100,6 +100,7 @@
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
     addEventListener("beforeprint", () => {
       root.dataset.theme = "light";
+      for (const details of document.querySelectorAll("details")) details.open = true;
       paintDots();
       plots.forEach(draw);
     });

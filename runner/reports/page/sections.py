@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from runner.comparison.answers import Answer, Answers, answers, checkpoint_name
+from runner.comparison.answers import Answers, answers, checkpoint_name
 from runner.comparison.comparison import Comparison
 from runner.comparison.differences import spelled
+from runner.comparison.headline import leading
 from runner.comparison.jobs import Job
-from runner.comparison.series import Series
 from runner.results import FILE_NAME
 
 QUESTIONS = (
@@ -19,8 +19,6 @@ QUESTIONS = (
     ("Which layer holds it back?", "layer"),
     ("Which checkpoint is best?", "best"),
 )
-# Series with answers of their own in the cards; further ones stand in charts and table.
-MOST_ANSWERED = 6
 LEVELS = {
     "excellent": "good", "good": "good", "fair": "warn", "moderate": "warn", "poor": "bad",
     "production": "good", "basic": "good", "continue": "warn", "early": "bad",
@@ -31,37 +29,20 @@ _VALUES_SHOWN = 12
 _LONGEST_VALUE = 80
 
 
-def cards(series: Sequence[Series]) -> list[dict[str, Any]]:
-    """The four questions, each with an answer for each of the closest series."""
-    numbered = sorted(enumerate(series), key=lambda pair: _last_mse(pair[1]))[:MOST_ANSWERED]
-    found: list[tuple[int, Series, Answers]] = [(number, one, answers(one)) for number, one in sorted(numbered)]
+def cards(comparison: Comparison) -> list[dict[str, Any]]:
+    """The four questions with their answers for each series, the closest one first."""
+    if not comparison.series:
+        return []
+    first = leading(comparison)
+    numbered = sorted(enumerate(comparison.series), key=lambda pair: pair[1] is not first)
     return [
-        {
-            "question": question,
-            "answers": _answers([(n, one, getattr(said, name)) for n, one, said in found], len(series)),
-        }
-        for question, name in (QUESTIONS if found else ())
+        {"label": one.label if len(numbered) > 1 else "", "colour": number, "answers": _answers(answers(one))}
+        for number, one in numbered
     ]
 
 
-def _answers(said: Sequence[tuple[int, Series, Answer]], count: int) -> list[dict[str, Any]]:
-    """The answers, those with the same words together; labels only where there are several series."""
-    groups: dict[Answer, list[tuple[int, Series]]] = {}
-    for number, one, answer in said:
-        groups.setdefault(answer, []).append((number, one))
-    return [
-        {
-            "level": answer.level,
-            "words": answer.words,
-            "labels": [{"colour": number, "text": one.label} for number, one in rows] if count > 1 else [],
-        }
-        for answer, rows in groups.items()
-    ]
-
-
-def _last_mse(series: Series) -> float:
-    mse = series.jobs[-1].metric("mse")
-    return float("inf") if mse is None else mse
+def _answers(said: Answers) -> list[dict[str, Any]]:
+    return [{"question": question, "said": getattr(said, name)} for question, name in QUESTIONS]
 
 
 def failures(comparison: Comparison, page: Path) -> list[dict[str, Any]]:
