@@ -175,5 +175,8 @@ def _one_line(error: object) -> str:
         return (
             f"a worker process was killed ({', '.join(codes) or 'unknown signal'}), which ends its neighbours as well"
         )
+    known = type(error).__name__ in ("FailedJobError", "FailedSubmissionError")  # sbatch's own words
     text = " ".join(printable(" ".join(str(error).split())).split())
-    return f"{type(error).__name__}: {text[:400]}" if text else type(error).__name__
+    if not text:
+        return type(error).__name__
+    return text[:400] if known else f"{type(error).__name__}: {text[:400]}"

@@ -1,0 +1,145 @@
+"""The same sweep under each launcher, and what becomes of jobs that a cluster loses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import MIXED, ROOT, npt_tensors, write_npt
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+SMALL = ["hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1"]
+ENDLESS = "task=train data=text data.path=words.txt base=base train.save_every=10000000 train.warmup_steps=1 train.sequence_length=32"
+
+
+@pytest.fixture
+def scene(tmp_path: Path, base: Path) -> Path:
+    """A directory with a run of three checkpoints and a text to train on."""
+    for step in (100, 200, 300):
+        tensors = npt_tensors(base, MIXED, seed=step)
+        write_npt(tmp_path / "run" / f"checkpoint-{step}", tensors, base=base, step=step)
+    (tmp_path / "base").symlink_to(base)
+    (tmp_path / "words.txt").write_text("the cat sat on the mat and looked at the dog\n" * 200)
+    return tmp_path
+
+
+def start(scene: Path, *words: str) -> subprocess.Popen:
+    # The same number of threads everywhere: it decides about the last bits.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "runner", "-m", *words, "tracker=none"],
+        cwd=scene, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def sweep(scene: Path, *words: str) -> tuple[int, str, Path]:
+    """Exit code, standard error and directory of one sweep."""
+    before = set((scene / "sweeps").glob("*"))
+    process = start(scene, *words)
+    _, err = process.communicate(timeout=400)
+    (directory,) = set((scene / "sweeps").iterdir()) - before
+    return process.returncode, err, directory
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.1)
+
+
+def figures(directory: Path) -> list[dict]:
+    results = [json.loads(file.read_text()) for file in sorted(directory.glob("*/result.json"))]
+    return [{key: result[key] for key in ("step", "metrics", "per_prompt", "verdict")} for result in results]
+
+
+def reasons(directory: Path) -> list[str]:
+    return [job.get("reason", "") for job in json.loads((directory / "sweep.json").read_text())["jobs"]]
+
+
+def test_the_same_numbers_under_each_launcher_on_one_machine(scene):
+    (code, err, serial) = sweep(scene, "ckpt=run", "step=all")
+    assert code == 0, err
+    assert len(figures(serial)) == 3
+    for launcher in ("joblib", "submitit_local"):
+        code, err, directory = sweep(scene, "ckpt=run", "step=all", f"hydra/launcher={launcher}")
+        assert code == 0, err
+        assert figures(directory) == figures(serial)
+
+
+def test_the_same_numbers_on_slurm(scene, slurm):
+    _, _, serial = sweep(scene, "ckpt=run", "step=all")
+    code, err, directory = sweep(scene, "ckpt=run", "step=all", "hydra/launcher=submitit_slurm", *SMALL)
+    assert code == 0, err
+    assert figures(directory) == figures(serial)
+
+
+def test_a_partition_that_is_not_there(scene, slurm):
+    words = ["ckpt=run", "step=all", "hydra/launcher=submitit_slurm", *SMALL]
+    code, err, directory = sweep(scene, *words, "hydra.launcher.partition=nowhere")
+    assert code == 3
+    assert err.count("NEVER STARTED") == 3
+    assert all("invalid partition specified: nowhere" in reason for reason in reasons(directory))
+    process = start(scene, f"resume={directory}", "hydra.launcher.partition=main")
+    _, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    assert reasons(directory) == ["", "", ""]
+
+
+def job_processes(scene: Path) -> list[psutil.Process]:
+    """The Python processes of Slurm jobs that work in `scene`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if (
+                "submitit.core._submit" in process.cmdline()
+                and process.cwd() == str(scene)
+                and "srun" not in process.name()
+            ):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def test_a_killed_job_and_one_out_of_time_leave_the_others_alone(scene, slurm):
+    words = [*ENDLESS.split(), "hydra/launcher=submitit_slurm", *SMALL, "hydra.launcher.timeout_min=1"]
+    process = start(scene, *words, "train.max_steps=9000000,9000001,2")
+    wait_for(lambda: list(scene.glob("sweeps/*/0_*/.hydra/overrides.yaml")))
+    (killed,) = [p for p in job_processes(scene) if p.environ().get("SLURM_ARRAY_TASK_ID") == "0"]
+    killed.kill()
+    _, err = process.communicate(timeout=400)
+    (directory,) = (scene / "sweeps").iterdir()
+    assert process.returncode == 3, err
+    assert not list(directory.glob("0_*/result.json"))
+    assert "its process ended without a result (FAILED)" in reasons(directory)[0]
+    timed_out = json.loads(next(directory.glob("1_*/result.json")).read_text())
+    assert "out of time" in timed_out["error"]["message"]
+    assert json.loads(next(directory.glob("2_*/result.json")).read_text())["status"] == "ok"
+    assert "LOST 0_" in err
+
+
+def test_an_interrupt_cancels_what_is_on_the_cluster(scene, slurm):
+    words = [*ENDLESS.split(), "hydra/launcher=submitit_slurm", *SMALL]
+    process = start(scene, *words, "train.max_steps=2,9000000,9000001")
+    wait_for(lambda: list(scene.glob("sweeps/*/0_*/result.json")) and list(scene.glob("sweeps/*/1_*/.hydra")))
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=400)
+    assert process.returncode == 130, err
+    assert "1 of 3 jobs are finished and kept" in err
+    assert "2 jobs that were waiting or running are cancelled" in err
+    assert "Traceback" not in err
+
+    def queue() -> str:
+        return subprocess.run(["squeue", "-h"], capture_output=True, text=True, check=True).stdout.strip()
+
+    wait_for(lambda: queue() == "", seconds=60)
