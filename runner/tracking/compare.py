@@ -37,10 +37,10 @@ def group(comparison: Comparison) -> str:
 
 def log_comparison(comparison: Comparison, tracker: Tracker) -> None:
     """One run of its own for `comparison`, in the group of its jobs. The same sweeps give the same id, and attempts."""
-    name = group(comparison)
+    name, record = group(comparison), comparison_record(comparison)
     identity = RunIdentity(task="compare", run_name=name, series=name)
     tracker.start(identity, {"task": "compare", "sweeps": [path.resolve().name for path in comparison.directories]})
-    tracker.record({"task": "compare", "status": "ok"}, comparison_record(comparison))
+    tracker.record({"task": "compare", "status": "ok"}, record)
     tracker.finish(0)
 
 

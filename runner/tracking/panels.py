@@ -4,8 +4,10 @@ Made with `wandb-workspaces`, an extra (`checkpoint-runner[panels]`) that is imp
 flat keys are used: a workspace addresses nested ones inconsistently.
 """
 
+import importlib
 import importlib.util
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,14 +41,20 @@ def installed() -> bool:
     return importlib.util.find_spec("wandb_workspaces") is not None
 
 
+def _library(name: str) -> Any:
+    """A module of the extra, without the warnings about its own code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module(f"wandb_workspaces.{name}")
+
+
 def workspace(comparison: Comparison, *, entity: str, project: str) -> Any:
     """The workspace for the runs of `comparison`'s sweeps and for their compare run.
 
     A single series is drawn from the runs of its jobs, grouped by the sweep; several are drawn by the compare run,
     which keeps them apart.
     """
-    from wandb_workspaces import expr, workspaces
-
+    expr, workspaces = _library("expr"), _library("workspaces")
     series = {directory.resolve().name for directory in comparison.directories} | {group(comparison)}
     return workspaces.Workspace(
         entity=entity,
@@ -88,8 +96,7 @@ def _sections(comparison: Comparison) -> list[tuple[str, list[Any]]]:
 
 def _line(title: str, keys: Sequence[str], *, x: str = STEP, log: bool = False, grouped: bool = False) -> Any:
     """A line plot of `keys`; `grouped`: one line through the points of the runs of each sweep."""
-    from wandb_workspaces.reports.v2 import interface as panels
-
+    panels = _library("reports.v2.interface")
     return panels.LinePlot(
         title=title,
         x=x,
@@ -139,8 +146,7 @@ def _layers(comparison: Comparison) -> list[Any]:
 
 def _comparisons(comparison: Comparison) -> list[Any]:
     """Jobs against each other: by the last value of each run."""
-    from wandb_workspaces.reports.v2 import interface as panels
-
+    panels = _library("reports.v2.interface")
     columns = [panels.ParallelCoordinatesPlotColumn(metric=panels.Config("ckpt_step"), display_name="step")]
     for name, _, log in _CURVES:
         if any(figures(series, name) for series in comparison.series):
