@@ -1,9 +1,14 @@
-"""lora_moe checkpoints as separate trainings leave them."""
+"""lora_moe checkpoints as separate trainings leave them, and plans of merges."""
+
+from pathlib import Path
 
 import torch
 
 from runner.checkpoints import lora_moe_save
 from runner.checkpoints.adapter_save import adapter_config
+from runner.merging.files import Files
+from runner.merging.gather import gather
+from runner.merging.spec import MergeSpec
 from tests.lora_files import TARGETS, adapter_tensors, router_of
 
 
@@ -28,3 +33,9 @@ def write_moe(directory, base, *, experts=2, seed=1, step=120, rank=3, skills=No
         },
     )
     return directory
+
+
+def gathered(sources, **options) -> Files:
+    """The plan of a merge, or its refusal, which comes before anything is written."""
+    spec = MergeSpec(name="test", sources=sources, **options)
+    return gather(spec, [Path(source.path) for source in spec.sources], None, Path("out"))

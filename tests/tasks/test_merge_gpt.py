@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from runner.checkpoints.commit import verify
+from runner.errors import CheckpointError, ConfigError
 from runner.tracking.rows import eval_row, summary
 from tests.gpt_files import opened, random_state, script_file
+from tests.merging.moe_sources import gathered
 from tests.tasks.test_merge import check, merge
 
 
@@ -121,6 +123,23 @@ def test_dtypes_that_differ_are_said(run, pair):
     assert written()["model"]["embed.weight"].dtype == torch.float32
 
 
+REFUSED = {
+    "depth": (
+        ["a.pt", "deep.pt"],
+        {},
+        "a.pt has num_layers 6, num_scalars 30, deep.pt num_layers 8, num_scalars 40: only",
+    ),
+    "vocabulary": (["a.pt", "wide.pt"], {}, "a.pt has vocab_size 24, head_rows 24, wide.pt vocab_size 32"),
+    "the same twice": (["a.pt", "./a.pt"], {}, "a.pt is given twice"),
+    "one alone": (["a.pt"], {}, "give two sources or more"),
+    "t": (["a.pt", "b.pt"], {"rule": "slerp", "t": 2}, "merge.t=2: give a number from 0"),
+    "three on an arc": (["a.pt", "b.pt", "deep.pt"], {"rule": "slerp"}, "give two sources, not 3"),
+    "no conflict allowed": (["a.pt", "b.pt"], {"on_conflict": "error"}, "all layers in common; choose merge=average"),
+    "layers of one": (["a.pt", {"path": "b.pt", "layers": [1]}], {}, "b.pt: a GPT checkpoint is averaged as a whole"),
+    "layers of all": (["a.pt", "b.pt"], {"layers": [1]}, "are for NPT layers"),
+}
+
+
 def test_refusals(run, pair):
     script_file(Path("deep.pt"), random_state("small", layers=8))
     script_file(Path("wide.pt"), random_state("small", layers=6, vocab=32))
@@ -132,28 +151,17 @@ def test_refusals(run, pair):
     raw[raw.index(pair[0]["lm_head.weight"].numpy().tobytes()) + 9] ^= 1
     Path("flipped.pt").write_bytes(raw)
     before = sorted(path.name for path in Path().iterdir())
-    for words, message in {
-        (
-            "merge.sources=[a.pt,deep.pt]",
-        ): "a.pt has num_layers 6, num_scalars 30, deep.pt num_layers 8, num_scalars 40: only GPTs",
-        ("merge.sources=[a.pt,wide.pt]",): "a.pt has vocab_size 24, head_rows 24, wide.pt vocab_size 32",
-        (
-            "merge.sources=[a.pt,medium.pt]",
-        ): "a.pt is gpt_small, medium.pt gpt_medium: they compute different functions",
-        ("merge.sources=[a.pt,./a.pt]",): "a.pt is given twice",
-        ("merge.sources=[a.pt]",): "give two sources or more",
-        ("merge.sources=[a.pt,b.pt]", "merge=slerp", "merge.t=2"): "merge.t=2: give a number from 0",
-        ("merge.sources=[a.pt,b.pt,deep.pt]", "merge=slerp"): "give two sources, not 3",
-        ("merge.sources=[a.pt,b.pt]", "merge.on_conflict=error"): "all layers in common; choose merge=average",
-        (
-            "merge.sources=[a.pt,{path: b.pt, layers: [1]}]",
-        ): "b.pt: a GPT checkpoint is averaged as a whole; leave layers",
-        ("merge.sources=[a.pt,b.pt]", "merge.layers=[1]"): "are for NPT layers",
-        ("merge.sources=[a.pt,inf.pt]",): "lm_head.weight.*: NaN or Inf; such weights are not merged",
-        ("merge.sources=[a.pt,flipped.pt]",): "flipped.pt: record .* is damaged: its CRC",
+    for case, (sources, options, message) in REFUSED.items():
+        with pytest.raises((CheckpointError, ConfigError), match=message) as error:
+            gathered(sources, **options)
+        assert "\n" not in str(error.value), case
+    for other, message in {
+        "medium.pt": "a.pt is gpt_small, medium.pt gpt_medium: they compute different functions",
+        "inf.pt": "lm_head.weight.*: NaN or Inf; such weights are not merged",
+        "flipped.pt": "flipped.pt: record .* is damaged: its CRC",
     }.items():
-        check(run("task=merge", "merge.output=out", *words), message)
-        assert sorted(path.name for path in Path().iterdir() if path.name != "outputs") == before, words
+        check(merge(run, "a.pt", other), message)
+        assert sorted(path.name for path in Path().iterdir() if path.name != "outputs") == before
 
 
 def test_another_byte_is_found(run, pair, monkeypatch):

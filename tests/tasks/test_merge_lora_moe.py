@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from runner.checkpoints.commit import verify
+from runner.errors import CheckpointError
 from runner.tracking.rows import summary
 from tests.conftest import write_base
 from tests.lora_files import adapter_of, load_moe, older
-from tests.merging.moe_sources import write_moe
+from tests.merging.moe_sources import gathered, write_moe
 from tests.tasks.test_merge import check, merge
 
 
@@ -137,12 +138,12 @@ def test_chosen_experts(run, pair):
     assert recipe == [{"path": "a", "experts": [2, 0]}, {"path": "b", "experts": [1]}]
 
 
-def test_fewer_experts_than_the_router_chose_of(run, base, workdir):
+def test_fewer_experts_than_the_router_chose_of(base, workdir):
     write_moe(Path("a"), base, experts=3, top_k=3, temperature=1.5)
-    outcome = merge(run, "{path: a, experts: [1,2]}")
-    config = json.loads(Path("out/config.json").read_text())
+    planned = gathered([{"path": "a", "experts": [1, 2]}])
+    config = planned.texts["config.json"]
     assert (config["top_k"], config["temperature"], config["num_experts"]) == (2, 1.5, 2)
-    assert "top_k is 3 in a; with 2 experts, 2 is" in outcome.result["findings"]
+    assert "top_k is 3 in a; with 2 experts, 2 is" in planned.findings
 
 
 def test_merging_in_two_steps_is_merging_at_once(run, pair, base):
@@ -174,18 +175,20 @@ def test_older_and_flat_layouts_go_in_and_the_nested_one_comes_out(run, pair):
 @pytest.mark.parametrize(
     ("on_conflict", "value"), [("first", 10.0), ("last", 20.0), ("newest", 20.0), ("average", 15.0), ("error", None)]
 )
-def test_names_of_skills_that_collide(on_conflict, value, run, base, workdir):
+def test_names_of_skills_that_collide(on_conflict, value, base, workdir):
     write_moe(Path("a"), base, skills=["code", 0])
     write_moe(Path("b"), base, seed=2, step=300, skills=["code", "law", 0])
-    outcome = merge(run, "a", "b", on_conflict=on_conflict)
     if value is None:
-        check(outcome, "skill code is in a and b; rename one of them, or choose merge.on_conflict=first")
-        assert not Path("out").exists()
+        with pytest.raises(CheckpointError, match="skill code is in a and b; rename one of them, or choose"):
+            gathered(["a", "b"], on_conflict=on_conflict)
         return
-    assert skills_in("out") == {"code": value, 0: 11.0, "law": 21.0, 1: 22.0}
-    (conflict,) = outcome.result["conflicts"]
+    planned = gathered(["a", "b"], on_conflict=on_conflict)
+    library = planned.tensor_files[-1].value
+    found = {name: next(piece.parts())[0].item() for name, piece in library.items()}
+    assert found == {"code": value, 0: 11.0, "law": 21.0, 1: 22.0}
+    (conflict,) = planned.conflicts
     assert (conflict["skill"], conflict["sources"]) == ("code", ["a", "b"])
-    assert any(finding.startswith("skill code is in a and b: ") for finding in outcome.result["findings"])
+    assert any(finding.startswith("skill code is in a and b: ") for finding in planned.findings)
 
 
 def test_the_same_experts_twice(run, pair):

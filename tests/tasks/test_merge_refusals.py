@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from runner.confdir import config_directory
+from runner.errors import CheckpointError, ConfigError
 from tests.gpt_files import random_state, script_file
-from tests.merging.moe_sources import write_moe
+from tests.merging.moe_sources import gathered, write_moe
 from tests.merging.sources import ONE, THREE, same, weights_in, weights_of, write_source
 from tests.merging.test_plan import write_base
 from tests.tasks.test_merge import check, merge
@@ -41,35 +42,45 @@ def sources(workdir, base):
 REFUSED = {
     "a layer of two sources": ("a,again", "layer 1 is in a and again; choose layers", "merge.on_conflict=error"),
     "another k under average": ("a,other_k", "layer 1 is triple, r 2, k 3 in a and triple, r 2, k 4 in other_k: average", "merge.on_conflict=average"),
-    "another k under merge=average": ("a,other_k", "average needs the same kind, rank and number", "merge=average"),
-    "another k under linear": ("a,other_k", "linear needs the same kind, rank and number of ranks", "merge=linear"),
-    "other layers under average": ("a,b", "b: has no layer 1, which a has; merge=average needs the same layers", "merge=average"),
-    "the average of one": ("a", "give two sources or more", "merge=average"),
-    "layers of other sizes": ("a,other_size", "made for hidden size 32 .* different base models"),
     "bases with other weights": ("on_one,on_two", r"../one \(on_one\) and ../two \(on_two\), whose weights differ"),
-    "one name for two bases": ("on_one,far/b", r"../one \(on_one\) and ../one \(far/b\), whose weights differ"),
-    "a base with fewer layers": ("on_one,on_flat", "on_flat: has NPT layer 3, but its base flat has only the layers 0 to 0"),
-    "a base of another size": ("on_one,on_wide", "made for intermediate_size 24, but its base wide has 99"),
     "another base by hand": ("a,b", "has only the layers 0 to 0; give the right one as base=", "base=flat"),
     "no NPT weights: a model": ("a,hf", "hf: No NPT layers to merge: its format is hf"),
     "no NPT weights: an empty directory": ("a,empty", "empty: the directory is empty"),
     "NPT layers with a GPT": ("a,gpt.pt", "a is npt_delta and gpt.pt is gpt_small: checkpoints of different families"),
-    "NPT layers with experts": ("a,moe", "a is npt_delta and moe is lora_moe: checkpoints of different families"),
-    "experts with a GPT": ("moe,gpt.pt", "moe is lora_moe and gpt.pt is gpt_small: checkpoints of different families"),
-    "experts with a model": ("moe,hf", "moe is lora_moe and hf is hf: checkpoints of different families"),
     "experts of NPT layers": ("a,{path: b, experts: [0]}", r"b: has no experts, it is an npt_delta; choose layers: \[…\]"),
 }  # fmt: skip
 
 
 def test_refused(run, sources):
     before = {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
-    for case, (given, message, *words) in REFUSED.items():
-        outcome = run("task=merge", f"merge.sources=[{given}]", "merge.output=out", *words)
-        assert outcome.code == 2, case
-        check(outcome, message)
+    for given, message, *words in REFUSED.values():
+        check(run("task=merge", f"merge.sources=[{given}]", "merge.output=out", *words), message)
     left = {file: file.read_bytes() for file in Path().rglob("*") if file.is_file() and file.parts[0] != "outputs"}
     assert left == before
     assert not Path("out").exists()
+
+
+UNPLANNED = {
+    "another k under merge=average": ("a other_k", "average needs the same kind, rank and number", "average"),
+    "another k under linear": ("a other_k", "linear needs the same kind, rank and number of ranks", "linear"),
+    "other layers under average": ("a b", "b: has no layer 1, which a has; merge=average needs the same layers", "average"),
+    "the average of one": ("a", "give two sources or more", "average"),
+    "layers of other sizes": ("a other_size", "made for hidden size 32 .* different base models"),
+    "one name for two bases": ("on_one far/b", r"../one \(on_one\) and ../one \(far/b\), whose weights differ"),
+    "a base with fewer layers": ("on_one on_flat", "on_flat: has NPT layer 3, but its base flat has only the layers 0 to 0"),
+    "a base of another size": ("on_one on_wide", "made for intermediate_size 24, but its base wide has 99"),
+    "NPT layers with experts": ("a moe", "a is npt_delta and moe is lora_moe: checkpoints of different families"),
+    "experts with a GPT": ("moe gpt.pt", "moe is lora_moe and gpt.pt is gpt_small: checkpoints of different families"),
+    "experts with a model": ("moe hf", "moe is lora_moe and hf is hf: checkpoints of different families"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNPLANNED)
+def test_refused_before_anything_is_written(case, sources):
+    given, message, *rule = UNPLANNED[case]
+    with pytest.raises((CheckpointError, ConfigError), match=message) as error:
+        gathered(given.split(), **({"rule": rule[0]} if rule else {}))
+    assert "\n" not in str(error.value)
 
 
 def test_the_mean_of_npt_layers_by_shares(run, workdir):
