@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from runner.comparison.comparison import Comparison, read
 from runner.sweeping import recording
 from runner.sweeping.recording import record
 from tests.comparison.sweeps import write_sweep
-from tests.conftest import npt_tensors, write_npt
+from tests.conftest import ROOT, npt_tensors, write_npt
 
 LIMITS = ("tracker.init_timeout=1.5", "tracker.finish_timeout=1.5")
 
@@ -140,8 +141,10 @@ def test_a_sweep_arrives_online(trained: Path, server: Server, capfd: pytest.Cap
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("mode", ["hang", "garbage", "error", "empty"])
-@pytest.mark.parametrize("after", ["UpsertBucket", "CommitArtifact", "GetDefaultEntity"])
+@pytest.mark.parametrize(("after", "mode"), [
+    ("UpsertBucket", "hang"), ("UpsertBucket", "garbage"), ("CommitArtifact", "hang"), ("CommitArtifact", "error"),
+    ("GetDefaultEntity", "hang"), ("GetDefaultEntity", "empty"),
+])  # fmt: skip
 def test_a_server_that_fails_on_the_way_costs_a_warning_and_no_job(
     after: str, mode: str, trained: Path, server: Server, a_machine_of_its_own: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +159,26 @@ def test_a_server_that_fails_on_the_way_costs_a_warning_and_no_job(
     kept = read_runs(a_machine_of_its_own)
     assert [run.header["job_type"] for run in kept] == ["diagnose", "diagnose", "compare"]
     assert kept[-1].rows("checkpoint/step") == [(100,), (200,)]
+
+
+@pytest.mark.fault
+def test_a_kill_after_the_comparison_is_logged_loses_nothing(finished: Comparison, a_machine_of_its_own: Path) -> None:
+    code = """
+import os, signal, sys
+from pathlib import Path
+from runner.comparison.comparison import read
+from runner.tracking.compare import log_comparison
+from runner.tracking.wandb import WandbTracker
+WandbTracker.finish = lambda self, exit_code: os.kill(os.getpid(), signal.SIGKILL)
+log_comparison(read(Path(sys.argv[1])), WandbTracker())
+"""
+    command = [sys.executable, "-c", code, str(finished.directories[0])]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    (run,) = read_runs(a_machine_of_its_own)
+    assert run.rows("checkpoint/step", "eval/mse") == [(100, 0.5), (200, 0.4)]
+    assert run.table("tables/checkpoints")["nrows"] == 2
+    assert run.summary["best/step"] == 200
 
 
 @pytest.mark.fault
