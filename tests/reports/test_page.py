@@ -111,7 +111,7 @@ def test_failures_stand_first_and_lead_to_their_logs(tmp_path):
     assert '<a href="./40_x/runner.log">40_x</a>' in text
     assert "and 4 more" in text
     _, rows = sections.table(read(tmp_path / "s"), tmp_path / "s")
-    assert [row["cells"][3]["text"] for row in rows[:14]] == ["failed"] * 12 + ["lost", "never started"]
+    assert [row["cells"][2]["text"] for row in rows[:14]] == ["failed"] * 12 + ["lost", "never started"]
 
 
 def test_links_lead_from_the_page_wherever_it_lies(tmp_path):

@@ -103,7 +103,6 @@ def _metric(name: str) -> Any:
 # Name, what is read from a job, and how it is written: "" text, "level" a status, else a format of numbers.
 _COLUMNS: tuple[tuple[str, Any, str], ...] = (
     ("checkpoint", checkpoint_name, ""),
-    ("job", lambda job: job.name, ""),
     ("run", lambda job: job.run, ""),
     ("status", lambda job: _spoken(job.status), "level"),
     ("task", lambda job: job.task, ""),
@@ -118,6 +117,7 @@ _COLUMNS: tuple[tuple[str, Any, str], ...] = (
     ("readiness", _verdict("readiness"), "level"),
     ("overall", lambda job: job.overall, "level"),
     ("seconds", lambda job: job.seconds, ".1f"),
+    ("job", lambda job: job.name, ""),
 )
 _ALWAYS = ("checkpoint", "job", "status")
 _IF_DIFFERENT = ("run", "task", "tier")
