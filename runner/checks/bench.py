@@ -72,17 +72,23 @@ class Bench:
     @cached_property
     def look(self) -> Look:
         """What `subject` shows itself to be, however damaged. Raises CheckpointError."""
+        if self.config.format.module:  # a format that only its own module knows
+            return Look(path=self.subject, format=self.config.format.name)
         found = look(self.subject, self.header)
         return found if self.config.format.name == "auto" else replace(found, format=self.config.format.name)
 
     @cached_property
     def weights(self) -> Header:
         """The one weights file of a format that has one. Raises CheckpointError for none or several."""
-        files = weight_files(self.look)
-        if len(files) != 1:
-            held = ", ".join(file.name for file in files) or "none"
+        if len(self.files) != 1:
+            held = ", ".join(file.name for file in self.files) or "none"
             raise CheckpointError(f"one weights file is needed, there is {held}")
-        return self.header(files[0])
+        return self.header(self.files[0])
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the weights."""
+        return list(self.checkpoint.weights.files) if self.config.format.module else weight_files(self.look)
 
     def header(self, path: Path, state_dict_key: str = "model") -> Header:
         """The header of one weights file, read once; a training script's .pt has its tensors under "model".

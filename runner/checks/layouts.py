@@ -8,6 +8,7 @@ from typing import Any
 
 from runner.checks.bench import Bench
 from runner.checks.check import FAIL, Check, Outcome, failed, passed, run_checks
+from runner.config import Family, Format
 from runner.errors import RunnerError
 
 HIDDEN, INNER, LAYERS, VOCABULARY, RANK, EXPERTS = 8, 12, 2, 16, 2, 2
@@ -35,7 +36,8 @@ def formats(bench: Bench) -> Outcome:
 
 
 def _failing(bench: Bench, root: Path, checks_for: Callable[[str | None, Iterable[str]], list[Check]]) -> list[str]:
-    config = replace(bench.config, ckpt=str(root), base=None)
+    auto, any_format = Family(name="auto"), Format(name="auto")
+    config = replace(bench.config, ckpt=str(root), base=None, family=auto, format=any_format)
     inner = Bench(config=config, context=_Silent(root), path=root, scratch=root)
     try:
         checks = checks_for(inner.family, STRUCTURE)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from runner.checks.bench import Bench
 from runner.checks.headers import Header, read_header
-from runner.checks.look import MERGED_MODEL, weight_files
+from runner.checks.look import MERGED_MODEL
 from runner.checks.memory import available_bytes, resident_bytes
 from runner.checks.structure import base_path
 from runner.errors import ConfigError, RunnerError
@@ -68,7 +68,7 @@ def require_room(bench: Bench) -> Estimate | None:
 
 def estimate_peak(bench: Bench) -> int:
     """The peak in bytes. Raises CheckpointError where the checkpoint or its base cannot be read from headers."""
-    own = [bench.header(path) for path in weight_files(bench.look)] if bench.path is not None else []
+    own = [bench.header(path) for path in bench.files] if bench.path is not None else []
     base = _base_headers(bench)
     if base:
         # The base, once more under the reload, and where it is cast while it is read a mapped tensor of it.

@@ -6,7 +6,7 @@ from typing import Any
 from runner.checkpoints.content import Kind, kind_of
 from runner.checks.bench import Bench
 from runner.checks.check import Outcome, failed, passed, skipped
-from runner.checks.look import BESIDE, weight_files
+from runner.checks.look import BESIDE
 from runner.errors import CheckpointError, RunnerError
 
 MB = 1_000_000
@@ -18,7 +18,7 @@ _ADAPTERS = ("lora_moe", "peft")
 
 def files(bench: Bench) -> Outcome:
     """Each weights file is whole and what its place says: no pointer, page, truncated or stretched file."""
-    found, problems = weight_files(bench.look), []
+    found, problems = bench.files, []
     for path in found:
         try:
             bench.header(path)
@@ -52,7 +52,7 @@ def _states(bench: Bench) -> list[str]:
 
 def size(bench: Bench) -> Outcome:
     """The weights files are as large as their tensors, and adapters together below the tier's `max_size_mb`."""
-    found = weight_files(bench.look)
+    found = bench.files
     total, expected = 0, 0
     for path in found:
         header, nbytes = bench.header(path), path.stat().st_size
@@ -98,7 +98,7 @@ def loading(bench: Bench) -> Outcome:
 
 def _has_pickles(bench: Bench) -> bool:
     beside = list(bench.look.path.iterdir()) if bench.look.path.is_dir() else []
-    return any(path.suffix in (".pt", ".pth", ".bin") for path in (*weight_files(bench.look), *beside))
+    return any(path.suffix in (".pt", ".pth", ".bin") for path in (*bench.files, *beside))
 
 
 def finite(bench: Bench) -> Outcome:
@@ -118,7 +118,7 @@ def hashes(bench: Bench) -> Outcome:
     from runner.checkpoints.archives import verify_crc
 
     root = bench.look.directory
-    with_crcs = [path for path in weight_files(bench.look) if kind_of(path) is Kind.ZIP]
+    with_crcs = [path for path in bench.files if kind_of(path) is Kind.ZIP]
     for path in with_crcs:
         verify_crc(path)
     if bench.look.path.is_dir() and (root / manifest.FILE_NAME).is_file():

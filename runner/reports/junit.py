@@ -31,6 +31,20 @@ def junit(result: Mapping[str, Any], *, strict: bool) -> ElementTree.Element:
     return root
 
 
+def junit_path(given: str, ckpt: str | None, tier: str) -> Path:
+    """The file that `junit=` means.
+
+    In a directory (one that is there, or a name with / at its end) each checkpoint and tier has a file of its own, so
+    that the jobs of a sweep do not replace each other's.
+    """
+    path = Path(given).expanduser()
+    if not given.endswith("/") and not path.is_dir():
+        return path
+    name = Path(ckpt).absolute() if ckpt else Path("runner/machine")
+    harmless = re.sub(r"[^\w.@-]", "_", f"{name.parent.name}-{name.name}-{tier}")
+    return path / f"TEST-{harmless}.xml"
+
+
 def write_junit(path: Path, result: Mapping[str, Any], *, strict: bool) -> None:
     """Write the XML so that a reader sees the old file or the new one. Raises ConfigError where it cannot be."""
     text = ElementTree.tostring(junit(result, strict=strict), encoding="utf-8", xml_declaration=True)

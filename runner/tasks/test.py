@@ -10,7 +10,7 @@ from typing import Any
 
 from runner.checkpoints.runs import resolve, step_in_name
 from runner.checks.bench import BUILT, Bench, check_buildable
-from runner.checks.catalogue import checks_for
+from runner.checks.catalogue import PARTS, checks_for
 from runner.checks.check import FAIL, STATUSES, WARNING, Check, run_checks
 from runner.config import TestConfig
 from runner.errors import ConfigError
@@ -31,7 +31,7 @@ def run(config: TestConfig, context: Context) -> Result:
     Raises ConfigError or CheckpointError where there is nothing that could be checked.
     """
     scratch = context.directory / "scratch"
-    scratch.mkdir(parents=True)
+    scratch.mkdir(parents=True, exist_ok=True)
     bench = Bench(config=config, context=context, path=_path(config, context), scratch=scratch)
     try:
         return _tested(config, context, bench)
@@ -75,9 +75,9 @@ def _tested(config: TestConfig, context: Context, bench: Bench) -> Result:
         exit_code=int(bad),
     )
     if config.junit:
-        from runner.reports.junit import write_junit
+        from runner.reports.junit import junit_path, write_junit
 
-        write_junit(Path(config.junit).expanduser(), result.to_dict(), strict=config.strict)
+        write_junit(junit_path(config.junit, result.ckpt, config.tier.name), result.to_dict(), strict=config.strict)
     return result
 
 
@@ -115,6 +115,9 @@ def _checks(config: TestConfig, bench: Bench) -> list[Check]:
     if bench.path is None and BUILT in tier.checks:
         check_buildable(bench)
     names = [name for name in tier.checks if name != BUILT or bench.path is None]
+    if config.format.module:
+        # The parts of a format that is not our own are not known here; its module opens it as a whole.
+        names = [name for name in names if name == "files" or name not in PARTS]
     checks = checks_for(bench.family, names)
     if checks:
         return checks
@@ -128,11 +131,13 @@ def overall(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
     A checkpoint that fails an integrity check is NOT_READY, whatever its scores.
     """
-    scores = [row["score"] for row in rows if "score" in row]
-    if not scores:
+    if all(row["integrity"] for row in rows):
         return None
     if any(row["integrity"] and row["status"] == FAIL for row in rows):
         return NOT_READY
+    scores = [row["score"] for row in rows if "score" in row]
+    if not scores:
+        return None
     mean = sum(scores) / len(scores)
     return next((word for least, word in READINESS if mean > least), NOT_READY)
 

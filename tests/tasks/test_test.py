@@ -12,6 +12,7 @@ import torch
 
 from runner.checks import preflight
 from runner.tasks.test import overall
+from tests.checkpoints.test_toy_format import toy  # noqa: F401 - a fixture
 from tests.conftest import ROOT, npt_tensors, write_npt
 from tests.lora_files import write_adapter, write_moe
 
@@ -22,8 +23,9 @@ def checks(outcome) -> dict[str, str]:
     return {row["name"]: row["status"] for row in outcome.result["checks"]}
 
 
-def test_quick_looks_at_the_machine(run):
-    outcome = run("task=test")
+@pytest.mark.parametrize("words", [[], ["family=lora_moe"], ["format=gpt_small"]])
+def test_quick_looks_at_the_machine(run, words):
+    outcome = run("task=test", *words)
     assert (outcome.code, outcome.err) == (0, "")
     assert checks(outcome) == dict.fromkeys(("versions", "peft", "safetensors", "formats", "writable"), "pass")
     for line in ("Tier: quick", "Checks: 5 pass", "Passed: yes"):
@@ -150,6 +152,18 @@ def test_a_tier_of_ones_own(run, checkpoint, tmp_path):
     assert (outcome.code, checks(outcome)) == (0, {"pollution": "pass", "size": "pass"})
 
 
+def test_a_format_of_ones_own(run, toy):  # noqa: F811
+    words = ["--config-dir", str(toy / "conf"), "task=test", "format=toy", f"ckpt={toy / 'ckpt'}"]
+    for tier in ("quick", "minimal"):
+        outcome = run(*words, f"tier={tier}")
+        assert (outcome.code, outcome.err) == (0, "")
+        assert {"files", "size", "loading"} <= checks(outcome).keys()
+    content = torch.load(toy / "ckpt" / "toy.pt", weights_only=True)
+    torch.save({**content, "extra": torch.ones(2)}, toy / "ckpt" / "toy.pt")
+    outcome = run(*words)
+    assert (outcome.code, checks(outcome)["loading"]) == (1, "fail")
+
+
 def test_the_cap_on_the_size_is_the_tiers(run, base, tmp_path):
     path = write_moe(tmp_path / "moe", base)
     assert run("task=test", f"ckpt={path}").code == 0
@@ -170,8 +184,11 @@ def test_where_it_would_not_fit_nothing_is_started(run, checkpoint, monkeypatch)
 def test_a_run_directory_is_a_sweep_over_its_checkpoints(run, base, tmp_path):
     for step in (200, 100):
         write_npt(tmp_path / "run" / f"checkpoint-{step}", npt_tensors(base, {0: ("dual", 2, 2)}), base=base, step=step)
-    outcome = run("task=test", f"ckpt={tmp_path / 'run'}")
+    outcome = run("task=test", f"ckpt={tmp_path / 'run'}", "junit=reports/")
     assert outcome.code == 0
+    assert sorted(path.name for path in Path("reports").iterdir()) == [
+        "TEST-run-checkpoint-100-quick.xml", "TEST-run-checkpoint-200-quick.xml",
+    ]  # fmt: skip
     found = [json.loads(path.read_text()) for path in sorted(Path("sweeps").rglob("result.json"))]
     assert [Path(each["ckpt"]).name for each in found] == ["checkpoint-100", "checkpoint-200"]
     assert all(each["passed"] for each in found)
@@ -190,9 +207,11 @@ def test_the_inputs_are_not_touched(run, base, tmp_path):
     [
         ([], False, None), ([0.81], False, "READY"), ([0.8], False, "PARTIALLY_READY"),
         ([1.0, 0.3], False, "PARTIALLY_READY"), ([0.6], False, "NOT_READY"), ([1.0], True, "NOT_READY"),
+        ([None], True, "NOT_READY"), ([None], False, None),
     ],
 )  # fmt: skip
 def test_readiness_is_the_mean_score(scores, failing, word):
     rows = [{"name": "q", "integrity": False, "status": "warning", "score": score} for score in scores]
+    rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
     rows.append({"name": "i", "integrity": True, "status": "fail" if failing else "pass"})
     assert overall(rows) == word
