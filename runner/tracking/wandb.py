@@ -211,7 +211,7 @@ class WandbTracker:
         # wandb keeps to init_timeout by itself, unless its service hangs
         run = within(plan.init_timeout + 5, lambda: open_run(wandb, plan, mode))
         self._wandb, self._run = wandb, run
-        self.location = run.url if mode == "online" else _on_disk(run)
+        self.location = run.url if mode == "online" else self._on_disk(run)
         _PROCESS.open_run = self
 
     def _attempt(self, call: Callable[[], T]) -> T | None:
@@ -227,8 +227,17 @@ class WandbTracker:
         if not self._failed:
             self._failed = True
             self.warnings.append(f"W&B: not everything was logged ({_line(error)})")
-            self.location = _on_disk(self._run)
+            self.location = self._on_disk(self._run)
         _PROCESS.unreachable = _PROCESS.unreachable or not self._run.offline
+
+    def _on_disk(self, run: Any) -> str:
+        """Where the run lies and how it is uploaded; a comparison goes with all the runs that it compares."""
+        path = Path(run.settings.sync_dir)
+        path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        shown = shlex.quote(str(path))
+        if self._identity is not None and self._identity.task == "compare":
+            return f"{shown} (upload all runs with: wandb sync {shlex.quote(str(path.parent))}/offline-run-*)"
+        return f"{shown} (upload it with: wandb sync {shown})"
 
     def _close(self) -> None:
         if _PROCESS.open_run is self:
@@ -238,12 +247,6 @@ class WandbTracker:
             self._session.close()
         except Exception as error:
             self._messages.append(_line(error))
-
-
-def _on_disk(run: Any) -> str:
-    path = Path(run.settings.sync_dir)
-    shown = shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
-    return f"{shown} (upload it with: wandb sync {shown})"
 
 
 def _line(error: BaseException) -> str:

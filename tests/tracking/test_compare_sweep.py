@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -63,7 +64,7 @@ def test_a_sweep_is_one_group_that_ends_with_a_run_that_draws_its_curve(
     assert [row[0] for row in last.rows("layer_mse/0")] == [run.rows("layer/mse")[0][0] for run in jobs]
     assert last.table("tables/checkpoints")["nrows"] == 3
     assert (last.summary["jobs/ok"], last.summary["jobs/failed"], last.exit_code) == (2, 1, 0)
-    assert f"W&B: outputs/wandb/{last.file.parent.name} (" in said.out
+    assert f"W&B: outputs/wandb/{last.file.parent.name} (upload all runs with: wandb sync outputs/wandb/off" in said.out
     assert f"Panels: {sweep / 'panels.json'}" in said.out
     assert json.loads((sweep / "panels.json").read_text())["name"] == f"runner: {sweep.name}"
 
@@ -182,12 +183,23 @@ log_comparison(read(Path(sys.argv[1])), WandbTracker())
 
 
 @pytest.mark.fault
-def test_an_offline_sweep_is_uploaded_by_wandb_sync(trained: Path, server: Server, a_machine_of_its_own: Path) -> None:
+def test_the_command_that_is_printed_uploads_an_offline_sweep(
+    trained: Path, server: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert cli.run(["-m", f"ckpt={trained}", "step=all", "tracker.mode=offline"]) == 3
     assert server.operations == []
-    runs = sorted(map(str, Path("outputs/wandb").glob("offline-run-*")))
-    command = [sys.executable, "-m", "wandb", "sync", "--yes", *runs]
-    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=120, check=False)
+    command = re.search(r"upload all runs with: (wandb sync .*)\)", capfd.readouterr().out)
+    assert command is not None
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        command[1],
+        shell=True,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(run["jobType"] for run in server.runs.values()) == ["compare", "diagnose", "diagnose"]
     assert {run["groupName"] for run in server.runs.values()} == {sweep_directory().name}
