@@ -15,6 +15,7 @@ from runner.checkpoints.tensors import TensorSource, non_finite
 from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.hub import is_hub_name, snapshot
 from runner.models import causal_lm
+from runner.placement import DeviceMap, place
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BASES_KEPT = 2
@@ -46,11 +47,13 @@ def load_base(
     *,
     device: str = "auto",
     dtype: str = "float32",
+    device_map: DeviceMap | None = None,
     llama: bool = False,
 ) -> Base:
     """The base model that `base` or else the checkpoint names, loaded once per process.
 
-    `llama`: refuse another architecture. Raises CheckpointError where the model is missing or not finite, ModelError
+    `llama`: refuse another architecture; `device_map`: spread it over devices (runner/placement.py).
+    Raises CheckpointError where the model is missing or not finite, ModelError
     where its keys do not fit its config.
     """
     path = find_base(checkpoint, base)
@@ -61,9 +64,9 @@ def load_base(
     weights = hf.open_model_weights(path)
     target, where = torch_dtype(dtype, weights), torch_device(device)
     files = (path / hf.CONFIG, *weights.files)
-    key = (fingerprint(path, files), target, where)
+    key = (fingerprint(path, files), target, where, repr(device_map))
     if key not in _bases:
-        model = build_plain(values, weights, weights.infos, target, where)
+        model = build_plain(values, weights, weights.infos, target, where, device_map)
         _bases[key] = Base(model=model, path=path, key=key, files=files)
         while len(_bases) > BASES_KEPT:
             _bases.popitem(last=False)
@@ -72,7 +75,12 @@ def load_base(
 
 
 def build_plain(
-    values: Mapping[str, Any], weights: TensorSource, names: Iterable[str], dtype: torch.dtype, device: torch.device
+    values: Mapping[str, Any],
+    weights: TensorSource,
+    names: Iterable[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    device_map: DeviceMap | None = None,
 ) -> PreTrainedModel:
     """The model that config.json's `values` describe, from the tensors `names` of `weights`, all accounted for."""
     config = causal_lm.config_from(values, weights.path)
@@ -81,7 +89,7 @@ def build_plain(
     if bad:
         raise CheckpointError(f"{weights.path}: NaN or Inf in {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}")
     model = causal_lm.build(config, {name: weights.read(name) for name in chosen}, dtype, weights.path)
-    model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to without its types
+    place(model, device, device_map)
     return model
 
 

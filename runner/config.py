@@ -172,11 +172,13 @@ FIXED_KEYS = ("verdict",)
 class Family:
     """A model family; `auto` takes that of the checkpoint.
 
+    `device_map`: auto, or module → device, for a Llama (and what stands on one) larger than one device.
     For lora_moe: `top_k` in the place of the checkpoint's own, `router_features` all_experts, base or expert_0, and
     whether the `experts` are on.
     """
 
     name: str
+    device_map: Any = None
     top_k: int | None = None
     router_features: str | None = None
     experts: bool = True

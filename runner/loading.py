@@ -23,9 +23,10 @@ from runner.checkpoints.lora_moe_tensors import check_base, read_experts, read_r
 from runner.checkpoints.npt_full import NptFullDetails
 from runner.checkpoints.runs import resolve
 from runner.checkpoints.tensors import is_finite, non_finite
-from runner.errors import CheckpointError, ModelError
+from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.models import gpt
 from runner.models.npt_llama import NptDecoderLayer, NptLlamaForCausalLM, RankKUpdate
+from runner.placement import DeviceMap, follow, is_spread
 
 # On a CPU, oneDNN's native bfloat16 instructions round otherwise than the programs did that wrote the files (by 0.03 on
 # the mean logit of a GPT); without them the logits are bit-equal, in the time that float32 takes. oneDNN reads this
@@ -39,23 +40,32 @@ def load(
     base: str | Path | None = None,
     device: str = "auto",
     dtype: str = "float32",
+    device_map: DeviceMap | None = None,
     format: str = "auto",
     step: int | None = None,
 ) -> nn.Module:
     """The checkpoint at `path` as a module: `model(input_ids, attention_mask=None).logits` is [B, T, V].
 
     `base`: the model it needs to run (a directory or a hub name), by default the one that the checkpoint names.
-    `dtype`: float32, bfloat16, float16, or "stored" (that of the embedding). `step` chooses from a run directory.
+    `dtype`: float32, bfloat16, float16, or "stored" (that of the embedding). `device_map`: auto, or
+    module → device: spread a Llama base over devices. `step` chooses from a run directory.
     Raises CheckpointError, ModelError or ConfigError, each with one line that says what to do.
     """
     checkpoint = open_checkpoint(resolve(Path(path).expanduser(), step), format)
-    return build(checkpoint, own_base(checkpoint, base, device=device, dtype=dtype), device=device, dtype=dtype)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "device_map": device_map}
+    return build(checkpoint, own_base(checkpoint, base, **options), **options)
 
 
-def own_base(checkpoint: Checkpoint, base: str | Path | None, *, device: str, dtype: str) -> Base | None:
+def own_base(
+    checkpoint: Checkpoint, base: str | Path | None, *, device: str, dtype: str, device_map: DeviceMap | None = None
+) -> Base | None:
     """The base model that the checkpoint's format needs to run; None for a format that is complete by itself."""
+    if device_map is not None and not _can_be_spread(checkpoint):
+        raise ConfigError(
+            f"family.device_map: a checkpoint of the format {checkpoint.format} runs on one device; give device="
+        )
     if _is_delta(checkpoint):
-        return load_base(checkpoint, base, device=device, dtype=dtype, llama=True)
+        return load_base(checkpoint, base, device=device, dtype=dtype, device_map=device_map, llama=True)
     if isinstance(checkpoint.details, (MoeDetails, AdapterDetails)):
         return load_base(checkpoint, base, device=device, dtype=dtype)
     return None
@@ -67,6 +77,7 @@ def build(
     *,
     device: str = "auto",
     dtype: str = "float32",
+    device_map: DeviceMap | None = None,
     routing: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The checkpoint's model in evaluation mode; where it stands on `base` it shares the base's weights.
@@ -86,10 +97,10 @@ def build(
     target = torch_dtype(dtype, checkpoint.weights)
     if isinstance(details, NptFullDetails):
         names = [name for name in checkpoint.weights.infos if name not in details.adapter_keys]
-        plain = build_plain(details.config, checkpoint.weights, names, target, where)
+        plain = build_plain(details.config, checkpoint.weights, names, target, where, device_map)
         return _npt(plain, npt_updates(checkpoint, target, where))
     if isinstance(details, HfDetails):
-        return build_plain(details.config, checkpoint.weights, checkpoint.weights.infos, target, where)
+        return build_plain(details.config, checkpoint.weights, checkpoint.weights.infos, target, where, device_map)
     raise ModelError(f"{checkpoint.path}: a checkpoint of the format {checkpoint.format} has no model here")
 
 
@@ -122,6 +133,10 @@ def _build_adapter(checkpoint: Checkpoint, base: Base) -> nn.Module:
     return LoraForCausalLM(model, [factors]).eval().requires_grad_(False)
 
 
+def _can_be_spread(checkpoint: Checkpoint) -> bool:
+    return _is_delta(checkpoint) or isinstance(checkpoint.details, (HfDetails, NptFullDetails))
+
+
 def _is_delta(checkpoint: Checkpoint) -> bool:
     """Whether it holds NPT layers and nothing else, in whatever format."""
     return bool(checkpoint.layers) and not isinstance(checkpoint.details, NptFullDetails)
@@ -136,6 +151,10 @@ def build_npt(checkpoint: Checkpoint, base: Base) -> NptLlamaForCausalLM:
 
 def _npt(plain: PreTrainedModel, updates: Mapping[int, Mapping[str, RankKUpdate]]) -> NptLlamaForCausalLM:
     model = NptLlamaForCausalLM(plain, updates)
+    if is_spread(plain):
+        for layer in model.npt_layers.values():
+            layer.updates.to(layer.mlp.down_proj.weight.device)
+            follow(layer)
     model.eval().requires_grad_(False)
     return model
 

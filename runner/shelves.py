@@ -68,7 +68,7 @@ def _machine(base: Base) -> list[object]:
         torch.backends.cuda.matmul.allow_tf32, [os.environ.get(name) for name in _VARIABLES],
         getattr(base.model.config, "_attn_implementation", None),
         # Spread over several devices, each layer runs where it lies.
-        sorted((name, str(place)) for name, place in getattr(base.model, "hf_device_map", {}).items()),
+        sorted((name, str(parameter.device)) for name, parameter in base.model.named_parameters()),
     ]  # fmt: skip
 
 

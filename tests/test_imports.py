@@ -15,7 +15,7 @@ RANKS = {
     "confdir": 1,
     "checkpoints": 1, "models": 1, "measures": 1, "data": 1,
     "results": 2, "plan": 2, "config": 2, "versions": 2,
-    "bases": 2, "hub": 2, "forward": 2, "loading": 2, "contents": 2, "kept": 2, "shelves": 2, "reference": 2, "subject": 2, "tokens": 2, "training": 2,
+    "bases": 2, "placement": 2, "hub": 2, "forward": 2, "loading": 2, "contents": 2, "kept": 2, "shelves": 2, "reference": 2, "subject": 2, "tokens": 2, "training": 2,
     "checks": 3, "comparison": 3, "merging": 3, "reports": 3, "tracking": 3,
     "tasks": 4,
     "overrides": 5, "run": 5, "sweep": 5, "sweeping": 5, "help": 5,

@@ -50,7 +50,11 @@ class Opened:
 
 def open_subject(config: DiagnoseConfig, context: Context) -> Opened:
     """Open what `config` names, with the models in memory. Raises the errors of `runner.load`."""
-    options: dict[str, Any] = {"device": config.device, "dtype": config.dtype}
+    options: dict[str, Any] = {
+        "device": config.device,
+        "dtype": config.dtype,
+        "device_map": config.family.device_map,
+    }
     with context.timed("open"):
         checkpoint = open_checkpoint(checkpoint_path(config, context), config.format.name, config.format.module)
         check_family(config, checkpoint)
@@ -132,7 +136,7 @@ def _reference(
         return keep(found), found.path
     own = own_base(checkpoint, config.base, **options)
     stats = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in checkpoint.weights.files)
-    key = (str(checkpoint.path.resolve()), stats, own.key if own else None, *options.values())
+    key = (str(checkpoint.path.resolve()), stats, own.key if own else None, *map(repr, options.values()))
     return Reference(build(checkpoint, own, **options), key), checkpoint.path
 
 

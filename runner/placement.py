@@ -1,0 +1,98 @@
+"""A model spread over devices: each part runs where its weights lie, and what it is given is moved there first."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from runner.errors import ConfigError
+
+# How accelerate may spread a model by itself.
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+DeviceMap = str | Mapping[str, Any]
+
+
+def place(model: PreTrainedModel, device: torch.device, device_map: DeviceMap | None) -> None:
+    """Move `model` to `device`, or its parts to where `device_map` says.
+
+    `device_map`: one of STRATEGIES, or module name → device (the number of a GPU, or cpu); "" is the whole model.
+    Raises ConfigError for a map that names no such strategy, module or device, or leaves weights out.
+    """
+    if device_map is None:
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to without its types
+        return
+    parts = _by_strategy(model, device_map) if isinstance(device_map, str) else dict(device_map)
+    places = {name: _device(place) for name, place in parts.items()}
+    modules = dict(model.named_modules())
+    for name in places:
+        if name not in modules:
+            raise ConfigError(f"family.device_map: the model has no module {name!r}; it has {', '.join(_tops(model))}")
+    left = [name for name, _ in model.named_parameters() if not any(_is_in(name, part) for part in places)]
+    if left:
+        raise ConfigError(f"family.device_map says nothing about {left[0]}; add it, or a module around it")
+    for name in sorted(places, key=len):  # a part of a part last
+        modules[name].to(places[name])
+    if len(set(places.values())) > 1:
+        for name in places:
+            follow(modules[name])
+
+
+def follow(module: nn.Module) -> None:
+    """Let `module` move what it is given to where its own weights lie; those inside it as well."""
+    for each in module.modules():
+        if next(each.parameters(), None) is not None and _moved not in each._forward_pre_hooks.values():
+            each.register_forward_pre_hook(_moved, with_kwargs=True)
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether its parts lie on several devices."""
+    return len({str(parameter.device) for parameter in model.parameters()}) > 1
+
+
+def _moved(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    device = next(module.parameters()).device
+    return tuple(_to(value, device) for value in args), {key: _to(value, device) for key, value in kwargs.items()}
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    return tuple(_to(item, device) for item in value) if type(value) is tuple else value
+
+
+def _by_strategy(model: PreTrainedModel, strategy: str) -> dict[str, Any]:
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory, get_max_memory
+
+    if strategy not in STRATEGIES:
+        raise ConfigError(f"family.device_map={strategy}: choose {', '.join(STRATEGIES)} or give {{module: device}}")
+    whole = list(model._no_split_modules or ())
+    if strategy == "sequential":
+        memory = get_max_memory()
+    else:
+        memory = get_balanced_memory(
+            model, no_split_module_classes=whole, dtype=model.dtype, low_zero=strategy == "balanced_low_0"
+        )
+    found = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole, dtype=model.dtype)
+    if "disk" in found.values():
+        raise ConfigError(f"family.device_map={strategy}: the model is larger than the memory of all devices together")
+    return dict(found)
+
+
+def _device(place: Any) -> torch.device:
+    try:
+        device = torch.device("cuda", place) if isinstance(place, int) else torch.device(str(place))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+        raise ConfigError(f"family.device_map: {place} is no device here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _is_in(name: str, part: str) -> bool:
+    return part == "" or name == part or name.startswith(f"{part}.")
+
+
+def _tops(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_modules() if 0 < name.count(".") + bool(name) <= 2][:8]
