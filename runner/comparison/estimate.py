@@ -22,13 +22,18 @@ class Estimate:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def estimate(steps: Sequence[int], mses: Sequence[float | None]) -> Estimate:
-    """The estimate for a series of (step, mse), steps ascending; a mse that is not finite is None."""
+def estimate(
+    steps: Sequence[int], mses: Sequence[float | None], rates: Sequence[float | None] | None = None
+) -> Estimate:
+    """The estimate for a series of (step, mse), steps ascending; a mse that is not finite is None.
+
+    `rates`: the learning rate of each point where it is known; only the points since its last change are fitted.
+    """
     # scipy, which only a comparison needs.
     from runner.measures.forecast import forecast
     from runner.measures.forecast_words import sentence
 
-    found = forecast(steps, mses, sorted(thresholds().mse.values(), reverse=True))
+    found = forecast(steps, mses, sorted(thresholds().mse.values(), reverse=True), learning_rates=rates)
     open_targets = [target for target in found.targets if target.status != "reached"] or found.targets[-1:]
     band = found.band
     reached = all(target.status == "reached" for target in found.targets)

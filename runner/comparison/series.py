@@ -9,6 +9,7 @@ from typing import TypeVar
 from runner.comparison.differences import variants
 from runner.comparison.estimate import Estimate, estimate
 from runner.comparison.jobs import Job
+from runner.comparison.rates import learning_rate
 
 Key = TypeVar("Key")
 Item = TypeVar("Item")
@@ -64,7 +65,8 @@ def _one(run: str, tier: str, variant: str, jobs: list[Job]) -> Series:
     made = Series(run=run, tier=tier, variant=variant, jobs=ordered)
     # Progress and readiness exist where there are verdicts, and so do the thresholds that the estimate is about.
     judged = any(job.verdict for job in ordered)
-    return replace(made, estimate=estimate(made.steps, made.values("mse"))) if judged else made
+    rates = [learning_rate(job) for job in ordered] if judged else []
+    return replace(made, estimate=estimate(made.steps, made.values("mse"), rates)) if judged else made
 
 
 def _by_sweep(jobs: list[Job]) -> dict[str, list[Job]]:

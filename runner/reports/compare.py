@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +23,8 @@ _QUESTIONS = {"working": "Training", "ready": "Readiness", "layer": "Layers", "b
 _SPARED = ("top1", "kl", "status", "progress", "run")
 # A panel's frame and padding.
 _FRAME = 6
+# Jobs with one reason that get a line each.
+_OWN_LINES = 3
 
 
 def summary(comparison: Comparison) -> dict[str, Any]:
@@ -59,15 +62,26 @@ def _row(job: Job) -> dict[str, Any]:
 def facts(result: Mapping[str, Any]) -> list[Fact]:
     """Every line of the report, in order; failures first."""
     said, jobs = result["headline"], result["jobs"]
-    rows: list[tuple[str, Any, str]] = [
-        (row["status"].replace("_", " ").title(), f"{row['job']}: {row['message']}", "poor")
-        for row in result["failures"]
-    ]
+    rows: list[tuple[str, Any, str]] = [(status.title(), text, "poor") for status, text in failures(result["failures"])]
     rows.append(("Comparison", said["words"], _LEVEL_WORDS.get(said["level"], "")))
     rows += _answer_lines(result["answers"])
     rows.append(("Jobs", f"{jobs['ok']} of {jobs['all']} ok", ""))
-    rows += [("Page" if kind == "html" else kind.upper(), path, "") for kind, path in _page_first(result["files"])]
+    files = dict(result["files"])
+    rows += [("Page", files.pop("html", None), ""), ("Beside It", ", ".join(Path(f).name for f in files.values()), "")]
     return known(rows)
+
+
+def failures(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """(status, `job: why`) for each job without a result; many of one kind share a line."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        groups.setdefault((row["status"].replace("_", " "), row["message"]), []).append(row["job"])
+    lines = []
+    for (status, message), jobs in groups.items():
+        several = len(jobs) > _OWN_LINES
+        names = [f"{len(jobs)} jobs, {jobs[0]} … {jobs[-1]}"] if several else jobs
+        lines += [(status, f"{printable(name)}: {printable(message)}") for name in names]
+    return lines
 
 
 def _answer_lines(said: Mapping[str, Mapping[str, str]]) -> list[tuple[str, Any, str]]:
@@ -76,10 +90,6 @@ def _answer_lines(said: Mapping[str, Mapping[str, str]]) -> list[tuple[str, Any,
         for name, label in _QUESTIONS.items()
         if name in said
     ]
-
-
-def _page_first(files: Mapping[str, str]) -> list[tuple[str, str]]:
-    return sorted(files.items(), key=lambda item: item[0] != "html")
 
 
 def tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Rows]]:
@@ -138,9 +148,8 @@ def _width(rows: Rows, gap: int) -> int:
 def print_comparison(comparison: Comparison, written: Written, console: Console) -> None:
     """What a sweep prints at its end: failures (to stderr), the learning curve, what it says, where the page lies."""
     found = summary(comparison)
-    for row in found["failures"]:
-        status = row["status"].upper().replace("_", " ")
-        print(f"{status} {printable(row['job'])}: {printable(row['message'])}", file=sys.stderr)
+    for status, text in failures(found["failures"]):
+        print(f"{status.upper()} {text}", file=sys.stderr)
     terminal = console.is_terminal
     gap = 2 if console.width >= 100 else 1
     rows = checkpoint_rows(found["checkpoints"], drawn=terminal)

@@ -24,6 +24,20 @@ def test_refusals_are_words_without_a_band():
     assert found.band == ()
 
 
+def test_points_before_a_change_of_the_learning_rate_are_not_fitted(tmp_path):
+    mses = {step: 40 / step**0.6 for step in range(1000, 9000, 1000)}
+    for step in mses:
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"learning_rate": 1e-3 if step < 6000 else 1e-4}))
+    found = read(write_sweep(tmp_path / "s", mses, run=str(tmp_path / "run"))).series[0].estimate
+    assert "too few points (3 since the training changed before step 6,000; an estimate needs 6)" in found.words
+    (tmp_path / "run" / "checkpoint-1000" / "config.json").write_text("{")
+    for step in range(6000, 9000, 1000):
+        (tmp_path / "run" / f"checkpoint-{step}" / "config.json").unlink()
+    assert read(tmp_path / "s").series[0].estimate.band != ()
+
+
 def test_only_series_with_verdicts_are_estimated(tmp_path):
     assert read(write_sweep(tmp_path / "s", {100: 0.5})).series[0].estimate is not None
     write_job(tmp_path / "gpt", 0, "x", result("/runs/gpt/checkpoint-100", 0.5, verdict=None))

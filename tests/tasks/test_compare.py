@@ -9,7 +9,7 @@ import pytest
 
 from runner.comparison.comparison import read
 from runner.comparison.export import to_csv, to_dict
-from runner.reports.compare import checkpoint_rows, fitting, summary
+from runner.reports.compare import checkpoint_rows, failures, fitting, summary
 from runner.tasks.compare import conclude
 from tests.comparison.sweeps import result, write_job, write_sweep
 from tests.conftest import MIXED, npt_tensors, write_npt
@@ -122,6 +122,12 @@ def test_a_narrow_terminal_gets_fewer_columns():
         assert {"checkpoint", "step", "mse", "cosine", "readiness"} <= set(fitted[0])
     assert len(fitting(rows, 200, gap=1)[0]) == 9
     assert fitting([], 10, gap=1) == []
+
+
+def test_many_failures_of_one_kind_share_a_line():
+    rows = [{"job": f"{i}_x", "status": "never_started", "message": "it was planned"} for i in range(9)]
+    assert failures(rows) == [("never started", "9 jobs, 0_x … 8_x: it was planned")]
+    assert len(failures(rows[:3])) == 3
 
 
 def test_jobs_without_a_verdict_have_no_columns_for_it(tmp_path):
