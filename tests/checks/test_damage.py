@@ -1,10 +1,13 @@
 """Damaged copies of every layout: exactly the check that should see it fails, and says why; all else passes or waits."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from runner.checks.catalogue import checks_for
 from runner.checks.check import run_checks
@@ -13,7 +16,7 @@ from tests.checks.benches import bench_of, write_npt_full
 from tests.checks.damages import TABLES
 from tests.conftest import MIXED, npt_tensors, write_npt
 from tests.gpt_files import random_state, script_file
-from tests.lora_files import hashes, write_adapter, write_moe
+from tests.lora_files import adapter_of, hashes, older, write_adapter, write_moe
 
 CASES = [(layout, *case) for layout, table in TABLES.items() for case in table]
 # The tier that opens the checkpoint named as ckpt= without a model.
@@ -49,6 +52,51 @@ def test_the_undamaged_pass(layout, originals, tmp_path):
     skipped = {name for name, row in rows.items() if row["status"] == "skipped"}
     assert {row["status"] for name, row in rows.items() if name not in skipped} == {"pass"}
     assert skipped <= {"hashes"}, "a safetensors checkpoint without a manifest has nothing to hold it against"
+
+
+def flat(path: Path) -> None:
+    for index in range(3):
+        for file in list(adapter_of(path, index).iterdir()):
+            file.rename(adapter_of(path, index).parent / file.name)
+        adapter_of(path, index).rmdir()
+
+
+def as_bins(path: Path) -> None:
+    for index in range(3):
+        file = adapter_of(path, index) / "adapter_model.safetensors"
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+
+
+def beside_a_base_config(path: Path) -> None:
+    older(path)
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 32}))
+
+
+def second_spelling(path: Path) -> None:
+    held = torch.load(path / "npt_weights.pt", weights_only=True)
+    spelled = {name.replace("layer_", "model.layers.").replace("_np.", ".np_component."): t for name, t in held.items()}
+    (path / "npt_weights.pt").unlink()
+    save_file(spelled, path / "npt_weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("layout", "change"),
+    [("lora_moe", older), ("lora_moe", flat), ("lora_moe", as_bins), ("lora_moe", beside_a_base_config),
+     ("npt_delta", second_spelling)],
+)  # fmt: skip
+def test_other_spellings_of_a_layout_pass(layout, change, originals, tmp_path):
+    path = copy(originals[layout], tmp_path)
+    change(path)
+    rows = rows_of(path, tmp_path / "scratch")
+    assert {name: row["details"] for name, row in rows.items() if row["status"] == "fail"} == {}
+    assert rows["finite"]["status"] == "pass"
+
+
+@pytest.mark.parametrize("dialect", ["small", "medium"])
+def test_a_gpt_of_each_dialect_passes(dialect, tmp_path):
+    path = script_file(tmp_path / "state_step000300.pt", random_state(dialect), prefix="")
+    assert {row["status"] for row in rows_of(path, tmp_path / "scratch").values()} == {"pass"}
 
 
 @pytest.mark.parametrize(
