@@ -133,8 +133,9 @@ def log_checkpoint(wandb: ModuleType, run: Any, ckpt: object, identity: RunIdent
 
 
 def save_view(wandb: ModuleType, build: Callable[[str, str], Any], entity: str | None, project: str) -> SavedView:
-    """Save the workspace that `build` makes; its entity is the user's own where none is given."""
-    made = build(entity or str(wandb.Api().default_entity), project)
+    """Save the workspace that `build` makes; where no entity is given it is that of WANDB_ENTITY, or the user's own."""
+    own = entity or wandb.setup().settings.entity or wandb.Api().default_entity
+    made = build(str(own), project)
     made.save()
     return SavedView(url=made.url, id=made._internal_id, name=made._internal_name)
 

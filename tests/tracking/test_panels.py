@@ -107,6 +107,14 @@ def test_online_it_is_saved_and_made_again_in_its_place(
     assert capfd.readouterr() == ("", "")
 
 
+def test_it_is_saved_where_the_runs_are(
+    server: Server, comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_ENTITY", "lab")
+    kept = keep(comparison, WandbTracker(), tmp_path / "panels.json")
+    assert (kept["entity"], server.views["view-1"]["entityName"]) == ("lab", "lab")
+
+
 @pytest.mark.parametrize("mode", ["hang", "garbage", "denied"])
 def test_a_server_that_cannot_be_used_costs_one_warning(
     mode: str, server: Server, comparison: Comparison, tmp_path: Path, capfd: pytest.CaptureFixture[str]
