@@ -94,6 +94,10 @@ def _sweep(line: CommandLine, resumed: "Plan | None") -> int:
             raise
         good, count = sweep.finished()
         print(f"runner: interrupted: {good} of {count} jobs are finished and kept", file=sys.stderr)
+        if good:
+            from runner.tasks.compare import conclude
+
+            conclude(sweep.directory)
         print(f"runner: the others: python -m runner -m resume={sweep.directory}", file=sys.stderr)
         return INTERRUPTED
     if sweep.directory is None:  # Hydra had only to show something
