@@ -133,11 +133,13 @@ def _charts(series: Sequence[Series]) -> dict[str, Chart]:
 
 
 def figures(series: Series, name: str) -> list[tuple[int, float]]:
-    """(step, value) of a figure of `metrics`, or of the progress, where it is a number."""
-    found = (
-        (job.step, (job.verdict or {}).get(name) if name == "progress" else job.metric(name)) for job in series.jobs
-    )
+    """(step, value) of a figure under its flat name (`mse`, `text_ppl`, `progress`), where it is a number."""
+    found = [(job.step, _figure(job, name)) for job in series.jobs]
     return [(step, value) for step, value in found if step is not None and is_number(value)]
+
+
+def _figure(job: Job, name: str) -> Any:
+    return (job.verdict or {}).get(name) if name == "progress" else dict(numbers(job.metrics)).get(name)
 
 
 def _summary(comparison: Comparison, named: Sequence[tuple[Series, str]]) -> dict[str, Any]:

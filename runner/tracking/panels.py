@@ -26,7 +26,7 @@ _CURVES = (
     ("top1", "Same most likely token", False),
     ("progress", "Estimated progress, %", False),
     ("magnitude_share", "Share of the MSE that is magnitude", False),
-    ("ppl_ratio", "Perplexity over that of the reference", False),
+    ("text_ppl_ratio", "Perplexity on text over that of the reference", False),
 )
 
 

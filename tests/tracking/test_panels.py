@@ -72,6 +72,20 @@ def test_several_series_are_lines_of_one_plot_each_with_what_it_has(tmp_path: Pa
     assert kept["name"] == "runner: s 1"  # W&B refuses symbols in it
 
 
+def test_figures_over_text_have_a_curve_of_their_own(tmp_path: Path) -> None:
+    found = result("/r/checkpoint-1", 0.5)
+    found["metrics"]["text"] = {"ppl_ratio": 1.5}
+    write_job(tmp_path / "s", 0, "x", found, ckpt="/r")
+    comparison = read(tmp_path / "s")
+    keys = [
+        key
+        for panel in section(keep(comparison, NullTracker(), tmp_path / "p.json"), "Checkpoints")
+        for key in panel["config"]["metrics"]
+    ]
+    assert keys[-1] == "eval/text_ppl_ratio"
+    assert comparison_record(comparison).rows[0]["eval/text_ppl_ratio"] == 1.5
+
+
 def test_a_sweep_without_curves_has_panels_too(tmp_path: Path) -> None:
     write_job(tmp_path / "s", 0, "x", None)
     kept = keep(read(tmp_path / "s"), NullTracker(), tmp_path / "panels.json")
