@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from runner.checks import structure_gpt
 from runner.checks.bench import Bench
 from runner.checks.check import FAIL, Check, Outcome, failed, passed, run_checks
 from runner.config import Family, Format
@@ -14,7 +15,14 @@ from runner.errors import RunnerError
 HIDDEN, INNER, LAYERS, VOCABULARY, RANK, EXPERTS = 8, 12, 2, 16, 2, 2
 # What is taken away from each, which the checks must then miss.
 LAYOUTS = {"npt_delta": "npt_weights.safetensors", "npt_full": "config.json", "lora_moe": "router.safetensors",
-           "peft": "adapter_config.json", "hf": "config.json"}  # fmt: skip
+           "peft": "adapter_config.json", "hf": "config.json", "gpt_small": "model.safetensors",
+           "gpt_medium": "model.safetensors"}  # fmt: skip
+
+
+STRUCTURE = (
+    "files", "config", "layout", "experts", "gate", "adapters", "blocks", "keys", "shapes", "hidden_size", "pollution",
+    "size",
+)  # fmt: skip
 
 
 def formats(bench: Bench) -> Outcome:
@@ -32,7 +40,7 @@ def formats(bench: Bench) -> Outcome:
             problems.append(f"{name}: nothing misses {part}")
     if problems:
         return failed("; ".join(problems), "the checks of this runner do not fit its formats: report it")
-    return passed(f"{', '.join(LAYOUTS)}: created, and refused without one of their files (gpt: written by torch only)")
+    return passed(f"{', '.join(LAYOUTS)}: created and recognised, and refused without one of their files")
 
 
 def _failing(bench: Bench, root: Path, checks_for: Callable[[str | None, Iterable[str]], list[Check]]) -> list[str]:
@@ -41,6 +49,8 @@ def _failing(bench: Bench, root: Path, checks_for: Callable[[str | None, Iterabl
     inner = Bench(config=config, context=_Silent(root), path=root, scratch=root)
     try:
         checks = checks_for(inner.family, STRUCTURE)
+        if inner.look.format != root.name:
+            return [f"recognised as {inner.look.format}"]
     except RunnerError as error:
         return [str(error)]
     return [row["details"] for row in run_checks(checks, inner) if row["status"] == FAIL]
@@ -55,10 +65,6 @@ class _Silent:
     def track(self, items: Iterable[Any], what: str, total: int | None = None) -> Any:
         """The items as they are."""
         return iter(items)
-
-
-STRUCTURE = ("files", "config", "layout", "experts", "gate", "adapters", "keys", "shapes", "hidden_size", "pollution",
-             "size")  # fmt: skip
 
 
 def write(root: Path, name: str) -> None:
@@ -78,6 +84,8 @@ def write(root: Path, name: str) -> None:
         _json(root / "config.json", {"model_type": "dylora-moe", "num_experts": EXPERTS})
     elif name == "peft":
         _adapter(root)
+    elif name in structure_gpt.HEAD:
+        _gpt(root, name)
     else:
         _model(root, full=name == "npt_full")
 
@@ -108,11 +116,24 @@ def _model(root: Path, *, full: bool) -> None:
     _json(root / "config.json", config)
 
 
+def _gpt(root: Path, name: str) -> None:
+    depth = structure_gpt.MEDIUM_DEPTH if name == "gpt_medium" else structure_gpt.SMALLEST_DEPTH
+    d = structure_gpt.HEAD_SIZE
+    tensors = {
+        f"blocks.{i}.{part}": shape
+        for i in range(depth)
+        for part, shape in structure_gpt.block_shapes(name, d).items()
+        if i != structure_gpt.WITHOUT_ATTENTION or not part.startswith("attn.")
+    }
+    tensors |= dict.fromkeys((*structure_gpt.EMBEDDINGS, structure_gpt.HEAD[name]), (VOCABULARY, d))
+    _save(root / "model.safetensors", {**tensors, structure_gpt.SCALARS: (5 * depth,)})
+
+
 def _save(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, path, metadata={"format": "pt"})
+    save_file({name: np.zeros(shape, np.float16) for name, shape in shapes.items()}, path, metadata={"format": "pt"})
 
 
 def _json(path: Path, content: dict[str, Any]) -> None:

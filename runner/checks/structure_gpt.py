@@ -13,7 +13,7 @@ SMALLEST_DEPTH = 6
 MEDIUM_DEPTH = 16
 EMBEDDINGS = ("embed.weight", *(f"value_embeds.{i}.weight" for i in range(3)))
 SCALARS = "scalars"
-_HEAD = {"gpt_small": "lm_head.weight", "gpt_medium": "lm_head_w"}
+HEAD = {"gpt_small": "lm_head.weight", "gpt_medium": "lm_head_w"}
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
@@ -29,7 +29,8 @@ def _depth(tensors: Mapping[str, TensorHeader]) -> int:
     return 1 + max((int(match[1]) for match in map(_BLOCK.fullmatch, tensors) if match), default=-1)
 
 
-def _block_shapes(dialect: str, d: int) -> dict[str, tuple[int, ...]]:
+def block_shapes(dialect: str, d: int) -> dict[str, tuple[int, ...]]:
+    """Name → shape of a block's tensors in a model of width `d`; block 7 has only those of the MLP."""
     if dialect == "gpt_small":
         return {
             "attn.qkv_w": (3, d, d), "attn.c_proj.weight": (d, d),
@@ -59,10 +60,10 @@ def blocks(bench: Bench) -> Outcome:
 def keys(bench: Bench) -> Outcome:
     """Every tensor of the architecture, and nothing else."""
     tensors, dialect = _tensors(bench), _dialect(bench)
-    wanted = {*EMBEDDINGS, _HEAD[dialect], SCALARS} | {
+    wanted = {*EMBEDDINGS, HEAD[dialect], SCALARS} | {
         f"blocks.{i}.{name}"
         for i in range(_depth(tensors))
-        for name in _block_shapes(dialect, 0)
+        for name in block_shapes(dialect, 0)
         if i != WITHOUT_ATTENTION or not name.startswith("attn.")
     }
     inside = [name.removeprefix("model.") for name in bench.weights.extras if name.startswith("model.")]
@@ -80,17 +81,17 @@ def shapes(bench: Bench) -> Outcome:
         return failed(f"embed.weight is {list(embedding)}, it must be [vocabulary, a multiple of {HEAD_SIZE}]")
     rows, d = embedding
     wanted = dict.fromkeys(EMBEDDINGS, embedding) | {
-        f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in _block_shapes(dialect, d).items()
+        f"blocks.{i}.{name}": shape for i in range(depth) for name, shape in block_shapes(dialect, d).items()
     }
     problems = [
         f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
         for name, shape in wanted.items()
         if name in tensors and tensors[name].shape != shape
     ]
-    head = tensors[_HEAD[dialect]].shape
+    head = tensors[HEAD[dialect]].shape
     padded = -(-rows // HEAD_SIZE) * HEAD_SIZE
     if head not in ((rows, d), (padded, d)):
-        problems.append(f"{_HEAD[dialect]} is {list(head)}, not [{rows}, {d}]")
+        problems.append(f"{HEAD[dialect]} is {list(head)}, not [{rows}, {d}]")
     scalars = tensors[SCALARS].shape
     if len(scalars) != 1 or scalars[0] < 5 * depth or (dialect == "gpt_medium" and scalars[0] != 5 * depth):
         problems.append(f"scalars is {list(scalars)}, where {depth} blocks have {5 * depth}")
