@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -21,6 +22,9 @@ from runner.plan import PLAN_NAME, Job, Plan, good_result, write_plan
 from runner.results import FILE_NAME
 from runner.sweeping.jobs import plan_of
 from runner.sweeping.watching import watched
+
+# Keys that take any value: they cannot make a job that does not compose.
+_PLAIN = ("ckpt", "step")
 
 
 @dataclass
@@ -62,8 +66,13 @@ class Sweep:
 @contextmanager
 def launching(sweep: Sweep) -> Iterator[None]:
     """Within the block a sweep of Hydra's runs as described above. Hydra takes a launcher from its own packages only,
-    so the one that it makes is wrapped."""
-    original = Plugins.instantiate_launcher
+    so the one that it makes is wrapped. It composes every job before the first starts, to see whether it can: of those
+    that differ in nothing but checkpoint and step, one is enough."""
+    original, validate = Plugins.instantiate_launcher, BasicSweeper.validate_batch_is_legal
+
+    def validate_few(sweeper: BasicSweeper, batch: Sequence[Sequence[str]]) -> None:
+        kinds = {tuple(word for word in words if word.partition("=")[0] not in _PLAIN): words for words in batch}
+        validate(sweeper, list(kinds.values()))
 
     def instantiate(
         plugins: Plugins, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -80,10 +89,12 @@ def launching(sweep: Sweep) -> Iterator[None]:
         return _Guarded(inner, sweep)
 
     Plugins.instantiate_launcher = instantiate  # type: ignore[method-assign, assignment]
+    BasicSweeper.validate_batch_is_legal = validate_few  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
         Plugins.instantiate_launcher = original  # type: ignore[method-assign]
+        BasicSweeper.validate_batch_is_legal = validate  # type: ignore[method-assign]
         sweep.keep_reasons()
 
 
