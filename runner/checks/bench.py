@@ -134,7 +134,8 @@ class Bench:
     @property
     def options(self) -> dict[str, Any]:
         """Where and in what precision models are built."""
-        return {"device": self.config.device, "dtype": self.config.dtype}
+        spread = self.config.family.device_map
+        return {"device": self.config.device, "dtype": self.config.dtype, "device_map": spread}
 
     @cached_property
     def own(self) -> "Base | None":
@@ -157,7 +158,7 @@ class Bench:
         from runner.loading import build
 
         checkpoint = open_checkpoint(self.saved, self.checkpoint.format, self.config.format.module)
-        base = None if self.own is None else fresh(self.own)
+        base = None if self.own is None else fresh(self.own, self.config.family.device_map)
         return build(checkpoint, base, routing=self.config.family.routing(), **self.options)
 
     @cached_property
@@ -181,14 +182,14 @@ class Bench:
             self.__dict__.pop(name, None)
 
 
-def fresh(base: "Base") -> "Base":
+def fresh(base: "Base", device_map: Any = None) -> "Base":
     """The same base, read from its files once more."""
     from runner.bases import build_plain
     from runner.checkpoints import hf
 
     weights = hf.open_model_weights(base.path)
     values, dtype, device = hf.read_config(base.path), base.model.dtype, base.model.device
-    model = build_plain(values, weights, weights.infos, dtype, device)
+    model = build_plain(values, weights, weights.infos, dtype, device, device_map)
     return replace(base, model=model, key=(*base.key, "fresh"))
 
 
