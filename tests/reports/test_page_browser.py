@@ -160,9 +160,11 @@ def test_a_change_of_the_colour_scheme_repaints(driver, pages):
 
 
 def test_printing_draws_every_chart_on_white(driver, pages):
-    show_only_top = pages("two_tiers_and_runs")
+    page = pages("two_tiers_and_runs")
+    metrics = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
-    driver.get(show_only_top.as_uri())
+    driver.get(page.as_uri())
     deadline = time.monotonic() + 30
     while not driver.execute_script("return Boolean(window.Plotly)") and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -170,6 +172,14 @@ def test_printing_draws_every_chart_on_white(driver, pages):
     printed = driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"]
     assert len(printed) > 50_000
     assert all(driver.execute_script(DRAWN))
+    widths = (
+        "const plot = document.querySelector('#plot-mse');"
+        "return [plot.clientWidth, plot.querySelector('.main-svg').getBoundingClientRect().width]"
+    )
+    time.sleep(0.5)
+    room, drawn = driver.execute_script(widths)
+    assert room == pytest.approx(drawn, abs=2)
+    assert room > 1000
 
 
 def test_the_policy_stops_a_script_and_an_address_that_are_not_ours(driver, pages, tmp_path):

@@ -7,7 +7,7 @@
   const colour = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
   const seriesColour = (number) => colour(`c${number % 8}`);
 
-  function themedTrace(trace, number, total) {
+  function themedTrace(trace, width) {
     const meta = trace.meta || {};
     const made = { ...trace };
     if (meta.colour !== undefined) {
@@ -24,6 +24,7 @@
     if (meta.diverging) {
       made.colorscale = [[0, colour("low")], [0.5, colour("middle")], [1, colour("high")]];
       made.textfont = { size: 12 };
+      if (width < 130 + 38 * trace.x.length) made.texttemplate = "";
       made.colorbar = { ...trace.colorbar, tickfont: { color: colour("dim") } };
     }
     return made;
@@ -58,10 +59,12 @@
 
   function draw(plot) {
     const chart = charts[Number(plot.dataset.chart)];
-    const data = chart.data.map(themedTrace);
+    const data = chart.data.map((trace) => themedTrace(trace, plot.clientWidth));
     const options = { responsive: true, displaylogo: false, displayModeBar: plot.clientWidth >= 400, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
     drawn.add(plot);
-    return window.Plotly.react(plot, data, themedLayout(chart, plot.clientWidth), options);
+    // A sheet of paper does not resize: the size is given.
+    const size = root.classList.contains("printed") ? { width: plot.clientWidth, height: plot.clientHeight, autosize: false } : { autosize: true };
+    return window.Plotly.react(plot, data, { ...themedLayout(chart, plot.clientWidth), ...size }, options);
   }
 
   function paintDots() {
@@ -101,11 +104,15 @@
     addEventListener("beforeprint", () => {
       root.dataset.theme = "light";
       for (const details of document.querySelectorAll("details")) details.open = true;
+      root.classList.add("printed");
       paintDots();
-      plots.forEach(draw);
+      for (const plot of plots) {
+        draw(plot);
+      }
     });
     addEventListener("afterprint", () => {
       delete root.dataset.theme;
+      root.classList.remove("printed");
       redraw();
     });
   }

@@ -115,6 +115,11 @@ _COLUMNS: tuple[tuple[str, Any, str], ...] = (
     ("progress", _verdict("progress"), ".0f"),
     ("verdict", _verdict("status"), "level"),
     ("readiness", _verdict("readiness"), "level"),
+    (
+        "failed checks",
+        lambda job: ", ".join(str(row.get("name")) for row in job.checks if row.get("status") == "fail"),
+        "",
+    ),
     ("overall", lambda job: job.overall, "level"),
     ("seconds", lambda job: job.seconds, ".1f"),
     ("job", lambda job: job.name, ""),
