@@ -4,15 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
 
 from runner.checkpoints.runs import find_run
 from runner.confdir import config_directory
 from runner.errors import ConfigError
 from runner.overrides import parse
 from runner.plan import Job, Plan, good_result, read_plan, write_plan
+from runner.results import write_json
 from runner.sweep import expand, steps_of
 from runner.sweeping.launchers import check_launcher, use_own_configs
+from runner.sweeping.launching import Sweep, _Guarded
 from runner.sweeping.sacct import table
 from tests.conftest import MIXED, npt_tensors, write_npt
 
@@ -143,6 +148,55 @@ def test_what_does_not_fit_a_sweep_that_goes_on(run, training, tmp_path):
         (tmp_path / "bad" / "sweep.json").write_text(content)
         outcome = run("-m", f"resume={tmp_path / 'bad'}")
         assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+
+
+def test_a_sweep_that_another_process_runs_is_left_alone(run, training):
+    run("-m", f"ckpt={training}", "step=100")
+    with FileLock(sweep_directory() / ".lock"):
+        outcome = run("-m", f"resume={sweep_directory()}")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+    assert "another runner is at work on this sweep" in outcome.err
+
+
+class Fragile(Launcher):
+    """Starts two jobs, the second of which takes it down; as often as there are jobs. `starts` says what it started."""
+
+    def __init__(self, directory: Path, *, starts: int = 2) -> None:
+        self.directory, self.starts, self.asked = directory, starts, []
+
+    def setup(self, **options) -> None:
+        raise AssertionError("it is set up already")
+
+    def launch(self, job_overrides, initial_job_idx):
+        names = [words[-1].partition("=")[2].strip("'") for words in job_overrides]
+        self.asked.append(names)
+        for name in names[: self.starts]:
+            job = self.directory / name
+            (job / ".hydra").mkdir(parents=True)
+            (job / ".hydra" / "overrides.yaml").write_text("")
+            if name == names[0]:
+                write_json(job / "result.json", {"task": "x", "status": "ok", "metrics": {}})
+        if len(names) > 1:
+            raise RuntimeError("a worker died\nof something")
+        return [JobReturn(status=JobStatus.COMPLETED, _return_value=None)]
+
+
+@pytest.mark.parametrize(
+    ("starts", "asked", "lost"),
+    [(2, [[0, 1, 2, 3, 4], [2, 3, 4], [4]], {1, 3}), (0, [[0, 1, 2, 3, 4]], {0, 1, 2, 3, 4})],
+    ids=["breaks twice", "never starts"],
+)
+def test_a_launcher_that_breaks_starts_the_rest_again(tmp_path, starts, asked, lost):
+    jobs = tuple(Job(number=i, directory=f"{i}_x", overrides=(f"step={i}",)) for i in range(5))
+    plan = Plan(task="x", command=("-m",), cwd=str(tmp_path), launcher="fragile", jobs=jobs)
+    sweep = Sweep(line=parse(["-m"]), plan=plan, directory=tmp_path)
+    inner = Fragile(tmp_path, starts=starts)
+    assert _Guarded(inner, sweep).launch([job.overrides for job in jobs], 0) == []
+    assert [[int(name[0]) for name in names] for names in inner.asked] == asked
+    sweep.keep_reasons()
+    assert {
+        job.number for job in read_plan(tmp_path).jobs if job.reason == "RuntimeError: a worker died of something"
+    } == lost
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
@@ -23,6 +24,8 @@ from runner.results import FILE_NAME
 from runner.sweeping.jobs import plan_of
 from runner.sweeping.watching import watched
 
+# Held by the process that runs the sweep; the system lets go of it when that process dies.
+LOCK_NAME = ".lock"
 # Keys that take any value: they cannot make a job that does not compose.
 _PLAIN = ("ckpt", "step")
 
@@ -69,6 +72,18 @@ def launching(sweep: Sweep) -> Iterator[None]:
     so the one that it makes is wrapped. It composes every job before the first starts, to see whether it can: of those
     that differ in nothing but checkpoint and step, one is enough."""
     original, validate = Plugins.instantiate_launcher, BasicSweeper.validate_batch_is_legal
+    locks: list[FileLock] = []
+
+    def hold(directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / LOCK_NAME, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ConfigError(
+                f"{directory}: another runner is at work on this sweep; wait for it, or stop it"
+            ) from error
+        locks.append(lock)
 
     def validate_few(sweeper: BasicSweeper, batch: Sequence[Sequence[str]]) -> None:
         kinds = {tuple(word for word in words if word.partition("=")[0] not in _PLAIN): words for words in batch}
@@ -84,6 +99,7 @@ def launching(sweep: Sweep) -> Iterator[None]:
                 raise ConfigError(f"resume={config.hydra.sweep.dir}: its command gives other jobs than it did then")
             plan = Plan(**{**vars(plan), "jobs": sweep.resumed.jobs, "command": sweep.resumed.command})
         directory = Path(str(config.hydra.sweep.dir))
+        hold(directory)
         write_plan(plan, directory)
         sweep.plan, sweep.directory, sweep.config = plan, directory, config
         return _Guarded(inner, sweep)
@@ -95,6 +111,8 @@ def launching(sweep: Sweep) -> Iterator[None]:
     finally:
         Plugins.instantiate_launcher = original  # type: ignore[method-assign]
         BasicSweeper.validate_batch_is_legal = validate  # type: ignore[method-assign]
+        for lock in locks:
+            lock.release()
         sweep.keep_reasons()
 
 
