@@ -9,7 +9,8 @@ runner: what a model checkpoint is, how close it is to its base model, how far i
   python -m runner task=diagnose ckpt=RUN/checkpoint-22000 base=meta-llama/Llama-3.2-1B
   python -m runner task=diagnose ckpt=PATH tier=full verbose=true output=report.json
   python -m runner -m task=diagnose ckpt=RUN step=1000,2000,3000      one job a step, then a table
-  python -m runner -m task=diagnose ckpt=RUN step=all
+  python -m runner -m task=diagnose ckpt=RUN step=all hydra/launcher=joblib
+  python -m runner -m resume=sweeps/NAME                              what has no good result yet
   python -m runner task=inspect ckpt=PATH_OR_RUN
   python -m runner task=convert ckpt=PATH convert.to=safetensors convert.output=DIR
   python -m runner task=merge merge.sources=[A,B] merge.output=DIR
@@ -19,7 +20,7 @@ tasks
 
 what is measured
   ckpt=PATH         a checkpoint, a run directory (with step=), or demo, the built-in demonstration   [demo]
-  step=N            one step of a run; -1 is the last; with several (1000,2000 · range(a,b,c) · all) a sweep
+  step=N            one step of a run; -1 is the last; with several (1000,2000 · range(a,b,c) · every(n) · all) a sweep
   base=NAME         the model it needs to run: directory or hub name   [the one that the checkpoint names]
   reference=PATH    what it is compared with: a model or another checkpoint   [the base]
   tokenizer=PATH    directory, hub name or tokenizers JSON   [the checkpoint's, else the base's]
@@ -30,11 +31,12 @@ what is measured
   family=NAME       {family}; family.top_k= family.router_features= family.experts= for lora_moe   [auto]
 
 how it runs, and what is left
-  device=auto|cpu|cuda|mps   dtype=float32|bfloat16|float16|stored   seed=0
+  device=auto|cpu|cuda|mps   dtype=float32|bfloat16|float16|stored   family.device_map=auto   seed=0
   verbose=true      every figure      output=FILE   also write result.json there
-  cache=DIR         where the demonstration is kept   [~/.cache/runner]
+  cache=DIR         where the demonstration and what the reference computed are kept   [~/.cache/runner]
   tracker=NAME      {tracker}; tracker.project= tracker.entity= tracker.mode=auto|online|offline   [wandb]
   experiment=NAME   presets: {experiment}
+  hydra/launcher=NAME   of a sweep's jobs: basic (one process), {launcher}   [basic]
   Single runs land in outputs/, sweeps in sweeps/; result.json holds every figure.
 
 flags
@@ -51,6 +53,7 @@ def help_text(conf: Path) -> str:
     """The help with the choices that lie in `conf`, each task with the first comment of its file."""
     groups = ("tier", "data", "tracker", "experiment", "format", "family")
     choices = {group: ", ".join(sorted(f.stem for f in (conf / group).glob("*.yaml"))) for group in groups}
+    choices["launcher"] = ", ".join(sorted(f.stem for f in (conf / "hydra" / "launcher").glob("*.yaml")))
     tasks = "\n".join(f"  task={f.stem:<12} {_first_comment(f)}" for f in sorted((conf / "task").glob("*.yaml")))
     return _TEXT.format(tasks=tasks, **choices).rstrip()
 
