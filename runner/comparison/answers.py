@@ -57,6 +57,8 @@ def answers(series: Series) -> Answers:
 def working(series: Series) -> Answer:
     """Does the mse fall as training goes on?"""
     last = series.jobs[-1]
+    if not any("mse" in job.metrics for job in series.jobs):
+        return Answer(level="unknown", short="nothing was compared", words="Cannot tell: no mse was measured.")
     points = [(job.step or 0, mse) for job in series.jobs if (mse := job.metric("mse")) is not None]
     if last.metric("mse") is None:
         return Answer(
@@ -189,7 +191,7 @@ def best(series: Series) -> Answer:
         (job for job in series.jobs if job.metric("mse") is not None), key=lambda job: job.metric("mse") or 0
     )
     if not ranked:
-        return Answer(level="unknown", short="no best checkpoint", words="No checkpoint has a finite mse.")
+        return Answer(level="unknown", short="no best checkpoint", words="No checkpoint has a finite mse to go by.")
     first = ranked[0]
     status = f", {first.verdict.get('status')}" if first.verdict else ""
     words = f"{checkpoint_name(first)}: {figures(first)}{status}."

@@ -11,6 +11,8 @@ from runner.comparison.estimate import Estimate, estimate
 from runner.comparison.jobs import Job
 from runner.comparison.rates import learning_rate
 
+# A job with one of these is a point; an mse that is not finite is one, too: it is there, as None.
+_FIGURES = {"mse", "text"}
 Key = TypeVar("Key")
 Item = TypeVar("Item")
 
@@ -42,7 +44,7 @@ class Series:
 
 def make_series(jobs: Sequence[Job]) -> tuple[Series, ...]:
     """The series of `jobs`, in the order in which their first jobs stand."""
-    usable = [job for job in jobs if job.status == "ok" and job.step is not None and job.metrics]
+    usable = [job for job in jobs if job.status == "ok" and job.step is not None and _FIGURES & set(job.metrics)]
     made = []
     for (_, tier), group in _grouped(usable, lambda job: (job.run_path, job.tier or "")).items():
         named = list(zip(variants(group), group, strict=True))

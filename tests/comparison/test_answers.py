@@ -79,6 +79,18 @@ def test_the_headline_names_what_is_missing(tmp_path):
     assert "there is no curve" in headline(read(tmp_path / "merge")).words
 
 
+def test_figures_without_a_comparison_are_no_failure(tmp_path):
+    text = {"text": {"ppl": 12.0, "tokens": 40}}
+    write_job(
+        tmp_path / "s", 0, "x", result("/runs/gpt/checkpoint-100", None, metrics=text, verdict=None, per_prompt=[])
+    )
+    write_job(tmp_path / "s", 1, "x", {"task": "test", "status": "ok", "ckpt": "/runs/a/checkpoint-1", "step": 1,
+                                       "metrics": {"score": 0.9}})  # fmt: skip
+    [series] = read(tmp_path / "s").series
+    assert (series.run, answers(series).working.level) == ("gpt", "unknown")
+    assert headline(read(tmp_path / "s")).level == "unknown"
+
+
 def test_of_several_curves_the_closest_speaks(tmp_path):
     sweep = write_sweep(tmp_path / "s", curve(0.9, 0.3))
     write_job(sweep, 2, "x", result("/runs/b/checkpoint-100", 0.05))
