@@ -1,4 +1,4 @@
-"""How much memory a tier with models will take, from headers alone: asked before anything is loaded.
+"""How much memory and time a tier with models will take, from headers alone: asked before anything is loaded.
 
 float32 on a CPU is assumed for weights that are cast (`dtype=float32`); where the models lie on another device nothing
 is estimated.
@@ -22,14 +22,21 @@ IMPORTS = 450 << 20
 _LOGITS = 4
 # Weights on top of a base: as read, saved, reloaded, with gradient, and the moments and copies of one optimizer step.
 _ADDED = 7
+# Seconds on two cores: for the imports, and for each 10⁹ parameters that run (tests/benchmarks/tier_time.py); an NPT
+# model also writes continuations.
+_IMPORT_SECONDS, _SECONDS, _NPT_SECONDS = 5, 170, 300
 _ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Bytes: the peak that the process will reach, and what it can still take; None where that is not known."""
+    """Bytes: the peak that the process will reach, and what it can still take; None where that is not known.
+
+    `seconds`: by a rule of thumb, on two cores.
+    """
 
     peak: int
+    seconds: float
     available: int | None
     resident: int
 
@@ -38,10 +45,14 @@ class Estimate:
         """Whether what is still to be taken is there."""
         return self.available is None or self.peak - self.resident <= self.available
 
+    def fields(self) -> dict[str, object]:
+        """For the result."""
+        return {"estimate": self.words(), "estimated_peak_bytes": self.peak, "estimated_seconds": self.seconds}
+
     def words(self) -> str:
         """For the report."""
         there = "" if self.available is None else f", {_gigabytes(self.available + self.resident)} there"
-        return f"about {_gigabytes(self.peak)} at the peak, by an estimate{there}"
+        return f"about {_gigabytes(self.peak)} at the peak{there}; about {self.seconds:.0f} s on two cores"
 
 
 def require_room(bench: Bench) -> Estimate | None:
@@ -51,11 +62,11 @@ def require_room(bench: Bench) -> Estimate | None:
     if torch_device(bench.config.device).type != "cpu":
         return None
     try:
-        peak = estimate_peak(bench)
+        peak, seconds = estimate_peak(bench), estimate_seconds(bench)
     except (RunnerError, OSError, ValueError):
         # What cannot be read or found is for the checks to say.
         return None
-    found = Estimate(peak=peak, available=available_bytes(), resident=resident_bytes() or 0)
+    found = Estimate(peak=peak, seconds=seconds, available=available_bytes(), resident=resident_bytes() or 0)
     if not found.fits:
         assert found.available is not None
         raise ConfigError(
@@ -66,10 +77,16 @@ def require_room(bench: Bench) -> Estimate | None:
     return found
 
 
+def estimate_seconds(bench: Bench) -> float:
+    """What the tier takes on two cores. Raises as `estimate_peak`."""
+    tensors = [tensor for header in (*_base_headers(bench), *_own_headers(bench)) for tensor in header.tensors.values()]
+    rate = _NPT_SECONDS if bench.family == "npt" else _SECONDS
+    return _IMPORT_SECONDS + rate * sum(prod(tensor.shape) for tensor in tensors) / 1e9
+
+
 def estimate_peak(bench: Bench) -> int:
     """The peak in bytes. Raises CheckpointError where the checkpoint or its base cannot be read from headers."""
-    own = [bench.header(path) for path in bench.files] if bench.path is not None else []
-    base = _base_headers(bench)
+    own, base = _own_headers(bench), _base_headers(bench)
     if base:
         # The base, once more under the reload, and where it is cast while it is read a mapped tensor of it.
         models = 2 * _cast(base, bench) + _largest(base) + _ADDED * _cast(own, bench)
@@ -77,6 +94,10 @@ def estimate_peak(bench: Bench) -> int:
         # Complete models: as stored, in memory, and reloaded; gradients come when the reload is gone.
         models = _stored(own) + 2 * _cast(own, bench)
     return IMPORTS + models + _LOGITS * 4 * bench.config.tier.sequence_length * _vocabulary([*base, *own])
+
+
+def _own_headers(bench: Bench) -> list[Header]:
+    return [bench.header(path) for path in bench.files] if bench.path is not None else []
 
 
 def _base_headers(bench: Bench) -> list[Header]:

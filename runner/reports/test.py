@@ -25,7 +25,7 @@ def facts(result: Mapping[str, Any]) -> list[Fact]:
         ("Kept", built if result.get("kept") else None, ""),
         ("Family", result.get("family"), ""),
         ("Tier", result.get("tier"), ""),
-        ("Memory", result.get("memory"), ""),
+        ("Estimate", result.get("estimate"), ""),
         ("Checks", shown, "" if counts["fail"] else "pass"),
         ("Overall", readiness, _COLOURS.get(overall or "", "")),
         ("Passed", "yes" if result["passed"] else "NO", "pass" if result["passed"] else "fail"),

@@ -42,13 +42,13 @@ def run(config: TestConfig, context: Context) -> Result:
 
 def _tested(config: TestConfig, context: Context, bench: Bench) -> Result:
     checks = _checks(config, bench)
-    memory = None
+    estimate = None
     if MODEL in (check.name for check in checks):
         from runner.checks.preflight import require_room
 
-        memory = require_room(bench)
-        if memory is not None and context.progress.is_terminal:
-            context.progress.print(f"Memory: {memory.words()}")
+        estimate = require_room(bench)
+        if estimate is not None and context.progress.is_terminal:
+            context.progress.print(f"Estimate: {estimate.words()}")
     with context.timed("checks"):
         rows = run_checks(checks, bench)
     integrity = [row["status"] for row in rows if row["integrity"]]
@@ -70,7 +70,7 @@ def _tested(config: TestConfig, context: Context, bench: Bench) -> Result:
             "passed": not bad,
             "strict": config.strict,
             "kept": bench.path is None and config.keep,
-            **({"memory": memory.words(), "estimated_peak_bytes": memory.peak} if memory else {}),
+            **(estimate.fields() if estimate else {}),
         },
         exit_code=int(bad),
     )

@@ -8,7 +8,7 @@ import torch
 from runner.checks import roundtrip
 from runner.checks.headers import read_header
 from runner.checks.look import look
-from runner.checks.preflight import IMPORTS, Estimate, estimate_peak
+from runner.checks.preflight import IMPORTS, Estimate, estimate_peak, estimate_seconds
 from tests.checks.benches import bench_of, failing, rows_of, write_npt_full
 from tests.conftest import write_base
 from tests.lora_files import write_adapter, write_moe
@@ -41,9 +41,16 @@ def test_the_estimate_counts_the_base_twice_and_complete_models_twice(checkpoint
         assert found < 4 * size + 7 * read_header(checkpoint / "npt_weights.pt").nbytes + 16 * 512 * 272
 
 
+def test_the_time_grows_with_the_parameters(base, tmp_path):
+    small, large = (
+        bench_of(path, tmp_path / f"s{i}") for i, path in enumerate((base, write_base(tmp_path / "b", layers=9)))
+    )
+    assert 5 < estimate_seconds(small) < estimate_seconds(large)
+
+
 @pytest.mark.parametrize(("available", "fits"), [(None, True), (60, True), (59, False)])
 def test_room_is_what_is_held_and_what_is_there(available, fits):
-    assert Estimate(peak=100, available=available, resident=40).fits is fits
+    assert Estimate(peak=100, seconds=1, available=available, resident=40).fits is fits
 
 
 def test_what_lies_there_is_told_from_names(base, checkpoint, tmp_path):
