@@ -116,6 +116,9 @@ def _level_since(points: Sequence[tuple[int, float]]) -> int | None:
 def ready(series: Series) -> Answer:
     """The last checkpoint's readiness, with its reason, the estimate and the rule of thumb."""
     verdict = series.jobs[-1].verdict
+    if verdict is None and (overall := series.jobs[-1].overall) is not None:
+        level = {"READY": "good", "NOT_READY": "bad"}.get(overall, "warn")
+        return Answer(level=level, short=f"the checks say {overall}", words=f"The checks of task=test say {overall}.")
     if verdict is None:
         return Answer(
             level="unknown",

@@ -43,7 +43,8 @@ def summary(comparison: Comparison) -> dict[str, Any]:
             {"job": job.name, "status": job.status, "message": (job.error or {}).get("message")}
             for job in comparison.failures
         ],
-        "checkpoints": [_row(job) for job in comparison.done if job.metrics],
+        "checkpoints": [_row(job) for job in comparison.done if job.metric("mse") is not None or job.verdict],
+        "tests": [_test_row(job) for job in comparison.done if job.task == "test"],
     }
 
 
@@ -56,6 +57,18 @@ def _row(job: Job) -> dict[str, Any]:
         "step": job.step,
         **{name: job.metric(name) for name in ("mse", "cosine", "kl", "top1")},
         **{name: verdict.get(name) for name in ("status", "progress", "readiness")},
+    }
+
+
+def _test_row(job: Job) -> dict[str, Any]:
+    statuses = [row.get("status") for row in job.checks]
+    return {
+        "checkpoint": checkpoint_name(job),
+        "tier": job.tier,
+        "step": job.step,
+        **{word: statuses.count(word) for word in ("pass", "warning", "fail", "skipped")},
+        "overall": job.overall,
+        "failed": [str(row.get("name")) for row in job.checks if row.get("status") == "fail"],
     }
 
 
@@ -96,7 +109,21 @@ def tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Rows]]:
     """The checkpoints as rows of finished cells, as many columns as the terminal has room for."""
     width = shutil.get_terminal_size().columns - _FRAME if sys.stdout.isatty() and not verbose else None
     rows = fitting(checkpoint_rows(result["checkpoints"], drawn=sys.stdout.isatty()), width, gap=2)
-    return [("checkpoints", rows)] if rows else []
+    return [(title, rows) for title, rows in (("checkpoints", rows), ("tests", test_rows(result["tests"]))) if rows]
+
+
+def test_rows(tests: Sequence[Mapping[str, Any]]) -> Rows:
+    """Finished cells: how many checks of each checkpoint ended how, and which failed."""
+    return [
+        {
+            "checkpoint": printable(row["checkpoint"]),
+            "tier": printable(row["tier"] or "–"),
+            **{word: row[word] for word in ("pass", "warning", "fail", "skipped")},
+            "overall": printable(row["overall"] or "–"),
+            "details": printable(", ".join(row["failed"])),
+        }
+        for row in tests
+    ]
 
 
 def checkpoint_rows(checkpoints: Sequence[Mapping[str, Any]], *, drawn: bool) -> Rows:
@@ -155,6 +182,7 @@ def print_comparison(comparison: Comparison, written: Written, console: Console)
     rows = checkpoint_rows(found["checkpoints"], drawn=terminal)
     title = f"{found['jobs']['ok']} of {found['jobs']['all']} jobs"
     print_rows(title, fitting(rows, console.width if terminal else None, gap=gap), console, gap=gap)
+    print_rows("tests", test_rows(found["tests"]), console, gap=gap)
     if found["answers"]:
         lines = known([("Comparison", found["headline"]["words"], ""), *_answer_lines(found["answers"])])
         for label, value, _ in lines:

@@ -13,6 +13,7 @@ from runner.reports.compare import checkpoint_rows, failures, fitting, summary
 from runner.tasks.compare import conclude
 from tests.comparison.sweeps import result, write_job, write_sweep
 from tests.conftest import MIXED, npt_tensors, write_npt
+from tests.reports.cases import CASES
 
 FILES = ("html", "json", "csv", "png", "svg")
 
@@ -122,6 +123,23 @@ def test_a_narrow_terminal_gets_fewer_columns():
         assert {"checkpoint", "step", "mse", "cosine", "readiness"} <= set(fitted[0])
     assert len(fitting(rows, 200, gap=1)[0]) == 9
     assert fitting([], 10, gap=1) == []
+
+
+def test_a_sweep_of_tests_shows_which_checks_failed(run, tmp_path):
+    outcome = run("task=compare", f"sweep={CASES['checks_only'](tmp_path / 's')}")
+    lines = outcome.out.splitlines()
+    assert lines[lines.index("tests") + 1].split() == [
+        "checkpoint", "tier", "pass", "warning", "fail", "skipped", "overall", "details"]  # fmt: skip
+    assert lines[lines.index("tests") + 3].split() == [
+        "checkpoint-200",
+        "full",
+        "1",
+        "0",
+        "1",
+        "0",
+        "NOT_READY",
+        "keys",
+    ]
 
 
 def test_many_failures_of_one_kind_share_a_line():
