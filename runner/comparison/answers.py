@@ -3,13 +3,12 @@
 Every sentence states the figures that it rests on, and says so where they are too few.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
-from typing import Any
 
-from runner.comparison.jobs import Job, is_number
+from runner.comparison.jobs import Job
+from runner.comparison.points import checkpoint_name, figures, layer_mses, prompt_mses
 from runner.comparison.series import Series
 from runner.comparison.thresholds import thresholds
 
@@ -179,15 +178,6 @@ def worst_layer(series: Series) -> Answer:
     )
 
 
-def layer_mses(job: Job) -> dict[Any, float]:
-    """Layer → its isolated mse, for the layers that have one."""
-    return {
-        row.get("layer"): row["mse"]
-        for row in job.layers
-        if is_number(row.get("mse")) and isinstance(row.get("layer"), (int, str))
-    }
-
-
 def best(series: Series) -> Answer:
     """The checkpoint with the lowest mse, and whether the next one is clearly worse."""
     ranked = sorted(
@@ -212,24 +202,6 @@ def _runner_up(first: Job, second: Job) -> str:
         return ""
     name = f"{checkpoint_name(second)} ({second.metric('mse'):.4g})"
     return f" {name} is closer on {closer} of {len(common)} prompts: not clearly worse."
-
-
-def prompt_mses(job: Job) -> dict[str, float]:
-    """Prompt → its mse, for the prompts that have one."""
-    return {str(row.get("prompt")): row["mse"] for row in job.per_prompt if is_number(row.get("mse"))}
-
-
-def figures(job: Job) -> str:
-    """`mse 0.0421, cosine 0.9982`, as far as they are there."""
-    shown: Mapping[str, str] = {"mse": ".4g", "cosine": ".4f"}
-    return ", ".join(
-        f"{name} {value:{form}}" for name, form in shown.items() if (value := job.metric(name)) is not None
-    )
-
-
-def checkpoint_name(job: Job) -> str:
-    """The last part of the checkpoint's path, or the job's name."""
-    return Path(job.ckpt).name if job.ckpt else job.name
 
 
 def _lowered(text: str) -> str:

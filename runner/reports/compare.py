@@ -8,10 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
-from runner.comparison.answers import Answers, answers, checkpoint_name
+from runner.comparison.answers import Answers, answers
 from runner.comparison.comparison import Comparison
 from runner.comparison.headline import headline, leading
 from runner.comparison.jobs import Job
+from runner.comparison.points import checkpoint_name
 from runner.errors import printable
 from runner.reports.cells import Fact, Rows, known, percent, short
 from runner.reports.comparison_files import Written

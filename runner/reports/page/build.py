@@ -12,9 +12,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from runner.comparison.answers import layer_mses
 from runner.comparison.comparison import Comparison
 from runner.comparison.headline import headline
+from runner.comparison.points import layer_mses
 from runner.comparison.thresholds import thresholds
 from runner.reports.page import curves, details, sections
 from runner.reports.page.figures import Figure, tell_apart

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from runner.comparison.answers import checkpoint_name, layer_mses, prompt_mses
 from runner.comparison.jobs import Job
+from runner.comparison.points import checkpoint_name, layer_mses, prompt_mses
 from runner.comparison.series import Series
 from runner.comparison.thresholds import thresholds
 from runner.reports.page.figures import MOST_LINES, STEP_AXIS, Figure, line, log_axis, plot_text, positive, shortened

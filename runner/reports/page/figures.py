@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner.comparison.answers import checkpoint_name
+from runner.comparison.points import checkpoint_name
 from runner.comparison.series import Series
 
 STEP_AXIS = {"title": {"text": "step"}, "tickformat": "~s"}
