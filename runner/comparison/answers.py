@@ -5,37 +5,13 @@ Every sentence states the figures that it rests on, and says so where they are t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
+from runner.comparison.answer import Answer
 from runner.comparison.jobs import Job
 from runner.comparison.points import checkpoint_name, figures, layer_mses, prompt_mses
 from runner.comparison.series import Series
 from runner.comparison.thresholds import thresholds
-
-# Of all pairs of checkpoints, the share in which the later one is closer: above it training works, below 1 − it not.
-_STEADY = 0.75
-# A tail that is not this much closer than all before it has levelled off.
-_GAIN = 0.95
-# The last checkpoint is worse than the best one by more than this factor: the curve has turned.
-_TURNED = 1.5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """`level`: good, warn, bad or unknown; `short`: a clause for a headline; `words`: one or two sentences.
-
-    `more`: what belongs to it, sentence by sentence.
-    """
-
-    level: str
-    short: str
-    words: str
-    more: tuple[str, ...] = ()
-
-    @property
-    def text(self) -> str:
-        """All of it."""
-        return " ".join((self.words, *self.more))
+from runner.comparison.trend import trend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,58 +34,13 @@ def working(series: Series) -> Answer:
     last = series.jobs[-1]
     if not any("mse" in job.metrics for job in series.jobs):
         return Answer(level="unknown", short="nothing was compared", words="Cannot tell: no mse was measured.")
-    points = [(job.step or 0, mse) for job in series.jobs if (mse := job.metric("mse")) is not None]
     if last.metric("mse") is None:
         return Answer(
             level="bad",
             short="the last checkpoint's logits are not finite",
             words=f"No: at step {last.step} there is no finite mse.",
         )
-    if len({step for step, _ in points}) < 2:
-        return Answer(
-            level="unknown",
-            short="one checkpoint shows no trend",
-            words=f"Cannot tell from one checkpoint (step {last.step}).",
-        )
-    (first_step, first), (last_step, final) = points[0], points[-1]
-    pairs = [(a, b) for (s, a), (t, b) in combinations(points, 2) if s < t]
-    share = sum(b < a for a, b in pairs) / len(pairs)
-    best_step, lowest = min(points, key=lambda point: point[1])
-    span = f"from {first:.4g} at step {first_step} to {final:.4g} at step {last_step}"
-    few = f" (only {len(points)} checkpoints)" if len(points) < 4 else ""
-    if share <= 1 - _STEADY:
-        return Answer(
-            level="bad", short="training does not work: the mse does not fall", words=f"No: the mse went {span}{few}."
-        )
-    if final > _TURNED * lowest:
-        return Answer(
-            level="warn",
-            short="training has turned: the mse rises again",
-            words=f"It did: the mse was lowest at step {best_step} ({lowest:.4g}), now {final:.4g}.",
-        )
-    if share < _STEADY or final >= first:
-        return Answer(
-            level="warn",
-            short="it is unclear whether training works",
-            words=f"Unclear: the mse went {span}, up and down on the way{few}.",
-        )
-    if (since := _level_since(points)) is not None and final >= thresholds().mse["excellent"]:
-        return Answer(
-            level="warn",
-            short="training has levelled off",
-            words=f"It did: the mse fell {span}, but hardly any more since step {since}.",
-        )
-    return Answer(level="good", short="training works", words=f"Yes: the mse fell {span}{few}.")
-
-
-def _level_since(points: Sequence[tuple[int, float]]) -> int | None:
-    """The last step before the final third where that third is no closer than all before it."""
-    tail = len(points) // 3
-    if tail < 2:
-        return None
-    before, after = points[:-tail], points[-tail:]
-    level = min(mse for _, mse in after) > _GAIN * min(mse for _, mse in before)
-    return before[-1][0] if level else None
+    return trend([(job.step or 0, mse) for job in series.jobs if (mse := job.metric("mse")) is not None])
 
 
 def ready(series: Series) -> Answer:

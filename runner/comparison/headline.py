@@ -2,7 +2,8 @@
 
 from collections import Counter
 
-from runner.comparison.answers import Answer, answers
+from runner.comparison.answer import Answer
+from runner.comparison.answers import answers
 from runner.comparison.comparison import Comparison
 from runner.comparison.series import Series
 
