@@ -43,7 +43,7 @@ def waiting_for_all(at_once: int | None) -> Iterator[None]:
 
     def map_array(executor: Executor, function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
         def start(*lists: Iterable[Any]) -> list[Job[JobReturn]]:
-            with _stderr_to(Path(executor.folder).parent / "controllers.log"):
+            with _stderr_to(Path(executor.folder).parent / "controllers.log"), _share_of_cores(at_once):
                 return original(executor, function, *lists)
 
         if at_once is None:
@@ -72,6 +72,20 @@ def _stderr_to(path: Path) -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(kept, 2)
         os.close(kept)
+
+
+@contextmanager
+def _share_of_cores(among: int | None) -> Iterator[None]:
+    """Within the block, processes that are started take their share of this machine's cores: all of them each would
+    make all of them slow. Who has set OMP_NUM_THREADS has decided."""
+    if among is None or "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // among))
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
 
 
 @contextmanager
