@@ -44,7 +44,7 @@ class Check:
 
     `title` says in a few words what it looks at. `needs`: names of checks without whose success it means nothing; where
     one of them failed or was skipped it is skipped, so that a fault shows once. Those left out of the tier are no
-    obstacle.
+    obstacle. `unless_explained`: skipped where any check before it failed, which then says the same more clearly.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Check:
     run: Callable[[Bench], Outcome]
     integrity: bool = True
     needs: tuple[str, ...] = ()
+    unless_explained: bool = False
 
 
 def passed(details: str, **data: Any) -> Outcome:
@@ -80,6 +81,8 @@ def run_checks(checks: Sequence[Check], bench: Bench) -> list[dict[str, Any]]:
     obstacles: dict[str, list[str]] = {}
     for check in _shown(checks, bench):
         missing = list(dict.fromkeys(root for name in check.needs for root in obstacles.get(name, [])))
+        if check.unless_explained:
+            missing += [row["name"] for row in rows if row["status"] == FAIL and row["name"] not in missing]
         reset_peak()
         start = time.perf_counter()
         outcome = skipped(f"needs {', '.join(missing)}") if missing else _outcome(check, bench)

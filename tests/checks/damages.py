@@ -191,6 +191,7 @@ NPT: list[Damage] = [
     ("views of a large storage", views_of_a_large_storage, "size", "whole storages"),
     ("flipped bit", flipped_bit, "hashes", "CRC"),
     ("broken config", text("config.json", "[]"), "config", "not a JSON object"),
+    ("edited config", values("config.json", learning_rate=9), "hashes", "config.json has"),
 ]  # fmt: skip
 GPT: list[Damage] = [
     ("missing scalars", gpt(without("scalars")), "keys", "missing keys ['scalars']"),

@@ -36,6 +36,12 @@ def test_a_failure_does_not_stop_the_rest_and_skips_what_needs_it():
     assert found == {"a": "fail", "b": "pass", "c": "skipped", "d": "skipped", "e": "pass"}
 
 
+def test_a_check_of_last_resort_waits_for_the_others():
+    last = check("z", passed(""), unless_explained=True)
+    assert statuses(check("a", failed("")), last) == {"a": "fail", "z": "skipped"}
+    assert statuses(check("a", skipped("")), last) == {"a": "skipped", "z": "pass"}
+
+
 def test_what_is_skipped_says_what_began_it():
     checks = [check("a", failed("broken")), check("b", passed(""), ("a",)), check("c", passed(""), ("b", "a"))]
     assert [row["details"] for row in run_checks(checks, BENCH)] == ["broken", "needs a", "needs a"]
