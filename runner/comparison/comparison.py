@@ -45,7 +45,8 @@ def read(sweep: Path | Sequence[Path]) -> Comparison:
 
     Raises ConfigError for a directory that is not there, or that holds no job.
     """
-    directories = tuple(dict.fromkeys([sweep] if isinstance(sweep, Path) else sweep))
+    named = {path.resolve(): path for path in ([sweep] if isinstance(sweep, Path) else sweep)}
+    directories = tuple(named.values())
     if not directories:
         raise ConfigError("sweep= names no directory")
     jobs = [job for directory in directories for job in _jobs(directory)]

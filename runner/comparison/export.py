@@ -101,7 +101,7 @@ def to_csv(comparison: Comparison) -> str:
 def _row(job: Job) -> dict[str, Any]:
     verdict = job.verdict or {}
     base = {
-        "sweep": job.sweep.name,
+        "sweep": job.sweep.resolve().name,
         "job": job.name,
         "status": job.status,
         "error": (job.error or {}).get("message"),

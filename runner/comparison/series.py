@@ -75,7 +75,7 @@ def _by_sweep(jobs: list[Job]) -> dict[str, list[Job]]:
     """The jobs apart by sweep where several sweeps measured the same step, else together under ``."""
     sweeps = {job.sweep for job in jobs}
     repeated = Counter(job.step for job in jobs).most_common(1)[0][1] > 1
-    return _grouped(jobs, lambda job: job.sweep.name) if len(sweeps) > 1 and repeated else {"": jobs}
+    return _grouped(jobs, lambda job: job.sweep.resolve().name) if len(sweeps) > 1 and repeated else {"": jobs}
 
 
 def _grouped(items: Sequence[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:

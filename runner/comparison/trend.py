@@ -1,7 +1,7 @@
 """Whether a curve falls: told from its points alone, and no more than they show."""
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import accumulate, combinations
 
 from runner.comparison.answer import Answer
 from runner.comparison.thresholds import thresholds
@@ -65,5 +65,6 @@ def _level_since(points: Sequence[tuple[int, float]]) -> int | None:
     if tail < 2:
         return None
     lows = [mse for _, mse in points]
-    level = [i for i in range(len(points) - tail) if min(lows[i + 1 :]) > _GAIN * min(lows[: i + 1])]
+    until, after = list(accumulate(lows, min)), list(accumulate(reversed(lows), min))[::-1]
+    level = [i for i in range(len(points) - tail) if after[i + 1] > _GAIN * until[i]]
     return points[level[0]][0] if level else None

@@ -35,7 +35,7 @@ def page(comparison: Comparison, directory: Path, *, picture: bool) -> str:
     script = (_PARTS / "page.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string((_PARTS / "page.html").read_text(encoding="utf-8")).render(
-        title=", ".join(path.name or str(path) for path in comparison.directories),
+        title=", ".join(path.resolve().name or str(path) for path in comparison.directories),
         directories=list(map(str, comparison.directories)),
         policy=_policy([script, source] if figures else [script]),
         css=Markup((_PARTS / "page.css").read_text(encoding="utf-8")),
