@@ -73,7 +73,7 @@ def _run(line: CommandLine) -> int:
     check_launcher(line, config_directory())
     if resumed is None:
         line = expand(line, demo_run=lambda: _demo_run(line))
-    if line.multirun:
+    if line.multirun or line.get("hydra.mode") == "MULTIRUN":
         return _sweep(line, resumed)
     runs.exit_code = 0
     _hydra(line, runs.job)

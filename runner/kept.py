@@ -22,6 +22,8 @@ LIMIT = 2 << 30  # bytes in all
 _SUFFIX = ".safetensors"
 # An unfinished file this old, in seconds, has been left by a process that died.
 _ABANDONED = 3600
+# Bytes that this process has written since it last looked whether there is room, by directory.
+_written: dict[Path, int] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ def write(store: Store, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         unfinished = Path(temporary)
         save_file(held, unfinished, metadata={"sha256": _digest(name, held)})
         unfinished.replace(store.directory / f"{name}{_SUFFIX}")
-        _make_room(store)
+        _make_room_sometimes(store, sum(tensor.nbytes for tensor in held.values()))
     except (OSError, SafetensorError) as error:
         log.warning("%s: nothing can be kept there: %s", store.directory, error)
         if unfinished is not None:
@@ -84,6 +86,15 @@ def _digest(name: str, tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"\0{key}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _make_room_sometimes(store: Store, written: int) -> None:
+    """Make room at this process's first file, and again whenever it has written a sixteenth of the limit."""
+    since = _written.get(store.directory)
+    _written[store.directory] = 0 if since is None else since + written
+    if since is None or _written[store.directory] > store.limit // 16:
+        _make_room(store)
+        _written[store.directory] = 0
 
 
 def _make_room(store: Store) -> None:
