@@ -36,7 +36,7 @@ def page(comparison: Comparison, directory: Path, *, picture: bool) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string((_PARTS / "page.html").read_text(encoding="utf-8")).render(
         title=", ".join(path.resolve().name or str(path) for path in comparison.directories),
-        directories=list(map(str, comparison.directories)),
+        directories=[str(path.resolve()) for path in comparison.directories],
         policy=_policy([script, source] if figures else [script]),
         css=Markup((_PARTS / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
