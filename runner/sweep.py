@@ -90,8 +90,9 @@ def _expand_runs(line: CommandLine, paths: Sequence[Path], step: str) -> Command
                 f"step={step} needs run directories as ckpt=; {path} holds no checkpoint-<step> directories"
             )
         found += [select(run, number) for number in steps_of(step, run)]
-    kept = tuple((key, value) for key, value in line.overrides if key not in ("ckpt", "step"))
-    return replace(line, overrides=(*kept, ("ckpt", ",".join(quoted(str(path)) for path in found))))
+    spelled = ",".join(quoted(str(path)) for path in found)
+    kept = [(key, spelled if key == "ckpt" else value) for key, value in line.overrides if key != "step"]
+    return replace(line, overrides=tuple(kept))
 
 
 def _with_steps(line: CommandLine, run: Run, steps: list[int]) -> CommandLine:
@@ -102,11 +103,20 @@ def _with_steps(line: CommandLine, run: Run, steps: list[int]) -> CommandLine:
     return replace(line, flags=flags, overrides=(*overrides, ("step", ",".join(map(str, steps)))))
 
 
+def _matches(pattern: str) -> list[Path]:
+    """What `pattern` matches, by step; where some of it has the name of a checkpoint, only that."""
+    paths = map(Path, glob.glob(str(Path(unquoted(pattern)).expanduser())))  # noqa: PTH207 - it may be absolute
+    found = sorted(paths, key=lambda path: (str(path.parent), step_in_name(path.name) or 0, path.name))
+    return [path for path in found if step_in_name(path.name) is not None] or found
+
+
 def _expand_glob(line: CommandLine, pattern: str) -> CommandLine:
     """The checkpoints that `pattern` matches, by step; one without -m is taken, several are a sweep."""
-    paths = map(Path, glob.glob(str(Path(pattern).expanduser())))  # noqa: PTH207 - the pattern may be absolute
-    found = sorted(paths, key=lambda path: (str(path.parent), step_in_name(path.name) or 0, path.name))
-    named = [path for path in found if step_in_name(path.name) is not None] or found
+    named = _matches(pattern)
+    if not named and line.multirun:  # a list, some of it patterns
+        parts = split_list(pattern)
+        each = [_matches(part) if _GLOB.search(part) else [Path(unquoted(part)).expanduser()] for part in parts]
+        named = [path for paths in each for path in paths] if all(each) else []
     if not named:
         raise ConfigError(f"ckpt={pattern}: no such file or directory, and as a pattern it matches nothing")
     if len(named) > 1 and not line.multirun:

@@ -85,6 +85,24 @@ def test_several_runs_are_written_out_each_with_its_own_steps(empty_run, tmp_pat
     assert [Path(part.strip("'")).name for part in last["ckpt"].split(",")] == ["checkpoint-3000", "checkpoint-700"]
 
 
+def test_the_names_of_jobs_tell_them_apart(run, training, base, tmp_path):
+    write_npt(tmp_path / "a b=c" / "checkpoint-100", npt_tensors(base, MIXED), base=base)
+    run("-m", f"ckpt={training},{tmp_path / 'a b=c'}", "step=100", "tier=quick", "seed=1,2")
+    (directory,) = (path for path in Path("sweeps").iterdir() if (path / "sweep.json").exists())
+    assert [job.directory for job in read_plan(directory).jobs] == [
+        "0_run@100_1", "1_run@100_2", "2_a_b_c@100_1", "3_a_b_c@100_2",
+    ]  # fmt: skip
+
+
+def test_patterns_in_a_list(empty_run, tmp_path):
+    (tmp_path / "other" / "checkpoint-700").mkdir(parents=True)
+    given = expanded("-m", f"ckpt={empty_run}/checkpoint-*00,{tmp_path}/oth*/checkpoint-*,{empty_run}/checkpoint-200")
+    names = [Path(part.strip("'")).name for part in given["ckpt"].split(",")]
+    assert names == [f"checkpoint-{step}" for step in (200, 500, 1000, 3000, 700, 200)]
+    with pytest.raises(ConfigError, match="as a pattern it matches nothing"):
+        expanded("-m", f"ckpt={empty_run}/checkpoint-*,{tmp_path}/none*")
+
+
 def test_the_plan_is_written_before_the_jobs_and_tells_what_became_of_each(run, training):
     outcome = run("-m", f"ckpt={training}", "step=all")
     assert outcome.code == 3

@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from runner.checkpoints.runs import step_in_name
 from runner.overrides import CommandLine, unquoted
 from runner.plan import Job, Plan
 
@@ -45,9 +46,12 @@ def _tag(values: dict[str, str], swept: Sequence[str], config: DictConfig) -> st
     """A short name for a job's directory, of harmless characters: what is measured, then what else is swept."""
     ckpt = values.get("ckpt", OmegaConf.select(config, "ckpt"))
     step = values.get("step", OmegaConf.select(config, "step"))
-    name = Path(unquoted(str(ckpt))).name if ckpt is not None else str(config.task)
+    path = Path(unquoted(str(ckpt))) if ckpt is not None else Path(str(config.task))
+    name = path.name
     if step not in (None, "null"):
         name += f"@{step}"
+    elif step_in_name(name) is not None and path.parent.name:
+        name = f"{path.parent.name}@{step_in_name(name)}"  # runs may have steps in common
     others = [Path(unquoted(values[key])).name for key in swept if key not in ("ckpt", "step")]
     tag = "_".join([name, *others])
     return "".join(c if c.isalnum() or c in "-_.@" else "_" for c in tag)[:_LONGEST_TAG]
