@@ -67,10 +67,10 @@ def print_line(result: Mapping[str, Any], console: Console, *, number: int) -> N
         text = f"#{number} {name}: FAILED"
     else:
         metrics, verdict = result.get("metrics", {}), result.get("verdict") or {}
-        figures = (
-            f"mse {short(metrics.get('mse'))}, cosine {short(metrics.get('cosine'))}, kl {short(metrics.get('kl'))}"
-        )
-        text = f"#{number} {name}: {figures}" + (f", {verdict['status']}" if verdict else "")
+        words = [f"{key} {short(metrics[key])}" for key in ("mse", "cosine", "kl") if metrics.get(key) is not None]
+        failed = sum(check["status"] == "fail" for check in result.get("checks", []))
+        words += [f"{failed} checks failed"] * bool(failed) + [verdict["status"]] * bool(verdict)
+        text = f"#{number} {name}: {', '.join(words) or 'done'}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
