@@ -6,6 +6,7 @@ jobs failed; 130 interrupted.
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,7 +99,7 @@ def _sweep(line: CommandLine, resumed: "Plan | None") -> int:
             from runner.tasks.compare import conclude
 
             conclude(sweep.directory)
-        print(f"runner: the others: python -m runner -m resume={sweep.directory}", file=sys.stderr)
+        print(f"runner: the others: {_resuming(sweep.directory)}", file=sys.stderr)
         return INTERRUPTED
     if sweep.directory is None:  # Hydra had only to show something
         return 0
@@ -110,8 +111,13 @@ def _sweep(line: CommandLine, resumed: "Plan | None") -> int:
         record(comparison, sweep.directory, sweep.config)
     if not comparison.failures:
         return 0
-    print(f"runner: what has no result: python -m runner -m resume={sweep.directory}", file=sys.stderr)
+    print(f"runner: what has no result: {_resuming(sweep.directory)}", file=sys.stderr)
     return 3
+
+
+def _resuming(directory: Path) -> str:
+    """The command that goes on with a sweep, to be pasted into a shell."""
+    return f"python -m runner -m {shlex.quote(f'resume={directory}')}"
 
 
 def _hydra(line: CommandLine, job: object) -> None:
