@@ -204,13 +204,14 @@ class Fragile(Launcher):
     [(2, [[0, 1, 2, 3, 4], [2, 3, 4], [4]], {1, 3}), (0, [[0, 1, 2, 3, 4]], {0, 1, 2, 3, 4})],
     ids=["breaks twice", "never starts"],
 )
-def test_a_launcher_that_breaks_starts_the_rest_again(tmp_path, starts, asked, lost):
+def test_a_launcher_that_breaks_starts_the_rest_again(tmp_path, capfd, starts, asked, lost):
     jobs = tuple(Job(number=i, directory=f"{i}_x", overrides=(f"step={i}",)) for i in range(5))
     plan = Plan(task="x", command=("-m",), cwd=str(tmp_path), launcher="fragile", jobs=jobs)
     sweep = Sweep(line=parse(["-m"]), plan=plan, directory=tmp_path)
     inner = Fragile(tmp_path, starts=starts)
     assert _Guarded(inner, sweep).launch([job.overrides for job in jobs], 0) == []
     assert [[int(name[0]) for name in names] for names in inner.asked] == asked
+    assert capfd.readouterr().out.splitlines() == [f"#{number + 1} ?: done" for number in sorted({*range(5)} - lost)]
     sweep.keep_reasons()
     assert {
         job.number for job in read_plan(tmp_path).jobs if job.reason == "RuntimeError: a worker died of something"

@@ -69,7 +69,7 @@ def print_line(result: Mapping[str, Any], console: Console, *, number: int) -> N
         metrics, verdict = result.get("metrics", {}), result.get("verdict") or {}
         words = [f"{key} {short(metrics[key])}" for key in ("mse", "cosine", "kl") if metrics.get(key) is not None]
         failed = sum(check["status"] == "fail" for check in result.get("checks", []))
-        words += [f"{failed} checks failed"] * bool(failed) + [verdict["status"]] * bool(verdict)
+        words += ([f"{failed} checks failed"] if failed else []) + ([verdict["status"]] if verdict else [])
         text = f"#{number} {name}: {', '.join(words) or 'done'}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
