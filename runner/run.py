@@ -123,7 +123,10 @@ def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tupl
 
 def _unexpected(error: Exception, directory: Path) -> RunnerError:
     """What ended a task that is no error of the user's; a launcher whose time limit is near raises one inside it."""
-    if type(error).__name__ == "UncompletedJobError":  # submitit's
+    chain: list[BaseException] = [error]
+    while following := chain[-1].__cause__ or chain[-1].__context__:  # transformers wraps what is raised in an import
+        chain.append(following)
+    if any(type(each).__name__ == "UncompletedJobError" for each in chain):  # submitit's
         return RunnerError(
             "out of time: stopped by the launcher's limit; give it more with hydra.launcher.timeout_min="
         )

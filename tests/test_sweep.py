@@ -15,6 +15,7 @@ from runner.errors import ConfigError
 from runner.overrides import parse
 from runner.plan import Job, Plan, good_result, read_plan, write_plan
 from runner.results import write_json
+from runner.run import _unexpected
 from runner.sweep import expand, steps_of
 from runner.sweeping.launchers import check_launcher, use_own_configs
 from runner.sweeping.launching import Sweep, _Guarded
@@ -216,6 +217,20 @@ def test_a_launcher_that_breaks_starts_the_rest_again(tmp_path, capfd, starts, a
     assert {
         job.number for job in read_plan(tmp_path).jobs if job.reason == "RuntimeError: a worker died of something"
     } == lost
+
+
+class UncompletedJobError(Exception):
+    """What submitit raises in a job whose time is up, wherever that job is."""
+
+
+def test_the_end_of_a_job_s_time_is_known_under_what_it_became(tmp_path):
+    for error in (ImportError("x"), ValueError("y")):
+        assert "internal error" in str(_unexpected(error, tmp_path))
+        error.__context__ = UncompletedJobError("not requeued")
+        outer = RuntimeError("z")
+        outer.__cause__ = error
+        assert "out of time" in str(_unexpected(outer, tmp_path))
+    assert "out of time" in str(_unexpected(UncompletedJobError("not requeued"), tmp_path))
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path):

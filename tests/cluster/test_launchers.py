@@ -111,7 +111,7 @@ def job_processes(scene: Path) -> list[psutil.Process]:
 
 
 def test_a_killed_job_and_one_out_of_time_leave_the_others_alone(scene, slurm):
-    words = [*ENDLESS.split(), "hydra/launcher=submitit_slurm", *SMALL, "hydra.launcher.timeout_min=1"]
+    words = [*ENDLESS.split(), "hydra/launcher=submitit_slurm", *SMALL, "hydra.launcher.timeout_min=2"]
     process = start(scene, *words, "train.max_steps=9000000,9000001,2")
     wait_for(lambda: list(scene.glob("sweeps/*/0_*/.hydra/overrides.yaml")))
     (killed,) = [p for p in job_processes(scene) if p.environ().get("SLURM_ARRAY_TASK_ID") == "0"]
