@@ -1,7 +1,7 @@
 """The command line around Hydra: flags and paths as people type them, one-line errors, exit codes.
 
 0 done (a poor verdict is a result); 1 a runtime error or a failed check; 2 bad input or usage; 3 a sweep in which
-jobs failed; 130 interrupted.
+jobs failed, or found failed checks; 130 interrupted.
 """
 
 import logging
@@ -110,7 +110,7 @@ def _sweep(line: CommandLine, resumed: "Plan | None") -> int:
     if sweep.config is not None:
         record(comparison, sweep.directory, sweep.config)
     if not comparison.failures:
-        return 0
+        return 3 if any(job.passed is False for job in comparison.jobs) else 0
     print(f"runner: what has no result: {_resuming(sweep.directory)}", file=sys.stderr)
     return 3
 
@@ -137,6 +137,8 @@ def _hydra(line: CommandLine, job: object) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         task = line.get("task") or "diagnose"
         raise translated(error, task, dict(line.overrides)) from error
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise ConfigError(f"{error.filename or Path.cwd()}: cannot be written: {error.strerror}") from error
     finally:

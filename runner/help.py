@@ -12,8 +12,10 @@ runner: what a model checkpoint is, how close it is to its base model, how far i
   python -m runner -m task=diagnose ckpt=RUN step=all hydra/launcher=joblib
   python -m runner -m resume=sweeps/NAME                              what has no good result yet
   python -m runner task=inspect ckpt=PATH_OR_RUN
+  python -m runner task=test ckpt=PATH tier=full                      quick: structure only; minimal: builds, saves one
   python -m runner task=convert ckpt=PATH convert.to=safetensors convert.output=DIR
   python -m runner task=merge merge.sources=[A,B] merge.output=DIR
+  python -m runner task=compare sweep=sweeps/NAME
 
 tasks
 {tasks}
@@ -29,6 +31,10 @@ what is measured
   accuracy=false    load and run only, compare nothing
   format=NAME       {format}   [auto]
   family=NAME       {family}; family.top_k= family.router_features= family.experts= for lora_moe   [auto]
+
+other tasks
+  experts=N   keep=true   strict=true   junit=FILE     task=test: experts to build; keep what was built; warnings fail
+  sweep=DIR|[A,B]   task=compare and task=panels: what they read      merge.…, convert.…, train.…: see --cfg job
 
 how it runs, and what is left
   device=auto|cpu|cuda|mps   dtype=float32|bfloat16|float16|stored   family.device_map=auto   seed=0

@@ -24,7 +24,9 @@ def check_output(target: Path, *, replace: bool = False, inputs: Sequence[Path] 
         if target.is_mount():
             raise CheckpointError(f"{target}: a mount point cannot be an output: give a directory inside it")
         if not replace:
-            raise CheckpointError(f"{target}: exists already: choose another output, or replace it with force=true (merge.force, convert.force)")
+            raise CheckpointError(
+                f"{target}: exists already: choose another output, or replace it: merge.force=true (convert.force=true)"
+            )
     for source in inputs:
         _check_input(target, source)
     existing = next(folder for folder in target.parents if folder.exists())

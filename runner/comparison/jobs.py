@@ -22,7 +22,8 @@ class Job:
     """What one job left. `status`: ok, failed (it says why), lost (started, no result) or never_started.
 
     The fields after `config` are those of the result contract (runner/results.py), empty where the job has none;
-    every number in them is finite or None. `run` is a display name, unique for each run directory in a comparison.
+    every number in them is finite or None. `run` is a display name, unique for each run directory in a comparison;
+    `passed`: the verdict of tests.
     `config`: the composed config, flat ("tier.name": "quick"). `seconds`: the sum of the phases.
     """
 
@@ -50,6 +51,7 @@ class Job:
     findings: tuple[str, ...] = ()
     verdict: Mapping[str, Any] | None = None
     overall: str | None = None
+    passed: bool | None = None
     seconds: float | None = None
 
     def metric(self, name: str) -> float | None:
@@ -128,6 +130,7 @@ def _with_result(
         layers=_rows(result.get("layers")),
         progressive=_rows(result.get("progressive")),
         checks=_rows(result.get("checks")),
+        passed=result.get("passed") if isinstance(result.get("passed"), bool) else None,
         findings=tuple(map(printable, _list(result.get("findings")))),
         verdict=_mapping(result.get("verdict")) or None,
         overall=_text(result.get("overall")),

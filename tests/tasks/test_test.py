@@ -192,6 +192,10 @@ def test_a_run_directory_is_a_sweep_over_its_checkpoints(run, base, tmp_path):
     found = [json.loads(path.read_text()) for path in sorted(Path("sweeps").rglob("result.json"))]
     assert [Path(each["ckpt"]).name for each in found] == ["checkpoint-100", "checkpoint-200"]
     assert all(each["passed"] for each in found)
+    (tmp_path / "run" / "checkpoint-100" / "npt_weights.pt").write_bytes(b"damaged")
+    outcome = run("task=test", f"ckpt={tmp_path / 'run'}")
+    assert outcome.code == 3, "a sweep in which tests failed"
+    assert "files" in outcome.out
 
 
 def test_the_inputs_are_not_touched(run, base, tmp_path):
