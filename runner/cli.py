@@ -4,6 +4,7 @@
 jobs failed, or found failed checks; 130 interrupted.
 """
 
+import gc
 import logging
 import os
 import shlex
@@ -106,6 +107,7 @@ def _sweep(line: CommandLine, resumed: "Plan | None") -> int:
     from runner.sweeping.recording import record
     from runner.tasks.compare import conclude
 
+    gc.freeze()  # the collector need not go through what the jobs imported while the comparison imports its own
     comparison = conclude(sweep.directory)
     if sweep.config is not None:
         record(comparison, sweep.directory, sweep.config)

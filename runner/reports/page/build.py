@@ -108,7 +108,7 @@ def _plotly() -> tuple[str, str]:
     import plotly
 
     source = (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
-    return source, base64.b64encode(gzip.compress(source.encode(), 9, mtime=0)).decode()
+    return source, base64.b64encode(gzip.compress(source.encode(), 6, mtime=0)).decode()
 
 
 def _policy(scripts: Iterable[str]) -> str:
