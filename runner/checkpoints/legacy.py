@@ -38,7 +38,8 @@ def check_legacy(path: Path) -> None:
 def _little_endian(system: Any) -> bool:
     if not isinstance(system, Container):
         return True
-    pairs = dict(zip(system.items[::2], system.items[1::2], strict=False))
+    values = system.items[1::2]
+    pairs = dict(zip(system.items[: 2 * len(values) : 2], values, strict=True))
     return pairs.get("little_endian", True) is True
 
 

@@ -142,7 +142,8 @@ def _differences(moments: Sequence[Moments], furthest: Moments) -> list[dict[str
             continue
         if len(other.groups) != len(furthest.groups):
             found.append(_difference("number of groups", None, other, len(other.groups), len(furthest.groups)))
-        for number, (theirs, kept) in enumerate(zip(other.groups, furthest.groups, strict=False)):
+        common = min(len(other.groups), len(furthest.groups))
+        for number, (theirs, kept) in enumerate(zip(other.groups[:common], furthest.groups[:common], strict=True)):
             for name in dict.fromkeys((*kept, *theirs)):
                 a, b = theirs.get(name), kept.get(name)
                 if name != "params" and not _same(a, b):

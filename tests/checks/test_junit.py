@@ -39,7 +39,7 @@ def test_each_check_is_a_case(tmp_path, strict, failing):
 def test_a_place_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"junit=.*: cannot be written"):
-        write_junit(tmp_path / "file" / "junit.xml", RESULT, strict=False)
+        write_junit(tmp_path / "file" / "junit.xml", RESULT, strict=True)
 
 
 def test_the_command_line_writes_it(run, checkpoint, tmp_path):

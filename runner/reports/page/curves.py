@@ -99,7 +99,7 @@ def cosine(series: Sequence[Series]) -> Figure | None:
     # From below: each band is named after its lower end, so the first ends where the lowest status begins.
     statuses = sorted(thresholds().cosine.items(), key=lambda item: item[1])
     names = ["poor", *(name for name, _ in statuses)]
-    bounds = dict(zip(names, (bound for _, bound in statuses), strict=False))
+    bounds = dict(zip(names[:-1], (bound for _, bound in statuses), strict=True))
     shapes = status_bands(bounds, names[-1], low, top) if judged else []
     return Figure(
         name="cosine",

@@ -65,7 +65,7 @@ def status_bands(bounds: Mapping[str, float], other: str, lowest: float, highest
     edges = [-math.inf, *bounds.values(), math.inf]
     bands = [
         (name, max(low, lowest), min(high, highest))
-        for name, low, high in zip([*bounds, other], edges, edges[1:], strict=False)
+        for name, low, high in zip([*bounds, other], edges[:-1], edges[1:], strict=True)
     ]
     common = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "layer": "below", "line": {"width": 0}}
     return [{**common, "y0": low, "y1": high, "name": name} for name, low, high in bands if high > low]
