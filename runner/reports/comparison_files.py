@@ -1,8 +1,6 @@
 """What a comparison leaves: the page, a table, everything as JSON, and the main plot as pictures."""
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from runner.comparison.comparison import Comparison
 from runner.comparison.export import to_csv, to_dict
 from runner.reports.page.build import page
 from runner.reports.picture import pictures
+from runner.results import write_whole
 
 PAGE_NAME = "comparison.html"
 
@@ -41,23 +40,8 @@ def write_files(comparison: Comparison, directory: Path) -> Written:
     for kind, content in contents.items():
         path = directory / f"comparison.{kind}"
         try:
-            _write(path, content())
+            write_whole(path, content())
         except OSError as error:
             return Written(files=files, problem=f"{path}: cannot be written: {error.strerror or error}")
         files[kind] = path
     return Written(files=files)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write `content` so that a reader sees the old file or the new one, never half of one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

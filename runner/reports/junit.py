@@ -1,14 +1,13 @@
 """The checks of a result as JUnit XML, which CI systems show: one test case a check."""
 
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from runner.errors import ConfigError
+from runner.results import write_whole
 
 # What XML 1.0 cannot hold; a tensor's name may.
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -49,18 +48,7 @@ def write_junit(path: Path, result: Mapping[str, Any], *, strict: bool) -> None:
     """Write the XML so that a reader sees the old file or the new one. Raises ConfigError where it cannot be."""
     text = ElementTree.tostring(junit(result, strict=strict), encoding="utf-8", xml_declaration=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(text + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(path, text + b"\n")
     except OSError as error:
         raise ConfigError(f"junit={path}: cannot be written: {error.strerror}") from error
 

@@ -70,7 +70,7 @@ def open_subject(config: DiagnoseConfig, context: Context) -> Opened:
         reference, path = _reference(config, base, options, keep)
     plain = None
     if isinstance(model, NptLlamaForCausalLM):
-        plain = keep(own) if own else Reference(model.plain(), ("plain", id(model)))
+        plain = keep(own) if own else Reference(model.plain(), object())  # its own: no other model may answer
     with context.timed("load_tokenizer"):
         tokenizer = _tokenizer(config, checkpoint, base)
     vocab_size, max_length = limits(model)

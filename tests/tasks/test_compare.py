@@ -72,7 +72,7 @@ def test_where_nothing_can_be_written_a_sweep_warns_and_keeps_its_results(sweep,
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("runner.reports.comparison_files.tempfile.mkstemp", full)
+    monkeypatch.setattr("runner.results.tempfile.mkstemp", full)
     outcome = conclude(sweep)
     captured = capsys.readouterr()
     assert len(outcome.done) == 8
