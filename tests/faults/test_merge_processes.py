@@ -107,12 +107,15 @@ def test_an_interrupt_at_any_moment_is_one_line(tmp_path):
     ended = []
     for turn in range(24):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        start = time.perf_counter()
         running = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         # Before a fifth of it the interpreter itself is starting.
         time.sleep(whole * (0.2 + 0.8 * turn / 24))
         running.send_signal(signal.SIGINT)
         _, said = running.communicate()
         ended.append(running.returncode)
+        if running.returncode == 0:  # too late: the machine was busier when the whole was timed
+            whole = min(whole, time.perf_counter() - start)
         line = "runner: interrupted; what was finished is kept\n"
         # Once all is done and Python takes itself down, the signal ends it without a word.
         silent = running.returncode == -signal.SIGINT and (tmp_path / "out").exists() and not said
