@@ -15,7 +15,7 @@ from runner.errors import ConfigError
 from runner.overrides import parse
 from runner.plan import Job, Plan, good_result, read_plan, write_plan
 from runner.results import write_json
-from runner.run import _unexpected
+from runner.run import _unexpected, setup
 from runner.sweep import expand, steps_of
 from runner.sweeping.launchers import check_launcher, use_own_configs
 from runner.sweeping.launching import Sweep, _Guarded
@@ -245,7 +245,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
 def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch):
     monkeypatch.setattr("runner.sweeping.launchers.find_spec", lambda name: None)
     for name, extra in {"joblib": "launchers", "submitit_slurm": "launchers", "ray": "ray"}.items():
-        with pytest.raises(ConfigError, match=rf"pip install 'checkpoint-runner\[{extra}\]'"):
+        with pytest.raises(ConfigError, match=rf"pip install -e '.\[{extra}\]'"):
             check_launcher(parse([f"hydra/launcher={name}"]), config_directory())
 
 
@@ -253,6 +253,7 @@ def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch):
     "file", sorted((config_directory() / "hydra" / "launcher").glob("*.yaml")), ids=lambda f: f.stem
 )
 def test_each_launcher_composes_as_it_stands(file, recwarn):
+    setup()
     use_own_configs(config_directory())
     with initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
         cfg = compose("config", overrides=[f"hydra/launcher={file.stem}"], return_hydra_config=True)

@@ -43,6 +43,6 @@ def check_launcher(line: CommandLine, conf: Path) -> None:
         return
     package, extra = _NEEDS[name]
     if find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.{package}") is None:
-        raise ConfigError(f"{KEY}={name} needs another package: pip install 'checkpoint-runner[{extra}]'")
+        raise ConfigError(f"{KEY}={name} needs another package: pip install -e '.[{extra}]' in runner's checkout")
     if name == "submitit_slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         raise ConfigError(f"{KEY}={name}: there is no sbatch and srun here; start it on a login node of the cluster")

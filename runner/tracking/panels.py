@@ -1,6 +1,6 @@
 """A W&B workspace that compares checkpoints: curves, layers, bars, scatter, parallel coordinates, a run comparer.
 
-Made with `wandb-workspaces`, an extra (`checkpoint-runner[panels]`) that is imported when a workspace is built. Only
+Made with `wandb-workspaces`, an extra (`.[panels]`) that is imported when a workspace is built. Only
 flat keys are used: a workspace addresses nested ones inconsistently.
 """
 
@@ -16,7 +16,7 @@ from runner.errors import ConfigError
 from runner.tracking.compare import FORECAST_STEP, endings, figures, group, layer_figures
 from runner.tracking.rows import STEP
 
-HOW_TO_INSTALL = "pip install 'checkpoint-runner[panels]'"
+HOW_TO_INSTALL = "pip install -e '.[panels]' in runner's checkout"
 # Figure, title, and whether its axis is logarithmic.
 _CURVES = (
     ("mse", "MSE of the logits", True),

@@ -91,7 +91,7 @@ def test_without_the_extra_it_is_said_and_there_are_no_panels(
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     end_of_sweep(finished, "wandb.WandbTracker")
     said = capfd.readouterr()
-    assert said.out.endswith("Panels: none; pip install 'checkpoint-runner[panels]' adds them\n")
+    assert said.out.endswith("Panels: none; pip install -e '.[panels]' in runner's checkout adds them\n")
     assert said.err == ""
     assert not (finished.directories[0] / "panels.json").exists()
 

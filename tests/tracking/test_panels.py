@@ -180,4 +180,4 @@ def test_without_the_extra_it_is_named(run: Callable[..., Any], monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     done = run("task=panels", "sweep=.")
     assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "pip install 'checkpoint-runner[panels]'" in done.err
+    assert "pip install -e '.[panels]' in runner's checkout" in done.err
