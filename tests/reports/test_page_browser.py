@@ -103,10 +103,18 @@ def test_the_page_of_200_jobs_fires_its_load_event_soon(driver, pages, capsys):
     times = []
     for _ in range(3):
         driver.get(pages("many").as_uri())
-        times.append(driver.execute_script("return performance.getEntriesByType('navigation')[0].loadEventEnd"))
+        times.append(load_event_end(driver))
     with capsys.disabled():
         print(f"\nload event of the page of 200 jobs: {min(times):.0f} ms, at most {max(times):.0f} ms")
-    assert min(times) > 0
+
+
+def load_event_end(driver) -> float:
+    """Milliseconds from the request to the end of the load event; 0 while the event's listeners still run."""
+    deadline = time.monotonic() + 60
+    while not (end := driver.execute_script("return performance.getEntriesByType('navigation')[0].loadEventEnd")):
+        assert time.monotonic() < deadline, "the load event never ended"
+        time.sleep(0.01)
+    return end
 
 
 def column(driver, name: str) -> list[str]:
