@@ -134,15 +134,8 @@ class TrainConfig(CommonConfig):
 
 
 @dataclass
-class CompareConfig(CommonConfig):
-    """`task=compare`; `sweep`: a directory or a list of several."""
-
-    sweep: Any = None
-
-
-@dataclass
-class PanelsConfig(CommonConfig):
-    """`task=panels`; `sweep`: a directory or a list of several."""
+class SweepConfig(CommonConfig):
+    """`task=compare` and `task=panels`; `sweep`: a directory or a list of several."""
 
     sweep: Any = None
 
@@ -156,8 +149,8 @@ TASKS: dict[str, type[CommonConfig]] = {
     "diff": DiffConfig,
     "test": TestConfig,
     "train": TrainConfig,
-    "compare": CompareConfig,
-    "panels": PanelsConfig,
+    "compare": SweepConfig,
+    "panels": SweepConfig,
 }
 PATH_KEYS = {
     "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "tracker.dir", "train.resume_from",

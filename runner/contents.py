@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from runner.checkpoints.content import sha256_of
 from runner.results import write_json
 
 # A file that changed so shortly before it was hashed, in nanoseconds, may change again within the clock's resolution.
@@ -29,7 +30,7 @@ def content_hash(files: Sequence[Path], memory: Path, *, may_read: bool) -> str 
         if not (isinstance(entry, dict) and entry.get("stamp") == stamp and _settled(entry)):
             if not may_read:
                 return None
-            entry = {"stamp": stamp, "sha256": _hash(file), "hashed": time.time_ns()}
+            entry = {"stamp": stamp, "sha256": sha256_of(file), "hashed": time.time_ns()}
             if _stamp(file) != stamp:
                 return None  # it changes under our hands
             known.pop(path, None)
@@ -48,11 +49,6 @@ def _stamp(file: Path) -> list[int]:
 
 def _settled(entry: dict[str, Any]) -> bool:
     return int(entry["hashed"]) - int(entry["stamp"][2]) > _SETTLED  # [2]: ctime
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read(memory: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """One run: the composed config, its task, and what is left of it: `result.json`, the report, the tracker's record."""
 
-import gc
 import logging
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from rich.console import Console
 from runner.confdir import config_directory
 from runner.config import TASKS, CommonConfig, register, translated, unknown_key
 from runner.errors import ConfigError, RunnerError
+from runner.imports import uncollected
 from runner.overrides import quoted
 from runner.reports.console import print_result
 from runner.results import FILE_NAME, Result, write_json
@@ -159,17 +159,11 @@ def _run(cfg: DictConfig, directory: Path, tracker: Tracker, *, in_sweep: bool =
 
 
 def _page(task: str) -> Any:
-    """The task's module. Imported with the garbage collector off: to go through the million objects that torch and
-    transformers leave takes a quarter of the import time."""
     name = f"runner.tasks.{task}"
-    if name in sys.modules or not gc.isenabled():
+    if name in sys.modules:
         return import_module(name)
-    gc.disable()
-    try:
+    with uncollected():
         return import_module(name)
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _typed(cfg: DictConfig) -> CommonConfig:

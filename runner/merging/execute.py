@@ -1,6 +1,5 @@
 """Writing a planned merge into a staged directory, one tensor at a time."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from runner.errors import CheckpointError
 from runner.merging.pieces import Piece, contained, replaced
 from runner.merging.plan import Plan
 from runner.merging.safetensors_file import write_safetensors
-from runner.merging.sinks import new_file
+from runner.merging.sinks import new_file, write_json_files
 from runner.merging.states import State
 from runner.merging.torch_file import RECORD_BYTES, write_torch_file
 
@@ -81,28 +80,29 @@ def write_tensors(
     `hashes` receives the SHA-256 of each file by its name. Returns what the user should know of the states' tensors.
     Raises CheckpointError where a weight is NaN or Inf, OSError where the disk fails.
     """
+    hashes = {} if hashes is None else hashes
     weights = {name: watched(piece, refuse) for name, piece in content.weights.items()}
-    with new_file(partial / content.weights_file, on_bytes, hashes) as sink:
+    with new_file(partial / content.weights_file, on_bytes) as sink:
         if content.format == "safetensors":
             write_safetensors(sink, weights)
         else:
             write_torch_file(sink, Path(content.weights_file).stem, weights)
+        hashes[content.weights_file] = sink.sha256()
     bad: dict[str, None] = {}
 
     def note(piece: Piece) -> None:
         bad[piece.origin] = None
 
     for name, state in content.states.items():
-        with new_file(partial / name, on_bytes, hashes) as sink:
+        with new_file(partial / name, on_bytes) as sink:
             write_torch_file(sink, Path(name).stem, replaced(state.content, lambda piece: watched(piece, note)))
+            hashes[name] = sink.sha256()
     return [f"{origin}: NaN or Inf, written as it is" for origin in bad]
 
 
 def write_texts(partial: Path, content: Content, summary: Mapping[str, Any]) -> None:
     """Write config.json and merge_summary.json into `partial`. Raises OSError where the disk fails."""
-    for name, values in ((npt_delta.CONFIG, content.config.content), (npt_delta.MERGE_SUMMARY, summary)):
-        with new_file(partial / name) as sink:
-            sink.write((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+    write_json_files(partial, {npt_delta.CONFIG: content.config.content, npt_delta.MERGE_SUMMARY: summary})
 
 
 def refuse(piece: Piece) -> None:

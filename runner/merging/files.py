@@ -1,6 +1,5 @@
 """What a merge of another format than npt_delta writes: several files, each written and read back piece by piece."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,20 +105,12 @@ def write_files(partial: Path, files: Files, on_bytes: Callable[[int], None], ha
         path = partial / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         value = replaced(dict(file.value), lambda piece: watched(piece, refuse))
-        own: dict[str, str] = {}
-        with new_file(path, on_bytes, own) as sink:
+        with new_file(path, on_bytes) as sink:
             if file.is_safetensors:
                 write_safetensors(sink, value, file.metadata)
             else:
                 write_torch_file(sink, path.stem, value)
-        hashes[file.name] = own[path.name]
-
-
-def write_json_files(partial: Path, texts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write JSON files by their names. Raises OSError where the disk fails."""
-    for name, values in texts.items():
-        with new_file(partial / name) as sink:
-            sink.write((json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n").encode())
+            hashes[file.name] = sink.sha256()
 
 
 def check_written(partial: Path, files: Files) -> Checkpoint:

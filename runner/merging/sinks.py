@@ -1,12 +1,14 @@
 """Output files that are only appended to, so that they can be written from tensors that never are in memory at once."""
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import BoundedSemaphore
+from typing import Any
 
 # Smaller writes are gathered up to this many bytes.
 BUFFER = 1 << 18
@@ -51,7 +53,8 @@ class Sink:
         self._write(memoryview(waiting))
 
     def sha256(self) -> str:
-        """The hash of all that was handed to the system, in hexadecimal."""
+        """The hash of all that was written so far, in hexadecimal."""
+        self.flush()
         return self._hashing.submit(self._digest.hexdigest).result()
 
     def _write(self, view: memoryview) -> None:
@@ -72,20 +75,20 @@ class Sink:
 
 
 @contextmanager
-def new_file(
-    path: Path, on_bytes: Callable[[int], None] = lambda count: None, hashes: dict[str, str] | None = None
-) -> Iterator[Sink]:
-    """Create `path`, which must not exist, and give it to be written; `on_bytes` hears how many bytes it took.
-
-    `hashes` receives the SHA-256 of what was written, by the file's name.
-    """
+def new_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> Iterator[Sink]:
+    """Create `path`, which must not exist, and give it to be written; `on_bytes` hears how many bytes it took."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hashing") as hashing:
             sink = Sink(descriptor, on_bytes, hashing)
             yield sink
             sink.flush()
-            if hashes is not None:
-                hashes[path.name] = sink.sha256()
     finally:
         os.close(descriptor)
+
+
+def write_json_files(directory: Path, texts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write new JSON files into `directory` by their names. Raises OSError where the disk fails."""
+    for name, values in texts.items():
+        with new_file(directory / name) as sink:
+            sink.write((json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n").encode())

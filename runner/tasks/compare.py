@@ -6,7 +6,7 @@ from rich.console import Console
 
 from runner.comparison.comparison import Comparison, read
 from runner.comparison.export import series_to_dict
-from runner.config import CompareConfig
+from runner.config import SweepConfig
 from runner.errors import ConfigError
 from runner.reports.compare import print_comparison, summary
 from runner.reports.comparison_files import write_files
@@ -16,7 +16,7 @@ from runner.tracking.compare import log_comparison
 from runner.versions import versions
 
 
-def run(config: CompareConfig, context: Context) -> Result:
+def run(config: SweepConfig, context: Context) -> Result:
     """Compare the jobs of `sweep`, and write the page and its files.
 
     They go into the sweep's directory, those of several sweeps into the run's own. Raises ConfigError for a directory

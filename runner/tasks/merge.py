@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from runner.checkpoints.runs import resolve
 from runner.config import MergeConfig
 from runner.errors import ConfigError
-from runner.merging.imports import importing
+from runner.imports import importing
 from runner.merging.inputs import Inputs, reading
 from runner.merging.progress import byte_bar
 from runner.merging.spec import MergeSpec

@@ -7,9 +7,10 @@ from runner.checkpoints import lora_moe
 from runner.checkpoints.commit import staged
 from runner.checkpoints.npt_delta import MERGE_SUMMARY
 from runner.config import MergeConfig
-from runner.merging.files import Files, check_files, check_written, write_files, write_json_files
+from runner.merging.files import Files, check_files, check_written, write_files
 from runner.merging.inputs import Inputs
 from runner.merging.progress import byte_bar
+from runner.merging.sinks import write_json_files
 from runner.merging.spec import MergeSpec
 from runner.reports.cells import size
 from runner.results import Result

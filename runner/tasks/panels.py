@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.comparison.comparison import read
-from runner.config import PanelsConfig
+from runner.config import SweepConfig
 from runner.errors import ConfigError
 from runner.results import Result
 from runner.tasks.context import Context
@@ -13,7 +13,7 @@ from runner.tracking.panels_file import FILE_NAME, keep
 from runner.versions import versions
 
 
-def run(config: PanelsConfig, context: Context) -> Result:
+def run(config: SweepConfig, context: Context) -> Result:
     """Build the workspace, write it beside the sweep (beside the result, for several), save it where runs go online.
 
     Raises ConfigError for what is no sweep, and where the extra is not installed.

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import get_cosine_schedule_with_warmup
 
 from runner.errors import ModelError
 from runner.models.npt_llama import NptLlamaForCausalLM, RankKUpdate
 from runner.training.batches import endless_order
 from runner.training.losses import Reference, kept_references, losses
 from runner.training.moments import flat_optimizer_state, stacked_optimizer_state
+from runner.training.optimization import optimizer_and_schedule
 from runner.training.settings import PROJECTIONS, EquivalenceSettings
 
 OnStep = Callable[[int, Mapping[str, float]], None]
@@ -61,14 +61,7 @@ def train_equivalence(
     """
     updates = [update for layer in model.npt_layers.values() for update in layer.updates.values()]
     parameters = [parameter.requires_grad_(True) for update in updates for parameter in update.parameters()]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=settings.weight_decay,
-        fused=model.device.type in ("cpu", "cuda"),
-    )
-    schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.max_steps)
+    optimizer, schedule = optimizer_and_schedule(parameters, settings, model.device)
     start = 0
     if resume is not None:
         optimizer.load_state_dict(stacked_optimizer_state(resume["optimizer_state_dict"], model))

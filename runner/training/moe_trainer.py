@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import PrinterCallback, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from runner.checkpoints.pickles import load_pickle
 from runner.errors import CheckpointError, ConfigError, ModelError
@@ -16,6 +16,7 @@ from runner.training.moe_callback import DIVERGED
 from runner.training.moe_data import EqualLengthBatches, Row, RowLoader
 from runner.training.moe_model import OPTIMIZER, SCHEDULER
 from runner.training.moe_settings import MoeSettings
+from runner.training.optimization import optimizer_and_schedule
 
 # The trainer's own log has a row every so many steps, and one for the last.
 LOG_EVERY = 10
@@ -34,14 +35,7 @@ class MoeTrainer(Trainer):
         self.rows, self.settings = rows, settings
         self.figures: dict[str, float] = {}
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters,
-            lr=settings.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=settings.weight_decay,
-            fused=model.device.type in ("cpu", "cuda"),
-        )
-        schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.max_steps)
+        optimizer, schedule = optimizer_and_schedule(parameters, settings, model.device)
         super().__init__(
             model=model,
             args=_arguments(model, settings, scratch),
