@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from safetensors import SafetensorError
@@ -18,7 +17,8 @@ from safetensors import SafetensorError
 from runner.checkpoints import manifest as manifests
 from runner.checkpoints.leftovers import PARTIAL, REPLACED, hidden, locked, retire, sweep
 from runner.checkpoints.outputs import check_output
-from runner.checkpoints.renames import drop_cache, rename_new, swap, sync
+from runner.checkpoints.readback import Watcher, forget, read_back, unwatched
+from runner.checkpoints.renames import rename_new, swap, sync
 from runner.errors import CheckpointError, RunnerError, printable
 
 
@@ -31,13 +31,14 @@ def staged(
     expected_bytes: int = 0,
     manifest: Mapping[str, Any] | None = None,
     hashes: Mapping[str, str] | None = None,
-    also: Callable[[Path, Event], None] = lambda partial, stop: None,
+    watchers: Callable[[Path], Mapping[str, Watcher]] = lambda partial: {},
 ) -> Iterator[Path]:
     """A directory to write into that becomes `target`, whole and verified, when the block ends without an exception.
 
     `manifest` is added to MANIFEST.json (recipe, hashes of inputs) and must not depend on the time. `hashes`: the
-    SHA-256 of files by name, where whoever wrote them knows it; what is read back is held against it. `also(partial,
-    stop)` is a check of the writer's own, run beside the reading back; it may give up once `stop` is set.
+    SHA-256 of files by name, where whoever wrote them knows it; what is read back is held against it.
+    `watchers(partial)` gives checks of the writer's own, by the name of the file whose content they get as it is read
+    back; they raise RunnerError where it is not as it should be.
     With `replace` an existing `target` is swapped out; it is deleted only if this runner wrote it and nothing was added
     since, else it stays beside as `NAME.old-<id>`. Raises CheckpointError where the output is refused or another
     process writes it, RunnerError where the disk fails.
@@ -54,7 +55,7 @@ def staged(
             identity = _identity(partial)
             try:
                 yield partial
-                _seal(partial, manifest or {}, hashes or {}, also)
+                _seal(partial, manifest or {}, hashes or {}, watchers)
                 _publish(partial, target, replace=replace)
             finally:
                 # After a swap this name may belong to the old output.
@@ -62,9 +63,10 @@ def staged(
                     shutil.rmtree(partial)
 
 
-def verify(directory: Path) -> list[str]:
+def verify(directory: Path, watchers: Mapping[str, Watcher] | None = None) -> list[str]:
     """What is wrong with an output, one line a problem; empty when every byte is as it was written.
 
+    With `watchers` the files are read from the disk, and those that have a watcher are shown to it.
     Raises CheckpointError where there is no such directory.
     """
     if not directory.is_dir():
@@ -79,7 +81,10 @@ def verify(directory: Path) -> list[str]:
     problems += [f"{directory}: {name} is not in the manifest" for name in present if name not in listed]
     for name in sorted(set(listed) & set(present)):
         try:
-            found = manifests.describe(present[name])
+            if watchers is None:
+                found = manifests.describe(present[name])
+            else:
+                found = read_back(present[name], watchers.get(name, unwatched))
         except OSError as error:
             problems.append(f"{directory}: {name} cannot be read: {error.strerror}")
             continue
@@ -91,7 +96,10 @@ def verify(directory: Path) -> list[str]:
 
 
 def _seal(
-    partial: Path, extra: Mapping[str, Any], hashes: Mapping[str, str], also: Callable[[Path, Event], None]
+    partial: Path,
+    extra: Mapping[str, Any],
+    hashes: Mapping[str, str],
+    watchers: Callable[[Path], Mapping[str, Watcher]],
 ) -> None:
     """Sync every file, write the manifest last, and read everything back from the disk."""
     files = manifests.list_files(partial)
@@ -103,19 +111,18 @@ def _seal(
     path = partial / manifests.FILE_NAME
     path.write_bytes(manifests.render({**content, "versions": manifests.versions()}))
     sync(path)
+    with path.open("rb") as file:
+        forget(file.fileno())
     for folder, _, _ in os.walk(partial):
         sync(Path(folder))
-    for file in (*files.values(), path):
-        drop_cache(file)
-    stop = Event()
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        checked = pool.submit(also, partial, stop)
-        try:
-            if problems := verify(partial):
-                raise RunnerError(f"what was read back is not what was written: {problems[0]}")
-            checked.result()
-        finally:
-            stop.set()
+    try:
+        problems = verify(partial, watchers(partial))
+    except RunnerError:
+        # A file that does not read back as it was written is the cause, where there is one.
+        if not (problems := verify(partial, {})):
+            raise
+    if problems:
+        raise RunnerError(f"what was read back is not what was written: {problems[0]}")
 
 
 def _synced(path: Path, known: str | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from runner.checkpoints.legacy import check_legacy
 from runner.checkpoints.pickle_scan import scan
 from runner.errors import CheckpointError
 
-__all__ = ["Inert", "check_pickle", "load_pickle"]
+__all__ = ["Inert", "check_pickle", "file_offset", "load_pickle"]
 
 # torch's table of allowed names belongs to the process, not to the call.
 _LOCK = threading.Lock()
@@ -47,6 +47,12 @@ def load_pickle(path: Path, *, tensors: Literal["meta", "mmap"] = "meta") -> Any
         raise CheckpointError(
             f"{path}: torch cannot load this file ({type(error).__name__}): damaged, or not a dict of plain tensors"
         ) from error
+
+
+def file_offset(tensor: torch.Tensor) -> int:
+    """Where in its file the first byte of a tensor lies that `load_pickle(tensors="meta")` gave; not the old layout."""
+    storage: Any = tensor.untyped_storage()
+    return int(storage._checkpoint_offset + tensor.storage_offset() * tensor.itemsize)
 
 
 def check_pickle(path: Path) -> Kind:

@@ -49,16 +49,6 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def drop_cache(path: Path) -> None:
-    """Let the system forget a synced file's pages, so that reading it back asks the disk."""
-    if hasattr(os, "posix_fadvise"):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(handle)
-
-
 def _renameat2(source: Path, target: Path, flags: int) -> bool:
     """True where it was done, False where the system cannot; OSError for any other failure."""
     function = _function()

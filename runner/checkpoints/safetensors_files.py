@@ -33,10 +33,11 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """A sound header: tensors in the order of the header, and the file's metadata."""
+    """A sound header: tensors in the order of the header, the file's metadata, and where in the file the data begin."""
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
+    data: int
 
 
 def read_header(path: Path) -> Header:
@@ -59,7 +60,7 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path}: __metadata__ of the safetensors header must map names to strings")
     entries = {name: _entry(path, name, value) for name, value in content.items()}
     _check_coverage(path, entries, size - 8 - length)
-    return Header(entries=entries, metadata=metadata)
+    return Header(entries=entries, metadata=metadata, data=8 + length)
 
 
 def _entry(path: Path, name: str, value: Any) -> Entry:

@@ -1,7 +1,8 @@
 """Writing a planned merge into a staged directory, one tensor at a time."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,37 @@ from runner.errors import CheckpointError
 from runner.merging.pieces import Piece, contained, replaced
 from runner.merging.plan import Plan
 from runner.merging.safetensors_file import write_safetensors
-from runner.merging.sinks import new_file, write_json_files
+from runner.merging.sinks import new_file
+from runner.merging.sources import Source
 from runner.merging.states import State
 from runner.merging.torch_file import RECORD_BYTES, write_torch_file
 
-# config.json, merge_summary.json and MANIFEST.json together.
-SMALL_FILES = 1 << 16
+# Bytes allowed for config.json, merge_summary.json, MANIFEST.json and the like, each.
+SMALL_FILE = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFile:
+    """One file with tensors, `name` relative to the output. `value`: plain containers with `Piece`s in them.
+
+    A name that ends in .safetensors chooses that layout, with `metadata` in its header; any other is torch.save's.
+    `finite`: NaN or Inf is refused; else it is written as it is, and said.
+    """
+
+    name: str
+    value: Mapping[Any, Any]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    finite: bool = True
+
+    @property
+    def is_safetensors(self) -> bool:
+        """Whether it is written as safetensors, where `value` is `Piece`s by name."""
+        return self.name.endswith(".safetensors")
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """Its tensors."""
+        return contained(self.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,67 +68,75 @@ class Content:
         return {tensor.name: tensor.piece for tensor in self.plan.tensors}
 
     @property
-    def states(self) -> dict[str, State]:
-        """The states that there are, by the name of their file."""
+    def tensor_files(self) -> tuple[TensorFile, ...]:
+        """The files with tensors: the weights, then the states that there are."""
         named = {npt_delta.TRAINING_STATE: self.training_state, npt_delta.MULTI_LAYER_STATE: self.multi_layer_state}
-        return {name: state for name, state in named.items() if state is not None}
+        states = {name: state.content for name, state in named.items() if state is not None}
+        return (
+            TensorFile(name=self.weights_file, value=self.weights),
+            *(TensorFile(name=name, value=content, finite=False) for name, content in states.items()),
+        )
 
     @property
     def findings(self) -> tuple[str, ...]:
         """What the user should know."""
-        states = (*self.states.values(), self.config)
-        return (*self.plan.findings, *(finding for state in states for finding in state.findings))
+        states = (self.training_state, self.multi_layer_state, self.config)
+        return (*self.plan.findings, *(finding for state in states if state for finding in state.findings))
 
     @property
     def nbytes(self) -> int:
         """The bytes of all tensors: what takes the time."""
-        return sum(piece.nbytes for piece in self._pieces())
+        return nbytes(self.tensor_files)
 
     @property
-    def expected_bytes(self) -> int:
-        """About how much space the output takes, never less."""
-        return sum(piece.nbytes + RECORD_BYTES for piece in self._pieces()) + SMALL_FILES
+    def sources(self) -> tuple[Source, ...]:
+        """What is merged."""
+        return self.plan.sources
 
-    def _pieces(self) -> Iterator[Piece]:
-        yield from self.weights.values()
-        for state in self.states.values():
-            yield from contained(state.content)
+    @property
+    def texts(self) -> dict[str, Mapping[str, Any]]:
+        """The content of JSON files by name."""
+        return {npt_delta.CONFIG: self.config.content}
+
+
+def nbytes(files: Iterable[TensorFile]) -> int:
+    """The bytes of all tensors of `files`: what takes the time."""
+    return sum(piece.nbytes for file in files for piece in file.pieces)
+
+
+def expected_bytes(files: Iterable[TensorFile], small: int) -> int:
+    """About how much space `files` and a number of small ones take, never less."""
+    return sum(piece.nbytes + RECORD_BYTES for file in files for piece in file.pieces) + SMALL_FILE * small
 
 
 def write_tensors(
-    partial: Path,
-    content: Content,
+    directory: Path,
+    files: Iterable[TensorFile],
     on_bytes: Callable[[int], None] = lambda count: None,
     hashes: dict[str, str] | None = None,
 ) -> list[str]:
-    """Write weights and states into `partial`; `on_bytes` hears how many bytes each write took.
+    """Write `files` into `directory`; `on_bytes` hears how many bytes each write took.
 
-    `hashes` receives the SHA-256 of each file by its name. Returns what the user should know of the states' tensors.
-    Raises CheckpointError where a weight is NaN or Inf, OSError where the disk fails.
+    `hashes` receives the SHA-256 of each file by its name. Returns what the user should know of tensors that are not
+    finite. Raises CheckpointError where such a tensor is refused, OSError where the disk fails.
     """
     hashes = {} if hashes is None else hashes
-    weights = {name: watched(piece, refuse) for name, piece in content.weights.items()}
-    with new_file(partial / content.weights_file, on_bytes) as sink:
-        if content.format == "safetensors":
-            write_safetensors(sink, weights)
-        else:
-            write_torch_file(sink, Path(content.weights_file).stem, weights)
-        hashes[content.weights_file] = sink.sha256()
     bad: dict[str, None] = {}
 
     def note(piece: Piece) -> None:
         bad[piece.origin] = None
 
-    for name, state in content.states.items():
-        with new_file(partial / name, on_bytes) as sink:
-            write_torch_file(sink, Path(name).stem, replaced(state.content, lambda piece: watched(piece, note)))
-            hashes[name] = sink.sha256()
+    for file in files:
+        value = replaced(dict(file.value), partial(watched, on_bad=refuse if file.finite else note))
+        path = directory / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path, on_bytes) as sink:
+            if file.is_safetensors:
+                write_safetensors(sink, value, file.metadata)
+            else:
+                write_torch_file(sink, path.stem, value)
+            hashes[file.name] = sink.sha256()
     return [f"{origin}: NaN or Inf, written as it is" for origin in bad]
-
-
-def write_texts(partial: Path, content: Content, summary: Mapping[str, Any]) -> None:
-    """Write config.json and merge_summary.json into `partial`. Raises OSError where the disk fails."""
-    write_json_files(partial, {npt_delta.CONFIG: content.config.content, npt_delta.MERGE_SUMMARY: summary})
 
 
 def refuse(piece: Piece) -> None:

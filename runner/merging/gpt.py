@@ -12,7 +12,8 @@ from runner.checkpoints.gpt_provenance import STATE, Provenance, metadata, prove
 from runner.checkpoints.gpt_save import WEIGHT_FILES
 from runner.errors import CheckpointError, ConfigError
 from runner.merging import pieces
-from runner.merging.files import Files, OpenedSource, TensorFile
+from runner.merging.execute import TensorFile
+from runner.merging.files import Files, OpenedSource
 from runner.merging.pieces import Piece
 from runner.merging.plan import interpolation_weights
 from runner.merging.sources import check_distinct

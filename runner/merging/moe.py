@@ -15,7 +15,8 @@ from runner.checkpoints.lora_moe_experts import ADAPTERS, Expert, expert_name, w
 from runner.checkpoints.lora_moe_state import CONFIG, OLDER, ROUTERS, TRAINER_STATE
 from runner.errors import CheckpointError, ConfigError
 from runner.merging.base_models import check_bases
-from runner.merging.files import Files, OpenedSource, TensorFile
+from runner.merging.execute import TensorFile
+from runner.merging.files import Files, OpenedSource
 from runner.merging.moe_config import base_written, merge_info, merged_config
 from runner.merging.moe_skills import unite_skills
 from runner.merging.pieces import Piece, from_source, rows

@@ -6,7 +6,8 @@ from typing import Any
 
 from runner.checkpoints.lora_moe_state import SKILLS, Skills, read_skills
 from runner.errors import CheckpointError
-from runner.merging.files import OpenedSource, TensorFile
+from runner.merging.execute import TensorFile
+from runner.merging.files import OpenedSource
 from runner.merging.pieces import Piece, from_tensor, mean
 from runner.merging.spec import MergeSpec
 

@@ -10,12 +10,14 @@ from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any
 
+from runner.checkpoints.readback import forget
+
 # Smaller writes are gathered up to this many bytes.
 BUFFER = 1 << 18
 # Writes that may wait for the hash: each holds at most one part of a tensor.
 _WAITING = 8
-# The system is told to begin with the disk after so many bytes, and not to leave it all to the sync.
-_BEHIND = 1 << 25
+# After so many bytes the disk is told to begin, and the system to let go of what the disk has.
+_BEHIND = 1 << 23
 
 
 class Sink:
@@ -31,7 +33,7 @@ class Sink:
         self._hashing = hashing
         self._digest = hashlib.sha256()
         self._room = BoundedSemaphore(_WAITING)
-        self._size = self._begun = 0
+        self._size = self._begun = self._gone = 0
 
     def write(self, data: "bytes | bytearray | memoryview") -> int:
         """Append `data`; its size in bytes."""
@@ -65,9 +67,10 @@ class Sink:
             view = view[written:]
             self._size += written
             self._on_bytes(written)
-        if self._size - self._begun >= _BEHIND and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, self._begun, self._size - self._begun, os.POSIX_FADV_DONTNEED)
-            self._begun = self._size
+        if self._size - self._begun >= _BEHIND:
+            # What the disk begins with now can be let go at the next call.
+            forget(self._descriptor, self._gone, self._size - self._gone)
+            self._gone, self._begun = self._begun, self._size
 
     def _hash(self, view: memoryview) -> None:
         self._digest.update(view)

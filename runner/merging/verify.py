@@ -1,18 +1,20 @@
 """Holding a written merge against its sources: the same structure, and every tensor byte for byte."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
 from typing import Any
 
+import numpy as np
 import torch
 
 from runner.checkpoints import npt_delta
 from runner.checkpoints.detect import open_checkpoint
-from runner.checkpoints.pickles import load_pickle
+from runner.checkpoints.pickles import file_offset, load_pickle
+from runner.checkpoints.safetensors_files import read_header
 from runner.errors import RunnerError
-from runner.merging.execute import Content
-from runner.merging.pieces import Piece, from_source, split
+from runner.merging.execute import Content, TensorFile
+from runner.merging.pieces import Piece, as_bytes
 
 
 def check_structure(written: Path, content: Content) -> list[int]:
@@ -30,52 +32,128 @@ def check_structure(written: Path, content: Content) -> list[int]:
     return [layer["layer"] for layer in found]
 
 
-def check_bytes(written: Path, content: Content, stop: Event | None = None) -> None:
-    """Compare every tensor of weights and states with what the sources give. Raises RunnerError for another byte.
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A tensor that a reader finds in a file: dtype, shape, and where its bytes, in order, begin."""
 
-    Returns early, with nothing proved, once `stop` is set.
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What should stand at a place of a file: the bytes of the tensor `piece`, which `name` is the way to."""
+
+    name: str
+    offset: int
+    piece: Piece
+
+
+def comparisons(
+    written: Path, files: Iterable[TensorFile], on_bytes: Callable[[int], None] = lambda count: None
+) -> dict[str, "Comparison"]:
+    """A watcher for each of `files` in `written`: where its reader finds each tensor, the sources' bytes must stand.
+
+    `on_bytes` hears how many bytes each comparison took.
+    Raises RunnerError where the values beside the tensors, or names, dtypes and shapes, are not those of `files`.
     """
-    weights = open_checkpoint(written, npt_delta.NAME).weights
-    for name, piece in content.weights.items():
-        if stop and stop.is_set():
-            return
-        check_piece(written / content.weights_file, name, piece, from_source(weights, weights.infos[name]))
-    for name, state in content.states.items():
-        check_value(written / name, "", state.content, load_pickle(written / name, tensors="mmap"))
+    found = {}
+    for file in files:
+        path = written / file.name
+        if file.is_safetensors:
+            value: Any = {name: file.value.get(name) for name in sorted(file.value)}
+            inside = _safetensors(path)
+        else:
+            value, inside = file.value, load_pickle(path, tensors="meta")
+        found[file.name] = Comparison(path, expected(path, "", value, inside), on_bytes)
+    return found
 
 
-def check_value(file: Path, at: str, wanted: Any, found: Any) -> None:
-    """Compare a value of `file` and all within it with what was planned. Raises RunnerError, with where (`at`)."""
+def _safetensors(path: Path) -> dict[str, Placed]:
+    header = read_header(path)
+    entries = sorted(header.entries.items())
+    return {name: Placed(dtype=e.dtype, shape=e.shape, offset=header.data + e.begin) for name, e in entries}
+
+
+def expected(file: Path, at: str, wanted: Any, found: Any) -> Iterator[Expected]:
+    """The tensors of `wanted`, a value with pieces in it, at their places in `file`, as whose content `found` was read.
+
+    `at` is the way to this value. Raises RunnerError where they differ in anything but the bytes of tensors.
+    """
     if isinstance(wanted, Piece):
-        if not isinstance(found, torch.Tensor) or (found.dtype, tuple(found.shape)) != (wanted.dtype, wanted.shape):
+        place = _placed(found) if isinstance(found, torch.Tensor) else found
+        if not isinstance(place, Placed) or (place.dtype, place.shape) != (wanted.dtype, wanted.shape):
             raise _differs(file, at)
-        tensor = found
-        check_piece(
-            file,
-            at,
-            wanted,
-            Piece(origin=at, dtype=tensor.dtype, shape=tuple(tensor.shape), parts=lambda: split(tensor)),
-        )
+        yield Expected(name=at, offset=place.offset, piece=wanted)
     elif isinstance(wanted, Mapping):
         if not isinstance(found, Mapping) or list(found) != list(wanted):
             raise _differs(file, at)
         for key, value in wanted.items():
-            check_value(file, f"{at}.{key}", value, found[key])
+            yield from expected(file, f"{at}.{key}", value, found[key])
     elif isinstance(wanted, (list, tuple)):
         if type(found) is not type(wanted) or len(found) != len(wanted):
             raise _differs(file, at)
         for number, value in enumerate(wanted):
-            check_value(file, f"{at}[{number}]", value, found[number])
+            yield from expected(file, f"{at}[{number}]", value, found[number])
     elif type(wanted) is not type(found) or not (wanted == found or (wanted != wanted and found != found)):
         raise _differs(file, at)
 
 
-def check_piece(file: Path, name: str, wanted: Piece, found: Piece) -> None:
-    """Compare two tensors byte by byte. Raises RunnerError where they differ."""
-    for ours, theirs in zip(found.parts(), wanted.parts(), strict=True):
-        # As whole numbers: bytes are compared, so that NaN equals NaN and 0.0 does not equal -0.0.
-        if not torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)):
-            raise _differs(file, name)
+def _placed(tensor: torch.Tensor) -> Placed | None:
+    """None where its elements do not stand in order."""
+    if not tensor.is_contiguous():
+        return None
+    return Placed(dtype=tensor.dtype, shape=tuple(tensor.shape), offset=file_offset(tensor) if tensor.numel() else 0)
+
+
+class Comparison:
+    """Holds a file's content, which comes in order, against the tensors that should lie in it.
+
+    Calling it raises RunnerError for the first tensor of which another byte, or none, is found.
+    """
+
+    def __init__(self, file: Path, tensors: Iterable[Expected], on_bytes: Callable[[int], None]) -> None:
+        self._file = file
+        self._on_bytes = on_bytes
+        self._parts = _parts(file, sorted(tensors, key=lambda tensor: tensor.offset))
+        self._part = next(self._parts, None)
+
+    def __call__(self, offset: int, content: memoryview) -> None:
+        """Compare `content`, which begins at `offset`; an empty one is the end of the file."""
+        end = offset + len(content)
+        while self._part is not None:
+            name, start, wanted = self._part
+            if content and start >= end:
+                return
+            low, high = max(start, offset), min(start + len(wanted), end)
+            if high <= low or not _equal(content[low - offset : high - offset], wanted[low - start : high - start]):
+                raise _differs(self._file, name)
+            self._on_bytes(high - low)
+            if start + len(wanted) > end:
+                return
+            self._part = next(self._parts, None)
+
+
+def _parts(file: Path, tensors: Iterable[Expected]) -> Iterator[tuple[str, int, memoryview]]:
+    """Name, place and bytes of every part. Raises RunnerError where tensors overlap or give too few or many parts."""
+    at = 0
+    for tensor in tensors:
+        begin = tensor.offset if tensor.piece.numel else at
+        if begin < at:
+            raise _differs(file, tensor.name)
+        at = begin
+        for part in tensor.piece.parts():
+            wanted = as_bytes(part)
+            yield tensor.name, at, wanted
+            at += len(wanted)
+        if at != begin + tensor.piece.nbytes:
+            raise _differs(file, tensor.name)
+
+
+def _equal(first: memoryview, second: memoryview) -> bool:
+    """Whether the same bytes stand in both: NaN equals NaN, and 0.0 does not equal -0.0."""
+    return bool(np.array_equal(np.frombuffer(first, np.uint8), np.frombuffer(second, np.uint8)))
 
 
 def _differs(file: Path, name: str) -> RunnerError:

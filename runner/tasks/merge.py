@@ -13,7 +13,6 @@ from runner.config import MergeConfig
 from runner.errors import ConfigError
 from runner.imports import importing
 from runner.merging.inputs import Inputs, reading
-from runner.merging.progress import byte_bar
 from runner.merging.spec import MergeSpec
 from runner.reports.cells import size
 from runner.results import Result
@@ -45,10 +44,11 @@ def run(config: MergeConfig, context: Context) -> Result:
             from runner.checkpoints.outputs import check_output
             from runner.merging.files import Files
             from runner.merging.gather import gather
+            from runner.tasks.merge_output import size_on_disk
 
         with context.timed("plan"):
             content = gather(spec, paths, config.base, output)
-            check_output(output, replace=spec.force, inputs=paths, expected_bytes=content.expected_bytes)
+            check_output(output, replace=spec.force, inputs=paths, expected_bytes=size_on_disk(content))
         if isinstance(content, Files):
             from runner.tasks import merge_files
 
@@ -86,35 +86,19 @@ def _likely(paths: Sequence[Path]) -> list[Path]:
 def _merge(
     config: MergeConfig, spec: MergeSpec, content: "Content", output: Path, context: Context, inputs: Inputs
 ) -> Result:
-    """Check the sources, write, verify, publish."""
-    from runner.checkpoints.commit import staged
-    from runner.merging.execute import write_tensors, write_texts
+    """Write, verify, publish."""
     from runner.merging.states import summary
-    from runner.merging.verify import check_bytes, check_structure
+    from runner.merging.verify import check_structure
+    from runner.tasks.merge_output import write_summary, written
 
-    plan = content.plan
-    files = list(dict.fromkeys(file for source in plan.sources for file in source.files))
-    with context.timed("check"):
-        inputs.start(files)
-        for file in files:
-            inputs.check(file)
-    manifest: dict[str, Any] = {"recipe": spec.recipe()}
-    places = [source.path for source in plan.sources]
-    options: dict[str, Any] = {"replace": spec.force, "inputs": places, "expected_bytes": content.expected_bytes}
-    hashes: dict[str, str] = {}
-    options |= {"hashes": hashes, "also": lambda partial, stop: check_bytes(partial, content, stop)}
-    with context.timed("commit"), staged(output, manifest=manifest, **options) as partial:
-        with context.timed("write"), byte_bar(context.progress, "merging", content.nbytes) as on_bytes:
-            said = write_tensors(partial, content, on_bytes, hashes)
-        with context.timed("hash"):
-            manifest["inputs"] = {str(file): inputs.sha256(file) for file in files}
-        differences = content.training_state.differences if content.training_state else ()
-        write_texts(partial, content, summary(plan, manifest["inputs"], differences))
+    differences = content.training_state.differences if content.training_state else ()
+    with written(spec, content, output, context, inputs) as made:
+        write_summary(made, content, summary(content.plan, made.input_hashes, differences))
         with context.timed("verify"):
-            found = check_structure(partial, content)
-        measured = _measured(config, content, partial, context) if spec.verify == "functional" else None
+            found = check_structure(made.partial, content)
+        measured = _measured(config, content, made.partial, context) if spec.verify == "functional" else None
     result = _result(content, spec, context, output, found, measured)
-    result.findings += said
+    result.findings += made.said
     return result
 
 
@@ -201,16 +185,17 @@ def _named(sources: Sequence[Any]) -> Any:
 
 def _checks(content: "Content", found: Sequence[int] | None, checked: Sequence[int] | None) -> list[dict[str, str]]:
     """What was verified, row by row. A merge that fails a verification leaves an error and no output."""
-    skipped = {"status": "skipped", "details": "nothing was written (merge.dry_run)"}
+    from runner.tasks.merge_output import not_asked, not_written
+
     if found is None:
-        return [{"name": name, **skipped} for name in ("structure", "bytes", "functional")]
+        return not_written()
     layers = ", ".join(map(str, found))
     rows = [
         {"name": "structure", "status": "pass", "details": f"reads back with the layers {layers}, as planned"},
         {"name": "bytes", "status": "pass", "details": f"{size(content.nbytes)} equal to what the sources hold"},
     ]
     if checked is None:
-        return [*rows, {"name": "functional", "status": "skipped", "details": "not asked for: merge.verify=functional"}]
+        return [*rows, not_asked()]
     computed = [layer for layer in found if layer not in checked]
     words = f"layers {', '.join(map(str, checked)) or 'none'}, each alone: the logits of their sources, bit for bit"
     words += f"; computed from several sources: {', '.join(map(str, computed))}" if computed else ""

@@ -4,64 +4,35 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoints import lora_moe
-from runner.checkpoints.commit import staged
-from runner.checkpoints.npt_delta import MERGE_SUMMARY
 from runner.config import MergeConfig
-from runner.merging.files import Files, check_files, check_written, write_files
+from runner.merging.files import Files, check_written
 from runner.merging.inputs import Inputs
-from runner.merging.progress import byte_bar
-from runner.merging.sinks import write_json_files
 from runner.merging.spec import MergeSpec
 from runner.reports.cells import size
 from runner.results import Result
 from runner.tasks.context import Context
+from runner.tasks.merge_output import Check, not_asked, not_written, write_summary, written
 from runner.versions import versions
-
-Check = dict[str, str]
 
 
 def planned(files: Files, spec: MergeSpec, context: Context, output: Path) -> Result:
     """What would be done, where merge.dry_run is given."""
-    skipped = {"status": "skipped", "details": "nothing was written (merge.dry_run)"}
-    checks = [{"name": name, **skipped} for name in ("structure", "bytes", "functional")]
-    return _result(files, spec, context, output, checks, None, Result(task="diagnose"))
+    return _result(files, spec, context, output, not_written(), None, Result(task="diagnose"))
 
 
 def merge(config: MergeConfig, spec: MergeSpec, files: Files, output: Path, context: Context, inputs: Inputs) -> Result:
-    """Check the sources, write, verify, publish. Raises CheckpointError or RunnerError; then there is no output."""
-    with context.timed("check"):
-        inputs.start(files.inputs)
-        for file in files.inputs:
-            inputs.check(file)
-    manifest: dict[str, Any] = {"recipe": spec.recipe()}
-    hashes: dict[str, str] = {}
-    with (
-        context.timed("commit"),
-        staged(
-            output,
-            manifest=manifest,
-            replace=spec.force,
-            inputs=[source.path for source in files.sources],
-            expected_bytes=files.expected_bytes,
-            hashes=hashes,
-            also=lambda partial, stop: check_files(partial, files, stop),
-        ) as partial,
-    ):
-        with context.timed("write"), byte_bar(context.progress, "merging", files.nbytes) as on_bytes:
-            write_files(partial, files, on_bytes, hashes)
-        with context.timed("hash"):
-            manifest["inputs"] = {str(file): inputs.sha256(file) for file in files.inputs}
-        summary = {**files.summary, "conflicts": list(files.conflicts), "sha256": manifest["inputs"]}
-        write_json_files(partial, {**files.texts, MERGE_SUMMARY: summary})
+    """Write, verify, publish. Raises CheckpointError or RunnerError; then there is no output."""
+    with written(spec, files, output, context, inputs) as made:
+        write_summary(made, files, {**files.summary, "conflicts": list(files.conflicts), "sha256": made.input_hashes})
         with context.timed("verify"):
-            written = check_written(partial, files)
-        found = _found(written, files)
-        measured, functional = Result(task="diagnose"), _skipped()
+            checkpoint = check_written(made.partial, files)
+        found = _found(checkpoint, files)
+        measured, functional = Result(task="diagnose"), not_asked()
         if spec.verify == "functional":
-            measured, functional = _functional(config, files, partial, context)
+            measured, functional = _functional(config, files, made.partial, context)
     what = f"the {files.details['how']} of what the sources hold" if files.computed else "what the sources hold"
     checks = [
-        {"name": "structure", "status": "pass", "details": f"reads back as planned: {written.evidence}"},
+        {"name": "structure", "status": "pass", "details": f"reads back as planned: {checkpoint.evidence}"},
         {"name": "bytes", "status": "pass", "details": f"{size(files.nbytes)} equal to {what}"},
         functional,
     ]
@@ -73,10 +44,6 @@ def _found(written: Any, files: Files) -> dict[str, list[int]]:
     if files.format == lora_moe.NAME:
         return {"found_experts": list(range(written.details.num_experts))}
     return {"found_layers": list(range(written.details.num_layers))}
-
-
-def _skipped() -> Check:
-    return {"name": "functional", "status": "skipped", "details": "not asked for: merge.verify=functional"}
 
 
 def _functional(config: MergeConfig, files: Files, partial: Path, context: Context) -> tuple[Result, Check]:

@@ -58,25 +58,27 @@ def test_what_is_read_back_is_held_against_the_hash_that_the_writer_knew(tmp_pat
     assert names(tmp_path) == ["good"]
 
 
-def test_the_writers_own_check_runs_on_the_staged_files_and_can_refuse_them(tmp_path: Path) -> None:
-    def refuse(partial: Path, stop: threading.Event) -> None:
-        assert (partial / "weights.bin").read_text() == "weights"
-        raise RunnerError("not equal to the sources")
+def test_what_is_read_back_is_shown_to_the_writers_own_watcher_which_can_refuse_it(tmp_path: Path) -> None:
+    seen = []
+
+    def refuse(offset: int, content: memoryview) -> None:
+        seen.append((offset, bytes(content)))
+        if not content:
+            raise RunnerError("not equal to the sources")
 
     with pytest.raises(RunnerError, match="not equal to the sources"):
-        write(tmp_path / "out", also=refuse)
+        write(tmp_path / "out", watchers=lambda partial: {"weights.bin": refuse})
+    assert seen == [(0, b"weights"), (7, b"")]
     assert names(tmp_path) == []
 
 
-def test_the_writers_own_check_is_told_to_stop_where_the_files_are_bad_anyway(tmp_path: Path) -> None:
-    told = []
+def test_a_file_that_reads_back_otherwise_is_named_before_what_a_watcher_says(tmp_path: Path) -> None:
+    def refuse(offset: int, content: memoryview) -> None:
+        raise RunnerError("not equal to the sources")
 
-    def wait(partial: Path, stop: threading.Event) -> None:
-        told.append(stop.wait(60))
-
-    with pytest.raises(RunnerError, match="was changed"):
-        write(tmp_path / "out", hashes={"weights.bin": "0" * 64}, also=wait)
-    assert told == [True]
+    with pytest.raises(RunnerError, match=r"read back is not what was written: .*weights.bin was changed"):
+        write(tmp_path / "out", hashes={"weights.bin": "0" * 64}, watchers=lambda partial: {"weights.bin": refuse})
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["merged", "a b=c,[d]", "newline\nname", "émoji 🙂", "*?"])

@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from runner.checkpoints.npt_delta import MERGE_SUMMARY
+from runner.checkpoints.readback import read_back
 from runner.errors import CheckpointError, RunnerError
-from runner.merging.execute import write_tensors, write_texts
+from runner.merging.execute import write_tensors
 from runner.merging.gather import gather
+from runner.merging.sinks import write_json_files
 from runner.merging.spec import MergeSpec
 from runner.merging.states import summary
-from runner.merging.verify import check_bytes, check_structure
+from runner.merging.verify import check_structure, comparisons
 from tests.merging.sources import ONE, THREE, state_of, weights_in, write_source
 
 
@@ -19,9 +22,14 @@ def written(tmp_path):
     content = gather(MergeSpec(name="x", sources=[str(a), str(b)]), [a, b], None, tmp_path / "out")
     out = tmp_path / "out"
     out.mkdir()
-    assert write_tensors(out, content) == []
-    write_texts(out, content, summary(content.plan, {}, []))
+    assert write_tensors(out, content.tensor_files) == []
+    write_json_files(out, {**content.texts, MERGE_SUMMARY: summary(content.plan, {}, [])})
     return out, content
+
+
+def check_bytes(out, content):
+    for name, comparison in comparisons(out, content.tensor_files).items():
+        read_back(out / name, comparison)
 
 
 def change_weights(out, change):
@@ -59,8 +67,8 @@ def test_the_sign_of_zero_is_a_difference(tmp_path):
     )
     content = gather(MergeSpec(name="x", sources=[str(a)]), [a], None, tmp_path / "out")
     (tmp_path / "out").mkdir()
-    write_tensors(tmp_path / "out", content)
-    write_texts(tmp_path / "out", content, {})
+    write_tensors(tmp_path / "out", content.tensor_files)
+    write_json_files(tmp_path / "out", {**content.texts, MERGE_SUMMARY: {}})
     change_weights(tmp_path / "out", lambda weights: {name: -t for name, t in weights.items()})
     with pytest.raises(RunnerError, match="verification failed"):
         check_bytes(tmp_path / "out", content)

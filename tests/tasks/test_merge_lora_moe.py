@@ -224,9 +224,9 @@ def test_dry_run_writes_nothing(run, pair):
 
 def test_another_byte_is_found(run, pair, monkeypatch):
     """What is written differs from what was read: by the comparison of bytes, and where that is off by the logits."""
-    from runner.merging import files
+    from runner.merging import execute
 
-    original = files.write_safetensors
+    original = execute.write_safetensors
 
     def wrong(sink, value, metadata):
         from runner.merging.pieces import Piece
@@ -242,11 +242,11 @@ def test_another_byte_is_found(run, pair, monkeypatch):
             }
         original(sink, value, metadata)
 
-    monkeypatch.setattr(files, "write_safetensors", wrong)
+    monkeypatch.setattr(execute, "write_safetensors", wrong)
     outcome = merge(run, "a", "b")
     assert outcome.code == 1
     assert re.search("expert_4/adapter_model.safetensors: verification failed: .*lora_B", outcome.err), outcome.err
-    monkeypatch.setattr("runner.tasks.merge_files.check_files", lambda *_: None)
+    monkeypatch.setattr("runner.tasks.merge_output.comparisons", lambda *_: {})
     outcome = merge(run, "a", "b", verify="functional")
     assert outcome.code == 1
     assert re.search("expert 4 alone gives other logits than in b", outcome.err), outcome.err
