@@ -82,6 +82,7 @@ def test_several_runs_are_written_out_each_with_its_own_steps(empty_run, tmp_pat
         "other/checkpoint-700",
     ]
     assert "step" not in given
+    assert expanded("-m", f"ckpt={empty_run},{tmp_path / 'other'}", "tier=quick,full") == given  # no step: all
     last = expanded("-m", f"ckpt={empty_run},{tmp_path / 'other'}", "step=-1")
     assert [Path(part.strip("'")).name for part in last["ckpt"].split(",")] == ["checkpoint-3000", "checkpoint-700"]
 
@@ -102,6 +103,45 @@ def test_patterns_in_a_list(empty_run, tmp_path):
     assert names == [f"checkpoint-{step}" for step in (200, 500, 1000, 3000, 700, 200)]
     with pytest.raises(ConfigError, match="as a pattern it matches nothing"):
         expanded("-m", f"ckpt={empty_run}/checkpoint-*,{tmp_path}/none*")
+
+
+def test_a_directory_s_own_brackets_are_no_pattern(tmp_path):
+    run = tmp_path / "lr=[1e-4], é"
+    for step in (70, 8):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+    found = [str(run / "checkpoint-8"), str(run / "checkpoint-70")]
+    spelled = ",".join(f"'{path}'" for path in found)
+    assert expanded("-m", f"ckpt={run}/checkpoint-*")["ckpt"] == spelled
+    assert expanded("-m", f"ckpt={spelled}")["ckpt"] == spelled
+
+
+def test_all_steps_mean_each_file_of_a_step_that_has_two(tmp_path):
+    names = ["best_state_step000300_val4.1.pt", "state_step000200.pt", "state_step000300.pt"]
+    for name in names:
+        (tmp_path / name).touch()
+    given = expanded(f"ckpt={tmp_path}")
+    assert sorted(Path(part.strip("'")).name for part in given["ckpt"].split(",")) == names
+    assert "step" not in given
+    with pytest.raises(ConfigError, match="several files of step 300"):
+        expanded(f"ckpt={tmp_path}", "step=200,300")
+
+
+def test_a_step_that_is_not_there_ends_a_sweep_before_it_starts(run, empty_run, tmp_path):
+    for words, message in {
+        (f"ckpt={empty_run}", "step=7"): "no step 7; its steps are 200, 500, 1000, 3000",
+        (f"ckpt={empty_run}", "step=-9"): "no step -9",
+        (f"ckpt={tmp_path / 'none'}", "step=all"): "none: no such file or directory",
+    }.items():
+        outcome = run("-m", *words)
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+        assert message in outcome.err
+    assert not Path("sweeps").exists()
+
+
+def test_every_task_goes_over_steps(empty_run):
+    assert expanded("-m", "task=inspect", f"ckpt={empty_run}", "step=all")["step"] == "200,500,1000,3000"
+    assert expanded("-m", f"ckpt={empty_run}", "step=-1")["step"] == "3000"
+    assert expanded("task=inspect", f"ckpt={empty_run}")["ckpt"] == str(empty_run)
 
 
 def test_the_plan_is_written_before_the_jobs_and_tells_what_became_of_each(run, training):
