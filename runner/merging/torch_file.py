@@ -50,8 +50,8 @@ def _records(value: Any, pieces: list[Piece]) -> Iterator[tuple[str, bytes]]:
     pickled = io.BytesIO()
     _Pickler(pickled, pieces).dump(value)
     yield "data.pkl", pickled.getvalue()
-    yield ".format_version", b"1"
-    yield ".storage_alignment", str(ALIGNMENT).encode()
+    # No `.format_version`, which promises that records follow each other as miniz lays them out: zipfile's are larger
+    # by some bytes where one is empty or lies beyond 2 or 4 GB, and torch would calculate offsets instead of reading.
     yield "byteorder", b"little"
 
 

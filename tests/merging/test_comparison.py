@@ -1,11 +1,14 @@
 """Comparing a file's content, as it comes, with the tensors that should lie in it."""
 
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from runner.checkpoints.pickles import file_offset, load_pickle
 from runner.errors import RunnerError
+from runner.merging import torch_file
 from runner.merging.execute import TensorFile, write_tensors
 from runner.merging.pieces import Piece, from_tensor, split
 from runner.merging.verify import Comparison, Expected, comparisons
@@ -98,6 +101,24 @@ def test_a_source_that_gives_too_few_elements_proves_nothing():
     tensors = [expected("a", 0, torch.zeros(2), lambda: iter([torch.zeros(1)]))]
     with pytest.raises(RunnerError, match="a is not what"):
         show(Comparison(Path("f"), tensors, lambda count: None), bytes(8), 100)
+
+
+def test_tensors_behind_empty_ones_and_beyond_four_gigabytes_are_found(tmp_path, monkeypatch):
+    """With the limit lowered; torch would calculate their places wrongly if the file said that it may."""
+    value = {f"{name}{i}": t for i in range(40) for name, t in (("none", torch.zeros(0, i)), ("some", torch.ones(i)))}
+    file = TensorFile(name="f.pt", value={name: from_tensor(tensor, name) for name, tensor in value.items()})
+    for limit in (zipfile.ZIP64_LIMIT, 80):
+        monkeypatch.setattr(torch_file, "_LIMIT", limit)
+        monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)
+        directory = tmp_path / str(limit)
+        directory.mkdir()
+        write_tensors(directory, [file])
+        show(watcher(directory, file), (directory / "f.pt").read_bytes(), 100_000)
+        placed = load_pickle(directory / "f.pt")
+        content = (directory / "f.pt").read_bytes()
+        for name, tensor in value.items():
+            place = file_offset(placed[name])
+            assert content[place : place + tensor.nbytes] == tensor.numpy().tobytes(), name
 
 
 def test_a_tensor_saved_with_strides_is_no_copy(tmp_path):
