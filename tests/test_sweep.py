@@ -209,6 +209,24 @@ def test_what_does_not_fit_a_sweep_that_goes_on(run, training, tmp_path):
         assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
 
 
+def test_a_new_sweep_does_not_take_over_another_s_results(run, training):
+    words = ("-m", f"ckpt={training}", "step=100", "hydra.sweep.dir=sweeps/mine")
+    assert run(*words).code == 0
+    before = (Path("sweeps/mine") / "sweep.json").read_bytes()
+    outcome = run(*words, "dtype=bfloat16")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+    assert "sweeps/mine: holds a sweep; go on with it: resume=sweeps/mine" in outcome.err
+    assert (Path("sweeps/mine") / "sweep.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("words", [["step=100,300", "output=o.json"], ["step=100,300", "seed=1,2", "output=a,b"]])
+def test_jobs_do_not_overwrite_one_another_s_output(run, training, words):
+    outcome = run("-m", f"ckpt={training}", *words)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+    assert "jobs would overwrite each other there; leave it out" in outcome.err
+    assert not list(Path.cwd().glob("[oab]*.json"))
+
+
 def test_a_sweep_that_another_process_runs_is_left_alone(run, training):
     run("-m", f"ckpt={training}", "step=100")
     with FileLock(sweep_directory() / ".lock"):

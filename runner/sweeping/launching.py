@@ -15,7 +15,7 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from runner.errors import ConfigError, printable
 from runner.overrides import CommandLine, quoted
@@ -28,6 +28,8 @@ from runner.sweeping.watching import watched
 LOCK_NAME = ".lock"
 # Keys that take any value: they cannot make a job that does not compose.
 _PLAIN = ("ckpt", "step")
+# Keys that name a file which each job writes, and replaces.
+_FILES = ("output", "junit")
 
 
 @dataclass
@@ -100,6 +102,8 @@ def launching(sweep: Sweep) -> Iterator[None]:
             plan = Plan(**{**vars(plan), "jobs": sweep.resumed.jobs, "command": sweep.resumed.command})
         directory = Path(str(config.hydra.sweep.dir))
         hold(directory)
+        if sweep.resumed is None:
+            _check_outputs(config, plan, directory)
         write_plan(plan, directory)
         sweep.plan, sweep.directory, sweep.config = plan, directory, config
         return _Guarded(inner, sweep)
@@ -114,6 +118,23 @@ def launching(sweep: Sweep) -> Iterator[None]:
         for lock in locks:
             lock.release()
         sweep.keep_reasons()
+
+
+def _check_outputs(config: DictConfig, plan: Plan, directory: Path) -> None:
+    """Raise ConfigError where a new sweep would take another's results for its own, or its jobs one file for theirs."""
+    if (directory / PLAN_NAME).exists():
+        raise ConfigError(
+            f"{directory}: holds a sweep; go on with it: resume={directory}, or give this one another name"
+        )
+    for key in _FILES:
+        given = sorted({word for job in plan.jobs for word in job.overrides if word.startswith(f"{key}=")})
+        if key in config and config[key] and not OmegaConf.is_interpolation(config, key):
+            given = given or [f"{key}={config[key]}"]
+        if given and len(given) < len(plan.jobs):
+            raise ConfigError(
+                f"{', '.join(given)}: {len(plan.jobs)} jobs would overwrite each other there; leave it out: each "
+                f"leaves its {FILE_NAME} in the sweep"
+            )
 
 
 class _Guarded(Launcher):
