@@ -22,6 +22,8 @@ _LEVEL_WORDS = {"good": "good", "warn": "fair", "bad": "poor"}
 _QUESTIONS = {"working": "Training", "ready": "Readiness", "layer": "Layers", "best": "Best Checkpoint"}
 # What a narrow terminal does without, first to last.
 _SPARED = ("top1", "kl", "status", "progress", "run")
+# What tells rows of one checkpoint apart.
+_TELLING = ("run", "tier", "variant")
 # A panel's frame and padding.
 _FRAME = 6
 # Jobs with one reason that get a line each.
@@ -44,17 +46,25 @@ def summary(comparison: Comparison) -> dict[str, Any]:
             {"job": job.name, "status": job.status, "message": (job.error or {}).get("message")}
             for job in comparison.failures
         ],
-        "checkpoints": [_row(job) for job in comparison.done if job.metric("mse") is not None or job.verdict],
+        "checkpoints": _rows(comparison),
         "tests": [_test_row(job) for job in comparison.done if job.task == "test"],
     }
 
 
-def _row(job: Job) -> dict[str, Any]:
+def _rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """A row for each job with figures; `variant`: what tells its curve from others of the same run and tier."""
+    variants = {(job.sweep, job.name): series.variant for series in comparison.series for job in series.jobs}
+    shown = [job for job in comparison.done if job.metric("mse") is not None or job.verdict]
+    return [_row(job, variants.get((job.sweep, job.name), "")) for job in shown]
+
+
+def _row(job: Job, variant: str) -> dict[str, Any]:
     verdict = job.verdict or {}
     return {
         "checkpoint": checkpoint_name(job),
         "run": job.run,
         "tier": job.tier,
+        "variant": variant,
         "step": job.step,
         **{name: job.metric(name) for name in ("mse", "cosine", "kl", "top1")},
         **{name: verdict.get(name) for name in ("status", "progress", "readiness")},
@@ -128,13 +138,13 @@ def test_rows(tests: Sequence[Mapping[str, Any]]) -> Rows:
 
 
 def checkpoint_rows(checkpoints: Sequence[Mapping[str, Any]], *, drawn: bool) -> Rows:
-    """Finished cells; run and tier only where they differ, a verdict's columns only where one was given."""
-    several = {name for name in ("run", "tier") if len({row[name] for row in checkpoints}) > 1}
+    """Finished cells; run, tier and variant where they differ, a verdict's columns only where one was given."""
+    several = {name for name in _TELLING if len({row[name] for row in checkpoints}) > 1}
     judged = any(row["status"] for row in checkpoints)
     return [
         {
             "checkpoint": printable(row["checkpoint"]),
-            **{name: printable(row[name] or "–") for name in ("run", "tier") if name in several},
+            **{name: printable(row[name] or "–") for name in _TELLING if name in several},
             "step": "–" if row["step"] is None else row["step"],
             **{name: short(row[name]) for name in ("mse", "cosine", "kl")},
             "top1": percent(row["top1"]),

@@ -54,6 +54,15 @@ def test_several_sweeps_are_compared_in_the_runs_own_directory(run, sweep, tmp_p
     assert not (sweep / "comparison.html").exists()
 
 
+def test_rows_of_one_checkpoint_are_told_apart_by_what_was_swept(tmp_path):
+    for number, dtype in enumerate(("float32", "bfloat16")):
+        found = result("/runs/a/checkpoint-100", 0.3)
+        write_job(tmp_path, number, "x", found, ckpt="/runs/a", step=100, dtype=dtype, tier={"name": "quick"})
+    rows = checkpoint_rows(summary(read(tmp_path))["checkpoints"], drawn=False)
+    assert [row["variant"] for row in rows] == ["dtype=float32", "dtype=bfloat16"]
+    assert "tier" not in rows[0]
+
+
 @pytest.mark.parametrize(("words", "said"), [
     ([], "sweep= is needed"),
     (["sweep=nowhere"], "no such directory"),
@@ -113,7 +122,7 @@ def test_the_json_holds_every_figure_and_is_strict(sweep):
 
 
 def test_a_narrow_terminal_gets_fewer_columns():
-    job = {"checkpoint": "checkpoint-22000", "run": "r", "tier": "quick", "step": 22000, "mse": 0.1, "cosine": 0.9,
+    job = {"checkpoint": "checkpoint-22000", "run": "r", "tier": "quick", "variant": "", "step": 22000, "mse": 0.1, "cosine": 0.9,
            "kl": 0.1, "top1": 0.5, "status": "good", "progress": 90, "readiness": "basic"}  # fmt: skip
     rows = checkpoint_rows([job], drawn=True)
     for width in (200, 78, 60, 50):
