@@ -5,7 +5,7 @@ import math
 from runner.measures.forecast import LEAST_POINTS, Forecast, TargetEstimate
 
 _REFUSALS = {
-    "not_falling": "not estimated: the mse is not falling (a constant describes it as well)",
+    "not_falling": "not estimated: the mse is not falling (no falling curve describes it better than a constant)",
     "no_fit": "not estimated: neither a power law nor an exponential with a floor fits these points",
 }
 
@@ -31,13 +31,16 @@ def _rest(forecast: Forecast, estimate: TargetEstimate) -> str:
     if estimate.upper is None:
         if lower <= now:
             return f"no bound on the remaining steps: soon, late or never ({guess} without ends)"
-        return f"≥ {_down(lower - now)} more steps, not before step {_down(lower)} ({guess} without an upper end)"
+        more = _down(lower - now)
+        return f"≥ {_steps(more)}, not before step {now + more:,.0f} ({guess} without an upper end)"
     if estimate.upper <= now:
-        return f"met by step {_up(estimate.upper)} on this fit, though the last figure is not below it ({guess})"
+        return f"met by step {_up(estimate.upper):,.0f} on this fit, though the last figure is not below it ({guess})"
+    # The remainder is rounded, and the step follows from it: people subtract one from the other.
+    most = _up(estimate.upper - now)
     if lower <= now:
-        return f"at most {_up(estimate.upper - now)} more steps, by step {_up(estimate.upper)} ({guess})"
-    more = f"{_down(lower - now)} to {_up(estimate.upper - now)} more"
-    return f"between steps {_down(lower)} and {_up(estimate.upper)}, {more} ({guess})"
+        return f"at most {_steps(most)}, by step {now + most:,.0f} ({guess})"
+    least = _down(lower - now)
+    return f"between steps {now + least:,.0f} and {now + most:,.0f}, {least:,.0f} to {most:,.0f} more ({guess})"
 
 
 def _not_reached(forecast: Forecast, estimate: TargetEstimate) -> str:
@@ -51,21 +54,25 @@ def _not_reached(forecast: Forecast, estimate: TargetEstimate) -> str:
         return words
     if estimate.lower <= now:
         return f"{words}, though the points allow it at any step"
-    return f"{words}; if at all, ≥ {_down(estimate.lower - now)} more steps"
+    return f"{words}; if at all, ≥ {_steps(_down(estimate.lower - now))}"
 
 
 def _rounded(value: float | None) -> str:
     return "?" if value is None else f"{float(f'{value:.3g}'):,.0f}"
 
 
-def _down(value: float) -> str:
-    unit = _unit(value)
-    return f"{math.floor(value / unit) * unit:,.0f}"
+def _steps(more: float) -> str:
+    return f"{more:,.0f} more step{'' if more == 1 else 's'}"
 
 
-def _up(value: float) -> str:
+def _down(value: float) -> float:
     unit = _unit(value)
-    return f"{math.ceil(value / unit) * unit:,.0f}"
+    return math.floor(value / unit) * unit
+
+
+def _up(value: float) -> float:
+    unit = _unit(value)
+    return math.ceil(value / unit) * unit
 
 
 def _unit(value: float) -> float:

@@ -11,8 +11,14 @@ def test_words_round_outwards():
     assert sentence(found, estimate) == (
         "mse < 0.05: between steps 50,300 and 120,000, 38,300 to 108,000 more (best fit at step 69,500, 90% interval)."
     )
-    assert "at most 2,010 more steps, by step 14,100" in sentence(
+    assert "at most 2,010 more steps, by step 14,010" in sentence(
         found, dataclasses.replace(estimate, lower=11000.0, upper=14001.0)
+    )
+    # The two figures of a sentence agree (12,000 is the last step), also where a step has more digits than a remainder.
+    assert "by step 12,001" in sentence(found, dataclasses.replace(estimate, lower=11000.0, upper=12000.5))
+    assert "at most 1 more step," in sentence(found, dataclasses.replace(estimate, lower=11000.0, upper=12000.5))
+    assert "between steps 12,009 and 12,101, 9 to 101 more" in sentence(
+        found, dataclasses.replace(estimate, lower=12009.5, upper=12100.5)
     )
     assert "met by step 11,000 on this fit, though the last" in sentence(
         found, dataclasses.replace(estimate, lower=9000.0, upper=10980.0)
