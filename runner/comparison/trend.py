@@ -25,13 +25,17 @@ def trend(points: Sequence[tuple[int, float]]) -> Answer:
     span = f"from {first:.4g} at step {first_step} to {final:.4g} at step {last_step}"
     few = f" (only {len(points)} checkpoints)" if len(points) < 4 else ""
     share = _falling_share(points)
+    excellent = thresholds().mse["excellent"]
+    if share < _STEADY and max(mse for _, mse in points) < excellent:
+        words = f"Nothing is left to learn: the mse is below {excellent:g} at each step, {span}{few}."
+        return Answer(level="good", short="the mse is excellent at every step", words=words)
     if share <= 1 - _STEADY:
         words = f"No: the mse went {span}{few}."
         return Answer(level="bad", short="training does not work: the mse does not fall", words=words)
     if final > _TURNED * min(mse for _, mse in points):
         return _turned(points)
     since = _level_since(points) if final < _FALLEN * first else None
-    if since is not None and final >= thresholds().mse["excellent"]:
+    if since is not None and final >= excellent:
         words = f"It did: the mse fell {span}, but hardly any more since step {since}."
         return Answer(level="warn", short="training has levelled off", words=words)
     if since is None and (share < _STEADY or final >= first):
