@@ -4,6 +4,7 @@ Index i of a saved state belongs to the i-th key of the weights saved with it; i
 merged key. So every parameter keeps its own moments and its own step count, and steps on as it would have alone.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,21 +12,14 @@ from typing import Any
 import torch
 
 from runner.merging import pieces
+from runner.merging.moments import NAMES, Moments
 from runner.merging.plan import Plan, PlannedTensor
 from runner.merging.sources import Source
 
+# What a parameter group says of its parameters one by one; all else is a setting.
+_OF_PARAMETERS = ("params", NAMES)
 # A source, one of its names, and what its optimizer holds for it.
 Entry = tuple[Source, str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moments:
-    """One source's optimizer state: its entry and its parameter group for each of its weights' names."""
-
-    source: Source
-    entries: Mapping[str, Mapping[str, Any]]
-    group_of: Mapping[str, int]
-    groups: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,76 +31,111 @@ class United:
     differences: tuple[dict[str, Any], ...] = field(default=())
 
 
-def read_moments(source: Source, state: Any) -> tuple[Moments | None, str | None]:
-    """An `optimizer_state_dict` by the names of the weights it belongs to; or None, and why it cannot be used."""
-    if state is None:
-        return None, None
-    where = f"{source.path}: its optimizer state is left out, its parameters start without moments:"
-    if not isinstance(state, Mapping) or not isinstance(state.get("state"), Mapping):
-        return None, f"{where} it is no state of a torch optimizer"
-    groups = state.get("param_groups")
-    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups) or not groups:
-        return None, f"{where} it has no parameter groups"
-    numbered = {index: number for number, group in enumerate(groups) for index in group.get("params", ())}
-    if set(numbered) != set(range(len(source.order))):
-        return None, f"{where} it is for {len(numbered)} parameters, the weights are {len(source.order)}"
-    entries = {}
-    for index, entry in state["state"].items():
-        name = source.order[index] if index in numbered else None
-        if name is None or not isinstance(entry, Mapping):
-            return None, f"{where} entry {index} belongs to no parameter"
-        shape = source.checkpoint.weights.infos[name].shape
-        for field_name, value in entry.items():
-            if isinstance(value, torch.Tensor) and value.ndim and tuple(value.shape) != shape:
-                return (
-                    None,
-                    f"{where} {field_name} of entry {index} is {list(value.shape)}, but {name} is {list(shape)}",
-                )
-        entries[name] = entry
-    group_of = {source.order[index]: number for index, number in numbered.items()}
-    return Moments(source=source, entries=entries, group_of=group_of, groups=groups), None
-
-
 def unite(plan: Plan, moments: Sequence[Moments], furthest: Moments) -> United:
     """One state over the plan's tensors, with `Piece`s for tensors.
 
     The parameter groups are those of `furthest`, since its scheduler counts them; where another source's settings
-    differ, they are said.
+    differ, they are said. So are parameters that start without moments, for want of them or of what the kept
+    optimizer needs.
     """
     by_source = {id(each.source): each for each in moments}
+    needed = _needed(furthest)
     state: dict[int, dict[str, Any]] = {}
     members: list[list[int]] = [[] for _ in furthest.groups]
-    without: dict[str, None] = {}
+    lacking = _Lacking()
     for index, tensor in enumerate(plan.tensors):
-        entry = _entry(tensor, by_source)
-        if entry is not None:
-            state[index] = entry
-        else:
-            without |= dict.fromkeys(str(source.path) for source in tensor.layer.sources)
-        members[_group(tensor, by_source, len(members))].append(index)
+        group = _group(tensor, by_source, len(members))
+        members[group].append(index)
+        found = _found(tensor, by_source, lacking)
+        if found is None:
+            continue
+        leader = max(found, key=lambda each: -1 if each[0].step is None else each[0].step)
+        if absent := [name for name in needed[group] if name not in leader[2]]:
+            lacking.unlike[str(leader[0].path)] = (tuple(leader[2]), tuple(absent))
+            continue
+        state[index] = {name: _value(name, leader, found, tensor) for name in leader[2]}
+    names = _names(plan, by_source)
     groups = [
-        {**{name: value for name, value in group.items() if name != "params"}, "params": indices}
+        {
+            **{name: value for name, value in group.items() if name not in _OF_PARAMETERS},
+            **({NAMES: [names[index] for index in indices]} if names else {}),
+            "params": indices,
+        }
         for group, indices in zip(furthest.groups, members, strict=True)
     ]
     differences = _differences(moments, furthest)
-    findings = [f"{path}: has no optimizer moments: its parameters start without" for path in without]
-    findings += [_said(difference, furthest.source) for difference in differences]
+    findings = [*lacking.said(furthest.source), *(_said(difference, furthest.source) for difference in differences)]
     return United(
         state={"state": state, "param_groups": groups}, findings=tuple(findings), differences=tuple(differences)
     )
 
 
-def _entry(tensor: PlannedTensor, by_source: Mapping[int, Moments]) -> dict[str, Any] | None:
-    """The moments of one parameter; those of a combined one are combined alike; None where a source has none."""
+@dataclass(frozen=True, kw_only=True)
+class _Lacking:
+    """Whose parameters start without moments. `of` and `among`: a source's weights without, and all that are merged.
+
+    `combined`: layers of several sources, some of which have none. `unlike`: source → what its entries hold, and what
+    those of the kept optimizer hold beside.
+    """
+
+    of: Counter[str] = field(default_factory=Counter)
+    among: Counter[str] = field(default_factory=Counter)
+    combined: dict[int, dict[str, None]] = field(default_factory=dict)
+    unlike: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
+
+    def said(self, furthest: Source) -> list[str]:
+        """One line a source, and one a layer of several."""
+        found = []
+        for path, count in self.of.items():
+            some = "" if count == self.among[path] else f" for {count} of its {self.among[path]} parameters"
+            found += [f"{path}: has no optimizer moments{some}, which start without"] if count else []
+        for layer, paths in self.combined.items():
+            found.append(f"layer {layer} starts without optimizer moments, since {' and '.join(paths)} has none for it")
+        for path, (held, absent) in self.unlike.items():
+            found.append(
+                f"{path}: its parameters start without moments: its optimizer holds {', '.join(held) or 'nothing'}, "
+                f"but that of {furthest.path}, the furthest, needs {', '.join(absent)}"
+            )
+        return found
+
+
+def _needed(furthest: Moments) -> list[list[str]]:
+    """What every entry of the kept optimizer holds, group by group: without it, its next step would fail."""
+    held: list[list[Mapping[str, Any]]] = [[] for _ in furthest.groups]
+    for name, entry in furthest.entries.items():
+        held[furthest.group_of[name]].append(entry)
+    everywhere = list(furthest.entries.values())
+    return [_common(entries or everywhere) for entries in held]
+
+
+def _common(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [name for name in entries[0] if all(name in entry for entry in entries)] if entries else []
+
+
+def _found(tensor: PlannedTensor, by_source: Mapping[int, Moments], lacking: _Lacking) -> list[Entry] | None:
+    """The entries of one parameter in all of its sources; None where one has none, which `lacking` then knows."""
     found: list[Entry] = []
+    several = len(tensor.layer.sources) > 1
     for source, name in zip(tensor.layer.sources, tensor.names, strict=True):
         moments = by_source.get(id(source))
         entry = moments.entries.get(name) if moments else None
-        if entry is None:
-            return None
-        found.append((source, name, entry))
-    leader = max(found, key=lambda each: -1 if each[0].step is None else each[0].step)
-    return {name: _value(name, leader, found, tensor) for name in leader[2]}
+        if entry is not None:
+            found.append((source, name, entry))
+        elif several:
+            lacking.combined.setdefault(tensor.layer.layer.layer, {})[str(source.path)] = None
+        if moments and not several:
+            lacking.among[str(source.path)] += 1
+            lacking.of[str(source.path)] += entry is None
+    return found if len(found) == len(tensor.layer.sources) else None
+
+
+def _names(plan: Plan, by_source: Mapping[int, Moments]) -> list[str]:
+    """What the trainers called the merged parameters; [] unless each one has a name of its own."""
+    names = []
+    for tensor in plan.tensors:
+        moments = by_source.get(id(tensor.layer.sources[0]))
+        names.append(moments.own_names.get(tensor.names[0], "") if moments else "")
+    return names if all(names) and len(set(names)) == len(names) else []
 
 
 def _value(name: str, leader: Entry, found: Sequence[Entry], tensor: PlannedTensor) -> Any:
@@ -146,7 +175,7 @@ def _differences(moments: Sequence[Moments], furthest: Moments) -> list[dict[str
         for number, (theirs, kept) in enumerate(zip(other.groups[:common], furthest.groups[:common], strict=True)):
             for name in dict.fromkeys((*kept, *theirs)):
                 a, b = theirs.get(name), kept.get(name)
-                if name != "params" and not _same(a, b):
+                if name not in _OF_PARAMETERS and not _same(a, b):
                     found.append(_difference(name, number, other, a, b))
     return found
 

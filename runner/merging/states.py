@@ -15,7 +15,8 @@ from runner.checkpoints.inert import Inert
 from runner.checkpoints.pickles import load_pickle
 from runner.errors import CheckpointError
 from runner.merging import pieces
-from runner.merging.optimizer import Moments, read_moments, unite
+from runner.merging.moments import Moments, read_moments
+from runner.merging.optimizer import unite
 from runner.merging.plan import Plan, layer_sources, merged_from
 from runner.merging.sources import Source, furthest, rebased
 
@@ -49,11 +50,18 @@ def training_state(plan: Plan) -> State | None:
         return None
     leader = furthest(having)
     moments: list[Moments] = []
-    findings = [f"{s.path}: has no {npt_delta.TRAINING_STATE}" for s in plan.sources if s not in having]
-    for source in having:
-        read, problem = read_moments(source, (found[id(source)] or {}).get("optimizer_state_dict"))
+    findings, without = [], []
+    for source in plan.sources:
+        state = found[id(source)]
+        if state is None or state.get("optimizer_state_dict") is None:
+            without.append((source, npt_delta.TRAINING_STATE if state is None else "optimizer moments"))
+            continue
+        read, problem = read_moments(source, state["optimizer_state_dict"])
         moments += [read] if read else []
         findings += [problem] if problem else []
+    # Where no source has moments, that one has none is nothing to say.
+    start = ": its parameters start without moments" if moments else ""
+    findings += [f"{s.path}: has no {what}{start}" for s, what in without if moments or found[id(s)] is None]
     content, writer_findings = _writable(found[id(leader)], leader)
     findings += writer_findings
     steps = [source.step for source in plan.sources if source.step is not None]

@@ -187,3 +187,119 @@ def test_shared_safetensors_order(tmp_path):
     _, state, said = merged(tmp_path, a, b)
     assert same(state["optimizer_state_dict"], expected["optimizer_state_dict"])
     assert said.findings == ()
+
+
+def trained_with(directory, layers, build, *, step=100, skip=0):
+    """A source trained by the optimizer that `build` makes; every `skip`-th parameter never had a gradient."""
+    tensors = weights_of(layers, seed=step)
+    optimizer = build([torch.nn.Parameter(tensor.clone()) for tensor in tensors.values()])
+    for number, (parameter, gradient) in enumerate(
+        zip(parameters(optimizer), random_like(list(tensors.values()), step), strict=True)
+    ):
+        parameter.grad = None if skip and number % skip == 0 else gradient
+    optimizer.step()
+    weights = dict(zip(tensors, (p.detach() for p in parameters(optimizer)), strict=True))
+    return write_source(
+        directory, layers, weights=weights, step=step, trained=0, optimizer_state_dict=optimizer.state_dict()
+    )
+
+
+def sgd(tensors):
+    return torch.optim.SGD(tensors, lr=0.1, momentum=0.9)
+
+
+def with_amsgrad(tensors):
+    return torch.optim.AdamW(tensors, amsgrad=True)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "kept", "needs"),
+    [(sgd, torch.optim.AdamW, "step, exp_avg, exp_avg_sq"), (torch.optim.AdamW, with_amsgrad, "max_exp_avg_sq")],
+)
+def test_moments_of_another_optimizer_are_left_out_and_said(theirs, kept, needs, tmp_path):
+    """With them, the first step of the kept optimizer would fail for what they lack."""
+    a, b = trained_with(tmp_path / "a", ONE, theirs), trained_with(tmp_path / "b", THREE, kept, step=300)
+    weights, state, said = merged(tmp_path, a, b)
+    assert sorted(state["optimizer_state_dict"]["state"]) == list(range(27, 54))
+    assert f"that of {b}, the furthest, needs {needs}" in said.findings[0]
+    optimizer = kept([torch.nn.Parameter(tensor) for tensor in weights.values()])
+    optimizer.load_state_dict(state["optimizer_state_dict"])
+    step_with(optimizer, random_like(list(weights.values()), 1))
+
+
+def test_what_the_kept_optimizer_does_not_need_stays(tmp_path):
+    a, b = (
+        trained_with(tmp_path / "a", ONE, with_amsgrad),
+        trained_with(tmp_path / "b", THREE, torch.optim.AdamW, step=300),
+    )
+    weights, state, _ = merged(tmp_path, a, b)
+    assert sorted(state["optimizer_state_dict"]["state"]) == list(range(54))
+    step_with(resumed(weights, state), random_like(list(weights.values()), 1))
+
+
+def test_parameters_that_never_had_a_gradient_are_counted(tmp_path):
+    a = trained_with(tmp_path / "a", ONE, torch.optim.AdamW, skip=3)
+    b = trained_with(tmp_path / "b", THREE, torch.optim.AdamW, step=300)
+    weights, state, said = merged(tmp_path, a, b)
+    assert len(state["optimizer_state_dict"]["state"]) == 54 - 9
+    assert said.findings == (f"{a}: has no optimizer moments for 9 of its 27 parameters, which start without",)
+    step_with(resumed(weights, state), random_like(list(weights.values()), 1))
+
+
+def test_a_mean_with_a_source_without_moments_names_that_source_alone(tmp_path):
+    a, b = (write_source(tmp_path / n, ONE, seed=s, step=s, trained=s - 1) for n, s in (("a", 1), ("b", 2)))
+    _, state, said = merged(tmp_path, a, b, rule="average")
+    assert said.findings == (
+        f"{a}: has no optimizer moments: its parameters start without moments",
+        f"layer 1 starts without optimizer moments, since {a} has none for it",
+    )
+    assert state["optimizer_state_dict"]["state"] == {}
+
+
+def test_statistics_smaller_than_their_parameters_keep_their_places(tmp_path):
+    """Adafactor's means of rows and columns."""
+    a, b = (trained_with(tmp_path / str(n), {n: ("dual", 2, 3)}, torch.optim.Adafactor, step=n) for n in (1, 3))
+    weights, state, said = merged(tmp_path, b, a)
+    assert said.findings == ()
+    for offset, path in ((0, a), (18, b)):
+        own = state_of(path)["optimizer_state_dict"]["state"]
+        assert all(same(state["optimizer_state_dict"]["state"][offset + i], own[i]) for i in range(18))
+    optimizer = torch.optim.Adafactor([torch.nn.Parameter(tensor) for tensor in weights.values()])
+    optimizer.load_state_dict(state["optimizer_state_dict"])
+    step_with(optimizer, random_like(list(weights.values()), 1))
+
+
+def test_names_of_parameters_are_those_of_each_source(tmp_path):
+    """torch's named parameters: a list beside `params`, no setting of the group."""
+    a, b = write_source(tmp_path / "a", ONE), write_source(tmp_path / "b", THREE, step=300)
+    for path, name in ((a, "one"), (b, "three")):
+        state = state_of(path)
+        state["optimizer_state_dict"]["param_groups"][0]["param_names"] = [f"{name}.{i}" for i in range(27)]
+        torch.save(state, path / "training_state.pt")
+    _, state, said = merged(tmp_path, a, b)
+    (group,) = state["optimizer_state_dict"]["param_groups"]
+    assert group["param_names"] == [f"{name}.{i}" for name in ("one", "three") for i in range(27)]
+    assert (said.findings, said.differences) == ((), ())
+    _, state, said = merged(tmp_path, a, write_source(tmp_path / "c", {0: ("single", 2, 1)}))
+    assert "param_names" not in state["optimizer_state_dict"]["param_groups"][0]
+    assert said.differences == ()
+
+
+def test_a_state_that_names_its_parameters_as_the_weights_are_named_is_read_by_name(tmp_path):
+    """Two groups count their parameters group by group, not in the order of the file."""
+    source = write_source(tmp_path / "a", ONE)
+    state, names = state_of(source), list(weights_in(source))
+    whole = state["optimizer_state_dict"]
+    order = [*names[1::2], *names[0::2]]
+    whole["state"] = {i: whole["state"][names.index(name)] for i, name in enumerate(order)}
+    (group,) = whole["param_groups"]
+    whole["param_groups"] = [
+        {**group, "params": list(range(13)), "param_names": order[:13]},
+        {**group, "params": list(range(13, 27)), "param_names": order[13:]},
+    ]
+    expected = state_of(source)["optimizer_state_dict"]["state"]
+    torch.save(state, source / "training_state.pt")
+    _, united, _ = merged(tmp_path, source, write_source(tmp_path / "b", THREE, trained=0))
+    assert all(same(united["optimizer_state_dict"]["state"][i], expected[i]) for i in range(27))
+    first, second = (group["params"] for group in united["optimizer_state_dict"]["param_groups"])
+    assert (first, second) == ([*range(1, 27, 2), *range(27, 54)], list(range(0, 27, 2)))
