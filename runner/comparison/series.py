@@ -1,8 +1,10 @@
 """The curves of a comparison: one for each run and tier, over the checkpoints' steps."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import PurePath
 from typing import TypeVar
 
@@ -13,6 +15,7 @@ from runner.comparison.rates import learning_rate
 
 # A job with one of these is a point; an mse that is not finite is one, too: it is there, as None.
 _FIGURES = {"mse", "text"}
+_LONG_LABEL = 40
 Key = TypeVar("Key")
 Item = TypeVar("Item")
 
@@ -59,7 +62,26 @@ def _labels(series: Sequence[Series]) -> list[str]:
     """`run · tier · variant` of each, without the parts that all share."""
     parts = [(one.run, one.tier, one.variant) for one in series]
     telling = [i for i in range(3) if len({part[i] for part in parts}) > 1] or [0, 1, 2]
-    return [" · ".join(part[i] for i in telling if part[i]) or part[0] for part in parts]
+    return _without_shared_ends([" · ".join(part[i] for i in telling if part[i]) or part[0] for part in parts])
+
+
+def _without_shared_ends(labels: list[str]) -> list[str]:
+    """Long labels without the words at their ends that all of them have: in a legend these would be all there is."""
+    if len(labels) < 2 or max(map(len, labels)) <= _LONG_LABEL:
+        return labels
+    words = [re.split(r"(?<=[\s/_.-])", label) for label in labels]
+    head = _shared(words)
+    rest = [row[head:] for row in words]
+    tail = _shared([row[::-1] for row in rest])
+    kept = ["".join(row[: len(row) - tail]) for row in rest]
+    if not all(kept):
+        return labels
+    return [f"{'…' if head else ''}{label}{'…' if tail else ''}" for label in kept]
+
+
+def _shared(rows: Sequence[Sequence[str]]) -> int:
+    """How many words all of `rows` have in common at their start."""
+    return sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*rows, strict=False)))
 
 
 def _one(run: str, tier: str, variant: str, jobs: list[Job]) -> Series:
