@@ -108,8 +108,18 @@ def many(path: Path) -> Path:
     return path
 
 
+def many_runs(path: Path) -> Path:
+    """Nine runs whose long names differ in the middle."""
+    for number in range(9):
+        run = f"/exp/llama-3.2-1b_npt_triple_rank64_layer{number}_lr1e-4_bs32_seed{number}/checkpoints"
+        for step in (1000, 2000, 3000):
+            found = result(f"{run}/checkpoint-{step}", (number + 2) * 100 / step)
+            write_job(path, 3 * number + step // 1000 - 1, "x", found, ckpt=run, step=step, tier={"name": "quick"})
+    return path
+
+
 CASES: dict[str, Callable[[Path], Path]] = {
     case.__name__: case
     for case in (plain, two_tiers_and_runs, failures, only_failures, one_point, without_steps, without_verdict,
-                 not_finite, checks_only, hostile, many)
+                 not_finite, checks_only, hostile, many, many_runs)
 }  # fmt: skip

@@ -17,7 +17,7 @@ from runner.comparison.comparison import read
 from runner.reports.page import sections
 from runner.reports.page.build import charts, page
 from runner.reports.picture import pictures
-from tests.comparison.sweeps import write_job, write_sweep
+from tests.comparison.sweeps import result, write_job, write_sweep
 from tests.conftest import ROOT
 from tests.reports.cases import CASES, HOSTILE
 
@@ -52,6 +52,20 @@ def test_every_kind_of_sweep_renders_without_an_address_outside(tmp_path, name):
     assert all(re.match(r"\.?\.?/|comparison\.|data:,$", address) for address in found.addresses)
     assert not found.handlers
     assert found.tags.count("script") == (3 if charts(read(path)) else 2)
+
+
+def test_what_a_logarithmic_scale_does_not_reach_is_said(tmp_path):
+    exact = write_sweep(tmp_path / "exact", {100 * i: 0.0 for i in range(1, 5)})
+    assert {"mse", "kl"}.isdisjoint(figure.name for figure in charts(read(exact)))
+    assert "No curve of the mse: it is 0 at every step" in render(exact)
+    partly = write_sweep(tmp_path / "partly", {100: 0.3, 200: 0.0, 300: 0.1})
+    assert "Where it is 0" in next(figure for figure in charts(read(partly)) if figure.name == "mse").note
+
+
+def test_a_tall_chart_has_its_row_to_itself(tmp_path):
+    layers = [{"layer": layer, "mse": 0.1} for layer in range(40)]
+    write_job(tmp_path, 0, "x", result("/runs/a/checkpoint-100", 0.3, tier="full") | {"layers": layers})
+    assert [figure.wide for figure in charts(read(tmp_path)) if figure.name == "layers-0"] == [True]
 
 
 @pytest.mark.parametrize("name", ["two_tiers_and_runs", "not_finite", "without_steps", "hostile"])

@@ -99,6 +99,16 @@ def test_every_page_draws_all_its_charts_quietly_and_fits(driver, pages, name, s
     keep_screenshot(driver, f"{name}-{size}-{'dark' if dark else 'light'}", SIZES[size])
 
 
+@pytest.mark.parametrize("size", sorted(SIZES))
+def test_a_long_legend_leaves_the_curves_their_room(driver, pages, size):
+    show(driver, pages("many_runs"), width=SIZES[size])
+    heights = driver.execute_script(
+        "return [...document.querySelectorAll('.plot .nsewdrag')].map(area => area.getBBox().height)"
+    )
+    assert len(heights) > 5
+    assert min(heights) > 150
+
+
 def test_the_page_of_200_jobs_fires_its_load_event_soon(driver, pages, capsys):
     times = []
     for _ in range(3):

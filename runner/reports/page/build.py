@@ -81,6 +81,9 @@ def _absent(comparison: Comparison) -> list[str]:
     if not comparison.series:
         return []
     words = []
+    mses = [value for one in comparison.series for value in one.values("mse") if value is not None]
+    if mses and not any(mses):
+        words.append("No curve of the mse: it is 0 at every step, and a logarithmic scale does not reach that.")
     if not any(layer_mses(job) for one in comparison.series for job in one.jobs):
         words.append("No layers × steps: only tier=full of NPT checkpoints measures each layer alone.")
     if all(one.estimate is None for one in comparison.series):

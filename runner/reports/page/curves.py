@@ -32,7 +32,7 @@ _QUANTILES = {
 def mse(series: Sequence[Series]) -> Figure | None:
     """MSE on a logarithmic scale over the status bands, with the estimate's band."""
     rows = with_values(series, "mse")
-    if not rows:
+    if not any(value for _, _, mses in rows for value in mses):  # none, or all of them 0
         return None
     # The closest curve first; two tiers of one run may give the same estimate, and one band is enough.
     closest = sorted(rows, key=lambda row: next((mse for mse in reversed(row[2]) if mse is not None), math.inf))
@@ -45,6 +45,8 @@ def mse(series: Sequence[Series]) -> Figure | None:
     axis = log_axis("mse", [*values, *_near(bands, values)], include=[0.8 * bound for bound in bounds.values()])
     shapes = status_bands(bounds, "poor", *(10**end for end in axis["range"])) if bounds else []
     note = "Mean squared difference of the logits, over the prompts; lower is closer."
+    if any(value == 0 for value in values):
+        note += " Where it is 0, which this scale does not reach, the curve has a gap."
     if bands:
         whose = "the estimate" if len(rows) <= _MOST_BANDS else "the estimate of the closest curve"
         note += f" Shaded: {whose}, 90 % for the true curve at each step; dashed: its best fit."
@@ -118,7 +120,7 @@ def cosine(series: Sequence[Series]) -> Figure | None:
 def kl(series: Sequence[Series]) -> Figure | None:
     """The mean KL and its quantiles over the tokens."""
     rows = with_values(series, "kl")
-    if not rows:
+    if not any(value for _, one, _ in rows for metric in _QUANTILES for value in one.values(metric)):
         return None
     data, alone = [], len(rows) == 1
     for number, one, _ in rows:

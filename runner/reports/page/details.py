@@ -13,6 +13,7 @@ from runner.reports.page.figures import MOST_LINES, STEP_AXIS, Figure, line, log
 # Cells that still have room for their figure, and how many series get a chart of their own.
 _LABELLED_COLUMNS = 12
 _SPACED_COLUMNS = 60
+_MOST_ROWS = 12
 _MOST_SERIES = 6
 
 
@@ -60,7 +61,8 @@ def _heat_map(series: Series, number: int) -> Figure:
         f"(below {thresholds().layer_mse:g}), red is not.",
         data=[trace],
         height=max(280, 130 + 26 * len(names)),
-        wide=len(jobs) > _LABELLED_COLUMNS,
+        # Beside a chart of the usual height a tall one would leave a hole.
+        wide=len(jobs) > _LABELLED_COLUMNS or len(names) > _MOST_ROWS,
         layout={"xaxis": {"type": "category", "title": {"text": "step"}, "nticks": 16}, "yaxis": {"type": "category"}},
     )
 

@@ -15,6 +15,8 @@ from runner.comparison.series import Series
 STEP_AXIS = {"title": {"text": "step"}, "tickformat": "~s"}
 # Lines that a legend and an eye can still tell apart.
 MOST_LINES = 12
+# What a legend on a phone has room for.
+_LONGEST_NAME = 46
 # Decades that are too few for a logarithmic axis to have ticks.
 _LINEAR_BELOW = 0.3
 
@@ -46,7 +48,7 @@ def line(
     series: Series, number: int, values: Sequence[float | None], *, name: str | None = None, **more: Any
 ) -> dict[str, Any]:
     """A curve of `series` over its steps; points without a value are gaps."""
-    label = shortened(name or series.label)
+    label = shortened(name or series.label, _LONGEST_NAME)
     return {
         "type": "scatter",
         "mode": "lines+markers",

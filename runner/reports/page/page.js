@@ -35,9 +35,21 @@
     return { ...common, ...own, title: { standoff: 8, ...(own || {}).title } };
   }
 
+  function named(chart) {
+    return chart.data.filter((trace) => trace.showlegend !== false && trace.type === "scatter");
+  }
+
+  // A legend of many lines makes its chart taller, not its curves flatter.
+  function height(chart, width) {
+    const names = named(chart).map((trace) => trace.name.length);
+    const columns = Math.max(1, Math.floor((width - 60) / (50 + 7 * Math.max(...names))));
+    const rows = names.length > 1 ? Math.ceil(names.length / columns) : 0;
+    return 20 * Math.max(0, rows - 2);
+  }
+
   function themedLayout(chart, width) {
     const given = chart.layout;
-    const legends = chart.data.filter((trace) => trace.showlegend !== false && trace.type === "scatter").length;
+    const legends = named(chart).length;
     return {
       hovermode: width < 600 ? "closest" : "x unified",
       ...given,
@@ -46,7 +58,7 @@
       xaxis: axis(given.xaxis),
       yaxis: axis(given.yaxis),
       showlegend: given.showlegend || legends > 1,
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 } },
+      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 }, tracegroupgap: 0, maxheight: 0.75 },
       margin: { l: 8, r: 12, t: 10, b: 8 },
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
@@ -62,6 +74,8 @@
     const data = chart.data.map((trace) => themedTrace(trace, plot.clientWidth));
     const options = { responsive: true, displaylogo: false, displayModeBar: plot.clientWidth >= 400, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
     drawn.add(plot);
+    plot.dataset.height ||= parseInt(plot.style.height, 10);
+    plot.style.height = `${Number(plot.dataset.height) + height(chart, plot.clientWidth)}px`;
     // A sheet of paper does not resize: the size is given.
     const size = root.classList.contains("printed") ? { width: plot.clientWidth, height: plot.clientHeight, autosize: false } : { autosize: true };
     return window.Plotly.react(plot, data, { ...themedLayout(chart, plot.clientWidth), ...size }, options);
