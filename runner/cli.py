@@ -64,6 +64,7 @@ def _run(line: CommandLine) -> int:
     use_own_configs(config_directory())
     if {"--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "-sc"} & set(line.flags):
         _check_choices(line)
+        _check_commands(line)
         _hydra(line, runs.job)
         return 0
     resumed = None
@@ -155,6 +156,8 @@ def _check_choices(line: CommandLine) -> None:
         if key.lstrip("+~").partition(".")[0] in FIXED_KEYS:
             raise ConfigError(f"{key} is fixed, so that verdicts compare; its values stand in conf/verdict.yaml")
     extra = [Path(line.flags[i + 1]) for i, flag in enumerate(line.flags[:-1]) if flag in ("--config-dir", "-cd")]
+    if absent := [path for path in extra if not path.is_dir()]:
+        raise ConfigError(f"--config-dir {absent[0]}: no such directory")
     groups = [path for root in (config_directory(), *extra) for path in root.iterdir() if path.is_dir()]
     for key, value in line.overrides:
         choices = sorted({f.stem for g in groups if g.name == key for f in g.glob("*.yaml")})
@@ -163,6 +166,13 @@ def _check_choices(line: CommandLine) -> None:
         for choice in value.split(",") if line.multirun else [value]:
             if choice not in choices:
                 raise ConfigError(f"{key}={choice} is no {key}{did_you_mean(choice, choices)}")
+
+
+def _check_commands(line: CommandLine) -> None:
+    """Hydra shows one thing at a time, and that of one run."""
+    given = [flag for flag in line.flags if flag in ("--multirun", "-m", "--cfg", "-c", "--info", "-i", "-sc")]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} do not go together: --cfg and --info show one run; leave the rest out")
 
 
 def _demo_run(line: CommandLine) -> Path:

@@ -216,6 +216,9 @@ class Tier:
             "load", "finite", "control", "logits", "isolation", "progressive", "additivity", "generation", "text",
             "floor",
         )  # fmt: skip
+        for field_name in ("checks", "measures"):
+            if not isinstance(names := getattr(self, field_name), (list, tuple)):
+                raise ConfigError(f"tier.{field_name}: {names!r} is no list of names; write [{names}]")
         for name in self.measures:
             if name not in known:
                 raise ConfigError(f"tier.measures: {name!r} is unknown{did_you_mean(name, known)}")

@@ -1,11 +1,13 @@
 """One run: the composed config, its task, and what is left of it: `result.json`, the report, the tracker's record."""
 
 import logging
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
 from runner.confdir import config_directory
-from runner.config import TASKS, CommonConfig, register, translated, unknown_key
+from runner.config import TASKS, CommonConfig, did_you_mean, register, translated, unknown_key
 from runner.errors import ConfigError, RunnerError
 from runner.imports import uncollected
 from runner.overrides import quoted
@@ -36,6 +38,8 @@ exit_code = 0
 _LIVE = ("train",)
 # Tasks that tell the tracker themselves, or that are about its runs and have none of their own.
 _UNTRACKED = ("compare", "panels")
+# What Python says of a call with an argument too much or too few.
+_ARGUMENT = re.compile(r"unexpected keyword argument '(?P<unknown>\w+)'|missing \d+ required .*?'(?P<missing>\w+)'")
 
 
 def job(cfg: DictConfig) -> str | None:
@@ -185,6 +189,8 @@ def _components(cfg: DictConfig, names: list[str]) -> dict[str, Any]:
     """The named nodes as objects: the one place where `_target_` is followed, and only ever in our own config."""
     built = {}
     for name in names:
+        if OmegaConf.is_dict(cfg[name]) and "_target_" not in cfg[name]:
+            raise ConfigError(f"{name}: its YAML has no _target_; begin it as those of conf/{name}/ begin")
         try:
             built[name] = instantiate(cfg[name], _convert_="all")
         except RunnerError:
@@ -196,8 +202,18 @@ def _components(cfg: DictConfig, names: list[str]) -> dict[str, Any]:
             if isinstance(cause, MissingMandatoryValue):
                 key = str(cause).splitlines()[0].rpartition(" ")[2]
                 raise ConfigError(f"{key} is needed; give it as {key}=…") from error
+            if match := _ARGUMENT.search(str(cause)):
+                raise _bad_argument(name, cfg[name]["_target_"], match) from error
             raise ConfigError(f"{name}: {str(cause).splitlines()[0]}") from error
     return built
+
+
+def _bad_argument(group: str, target: str, match: re.Match[str]) -> ConfigError:
+    """A key too much, or one too few, in a YAML that a user wrote."""
+    if match["missing"]:
+        return ConfigError(f"{group}.{match['missing']} is needed: its YAML does not say it")
+    known = [str(name) for name in signature(get_object(target)).parameters]
+    return ConfigError(f"{group}.{match['unknown']} is unknown{did_you_mean(match['unknown'], known)}")
 
 
 def tracker_of(cfg: DictConfig) -> Tracker:

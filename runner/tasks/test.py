@@ -112,6 +112,9 @@ def _step(rows: Sequence[Mapping[str, Any]], bench: Bench) -> int | None:
 def _checks(config: TestConfig, bench: Bench) -> list[Check]:
     """Those of the tier that apply. Raises ConfigError for what cannot be built, before anything is."""
     tier = config.tier
+    if config.experts != TestConfig.experts and (bench.path is not None or config.family.name == "auto"):
+        # A sweep over families is no reason to refuse: there the others say by their name that they have none.
+        raise ConfigError(f"experts={config.experts} is how many are built: with family=lora_moe, and without ckpt=")
     if bench.path is None and BUILT in tier.checks:
         check_buildable(bench)
     names = [name for name in tier.checks if name != BUILT or bench.path is None]
@@ -123,6 +126,8 @@ def _checks(config: TestConfig, bench: Bench) -> list[Check]:
         return checks
     if not tier.checks:
         raise ConfigError(f"tier={tier.name} checks nothing: it is for task=diagnose; take tier=quick, minimal or full")
+    if bench.path is not None:
+        raise ConfigError(f"tier={tier.name}: none of its checks ({', '.join(names)}) applies to family {bench.family}")
     raise ConfigError(f"tier={tier.name}: its checks are of a checkpoint; give one as ckpt=, or name {BUILT!r} first")
 
 

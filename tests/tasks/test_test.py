@@ -14,6 +14,7 @@ from runner.checks import preflight
 from runner.tasks.test import overall
 from tests.checkpoints.test_toy_format import toy  # noqa: F401 - a fixture
 from tests.conftest import ROOT, npt_tensors, write_npt
+from tests.gpt_files import random_state, script_file
 from tests.lora_files import write_adapter, write_moe
 
 HEAVY = ("torch", "transformers", "peft", "wandb")
@@ -55,7 +56,7 @@ def test_quick_imports_nothing_heavy(tmp_path, base):
 
 @pytest.mark.parametrize("family", ["auto", "lora_moe", "gpt"])
 def test_minimal_builds_saves_and_looks(run, family):
-    outcome = run("task=test", "tier=minimal", f"family={family}", "experts=3")
+    outcome = run("task=test", "tier=minimal", f"family={family}", *(["experts=3"] if family == "lora_moe" else []))
     assert (outcome.code, outcome.err) == (0, "")
     assert set(checks(outcome).values()) <= {"pass", "skipped"}
     assert {"built", "files", "keys", "shapes", "size", "loading", "hashes", "finite"} <= checks(outcome).keys()
@@ -122,6 +123,8 @@ def test_what_cannot_be_read_fails_the_check_of_files(run, tmp_path):
         (["tier.checks=[files]"], "its checks are of a checkpoint; give one as ckpt="),
         (["tier.max_size_mb=-1"], "tier.max_size_mb=-1"),
         (["tier=mnimal"], "did you mean 'minimal'?"),
+        (["tier=minimal", "experts=4"], "experts=4 is how many are built: with family=lora_moe, and without ckpt="),
+        (["--config-dir", "nowhere"], "--config-dir nowhere: no such directory"),
     ],
 )
 def test_misuse_is_one_line_and_exit_code_2(run, words, message):
@@ -150,6 +153,28 @@ def test_a_tier_of_ones_own(run, checkpoint, tmp_path):
     )
     outcome = run("--config-dir", str(tmp_path / "own"), "task=test", "tier=mine", f"ckpt={checkpoint}")
     assert (outcome.code, checks(outcome)) == (0, {"pollution": "pass", "size": "pass"})
+
+
+TARGET = "_target_: runner.config.Tier\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("checks: [files]\n", "tier: its YAML has no _target_; begin it as those of conf/tier/ begin"),
+        (f"{TARGET}name: mine\ncheck: [files]\n", "tier.check is unknown; did you mean 'checks'?"),
+        (f"{TARGET}checks: [files]\n", "tier.name is needed: its YAML does not say it"),
+        (f"{TARGET}name: mine\nchecks: files\n", "tier.checks: 'files' is no list of names; write [files]"),
+        (f"{TARGET}name: mine\nchecks: [fidelity]\n", "none of its checks (fidelity) applies to family gpt"),
+    ],
+)
+def test_a_tier_of_ones_own_that_is_none(run, tmp_path, content, message):
+    (tmp_path / "own" / "tier").mkdir(parents=True)
+    (tmp_path / "own" / "tier" / "mine.yaml").write_text(content)
+    file = script_file(tmp_path / "state_step000300.pt", random_state("small"))
+    outcome = run("--config-dir", str(tmp_path / "own"), "task=test", "tier=mine", f"ckpt={file}")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert message in outcome.err
 
 
 def test_a_format_of_ones_own(run, toy):  # noqa: F811
