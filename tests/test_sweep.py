@@ -227,6 +227,13 @@ def test_jobs_do_not_overwrite_one_another_s_output(run, training, words):
     assert not list(Path.cwd().glob("[oab]*.json"))
 
 
+@pytest.mark.parametrize("words", [("-m", "--cfg", "job"), ("--cfg", "job", "--info", "all")])
+def test_hydra_shows_one_thing_at_a_time(run, words):
+    outcome = run(*words)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+    assert "do not go together" in outcome.err
+
+
 def test_a_sweep_that_another_process_runs_is_left_alone(run, training):
     run("-m", f"ckpt={training}", "step=100")
     with FileLock(sweep_directory() / ".lock"):

@@ -57,7 +57,8 @@ def read(sweep: Path | Sequence[Path]) -> Comparison:
 
 def _jobs(directory: Path) -> list[Job]:
     if not directory.is_dir():
-        raise ConfigError(f"sweep={directory}: {'no directory' if directory.exists() else 'no such directory'}")
+        hint = "; several are a list: sweep=[A,B]" if "," in str(directory) else ""
+        raise ConfigError(f"sweep={directory}: {'no directory' if directory.exists() else 'no such directory'}{hint}")
     planned = _planned(directory)
     try:
         found = [path.name for path in directory.iterdir() if path.is_dir() and _JOB_FOLDER.match(path.name)]

@@ -66,6 +66,7 @@ def test_rows_of_one_checkpoint_are_told_apart_by_what_was_swept(tmp_path):
 @pytest.mark.parametrize(("words", "said"), [
     ([], "sweep= is needed"),
     (["sweep=nowhere"], "no such directory"),
+    (["sweep=a,b"], "several are a list: sweep=[A,B]"),
     (["sweep=empty"], "no job folders"),
     (["sweep=[]"], "sweep= is needed"),
 ])  # fmt: skip
