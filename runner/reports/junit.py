@@ -30,6 +30,11 @@ def junit(result: Mapping[str, Any], *, strict: bool) -> ElementTree.Element:
     return root
 
 
+def is_directory(given: str) -> bool:
+    """Whether `junit=` means a directory, in which each job has a file of its own."""
+    return given.endswith("/") or Path(given).expanduser().is_dir()
+
+
 def junit_path(given: str, ckpt: str | None, tier: str) -> Path:
     """The file that `junit=` means.
 
@@ -37,7 +42,7 @@ def junit_path(given: str, ckpt: str | None, tier: str) -> Path:
     that the jobs of a sweep do not replace each other's.
     """
     path = Path(given).expanduser()
-    if not given.endswith("/") and not path.is_dir():
+    if not is_directory(given):
         return path
     name = Path(ckpt).absolute() if ckpt else Path("runner/machine")
     harmless = re.sub(r"[^\w.@-]", "_", f"{name.parent.name}-{name.name}-{tier}")

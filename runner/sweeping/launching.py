@@ -18,8 +18,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from runner.errors import ConfigError, printable
-from runner.overrides import CommandLine, quoted
+from runner.overrides import CommandLine, quoted, unquoted
 from runner.plan import PLAN_NAME, Job, Plan, good_result, write_plan
+from runner.reports.junit import is_directory
 from runner.results import FILE_NAME
 from runner.sweeping.jobs import plan_of
 from runner.sweeping.watching import watched
@@ -130,6 +131,9 @@ def _check_outputs(config: DictConfig, plan: Plan, directory: Path) -> None:
         given = sorted({word for job in plan.jobs for word in job.overrides if word.startswith(f"{key}=")})
         if key in config and config[key] and not OmegaConf.is_interpolation(config, key):
             given = given or [f"{key}={config[key]}"]
+        values = [unquoted(word.partition("=")[2]) for word in given]
+        if key == "junit" and all(map(is_directory, values)):
+            continue  # each job has a file of its own there
         if given and len(given) < len(plan.jobs):
             raise ConfigError(
                 f"{', '.join(given)}: {len(plan.jobs)} jobs would overwrite each other there; leave it out: each "
