@@ -171,8 +171,8 @@ def _check_choices(line: CommandLine) -> None:
 def _check_commands(line: CommandLine) -> None:
     """Hydra shows one thing at a time, and that of one run."""
     given = [flag for flag in line.flags if flag in ("--multirun", "-m", "--cfg", "-c", "--info", "-i", "-sc")]
-    if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)} do not go together: --cfg and --info show one run; leave the rest out")
+    if len(set(given)) > 1:
+        raise ConfigError(f"{' and '.join(given)} do not go together: --cfg and --info show one run")
 
 
 def _demo_run(line: CommandLine) -> Path:
