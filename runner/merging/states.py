@@ -1,22 +1,17 @@
 """What lies beside the weights of a merged checkpoint: training state, layers and curriculum, config, summary."""
 
 import os
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from runner.checkpoints import npt_delta
-from runner.checkpoints.describing import plain
-from runner.checkpoints.inert import Inert
 from runner.checkpoints.pickles import load_pickle
 from runner.errors import CheckpointError
-from runner.merging import pieces
 from runner.merging.moments import Moments, read_moments
 from runner.merging.optimizer import unite
+from runner.merging.plain_values import writable
 from runner.merging.plan import Plan, layer_sources, merged_from
 from runner.merging.sources import Source, furthest, rebased
 
@@ -62,7 +57,7 @@ def training_state(plan: Plan) -> State | None:
     # Where no source has moments, that one has none is nothing to say.
     start = ": its parameters start without moments" if moments else ""
     findings += [f"{s.path}: has no {what}{start}" for s, what in without if moments or found[id(s)] is None]
-    content, writer_findings = _writable(found[id(leader)], leader)
+    content, writer_findings = writable(found[id(leader)], leader)
     findings += writer_findings
     steps = [source.step for source in plan.sources if source.step is not None]
     if steps:
@@ -71,7 +66,7 @@ def training_state(plan: Plan) -> State | None:
     if moments:
         leading = furthest([each.source for each in moments])
         united = unite(plan, moments, next(each for each in moments if each.source is leading))
-        content["optimizer_state_dict"], writer_findings = _writable(united.state, leading)
+        content["optimizer_state_dict"], writer_findings = writable(united.state, leading)
         findings += [*united.findings, *writer_findings]
         differences = united.differences
     elif "optimizer_state_dict" in content:
@@ -90,7 +85,7 @@ def multi_layer_state(plan: Plan) -> State | None:
     if not having:
         return None
     leader = furthest(having)
-    content, findings = _writable(found[id(leader)], leader)
+    content, findings = writable(found[id(leader)], leader)
     layers = [planned.layer.layer for planned in plan.layers]
     weights = {}
     for planned in plan.layers:
@@ -168,26 +163,3 @@ def _load(source: Source, name: str) -> dict[str, Any] | None:
     if not isinstance(state, dict):
         raise CheckpointError(f"{file}: holds a {type(state).__name__}, not a dictionary")
     return state
-
-
-def _writable(value: Any, source: Source) -> tuple[Any, list[str]]:
-    """`value` with tensors as `Piece`s and foreign objects as the plain values that they hold, which is said."""
-    findings: list[str] = []
-
-    def convert(item: Any, at: str) -> Any:
-        if isinstance(item, torch.Tensor):
-            return pieces.from_tensor(item, f"{source.path}: {at}")
-        if isinstance(item, Inert):
-            findings.append(f"{source.path}: {at} was a {item.type_name}; its plain content is written")
-            return plain(item)
-        if isinstance(item, Mapping):
-            made = {key: convert(inner, f"{at}.{key}" if at else str(key)) for key, inner in item.items()}
-            return OrderedDict(made) if isinstance(item, OrderedDict) else made
-        if isinstance(item, (list, tuple)):
-            made_items = [convert(inner, f"{at}[{i}]") for i, inner in enumerate(item)]
-            return tuple(made_items) if isinstance(item, tuple) else made_items
-        if isinstance(item, (torch.device, set, frozenset)):
-            return str(item) if isinstance(item, torch.device) else sorted(item, key=str)
-        return item
-
-    return convert(value, ""), findings

@@ -4,6 +4,7 @@ A zip archive of stored records: `data.pkl`, in which each storage is a persiste
 its bytes at a multiple of 64 so that it can be mapped. `torch.load(weights_only=True, mmap=True)` reads it.
 """
 
+import codecs
 import io
 import pickle
 import zipfile
@@ -29,6 +30,9 @@ _STORAGES = {
     torch.bool: torch.BoolStorage, torch.complex128: torch.ComplexDoubleStorage,
     torch.complex64: torch.ComplexFloatStorage,
 }  # fmt: skip
+
+# What rebuilds tensors, and bytes under the pickle protocol that torch reads.
+_FUNCTIONS = (_utils._rebuild_tensor_v2, _utils._rebuild_tensor_v3, codecs.encode)
 
 
 def write_torch_file(sink: Sink, folder: str, value: Any) -> None:
@@ -77,9 +81,7 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, Piece):
             return self._reduce_piece(value)
-        if isinstance(value, (type, torch.dtype, OrderedDict)) or value is _utils._rebuild_tensor_v2:
-            return NotImplemented
-        if value is _utils._rebuild_tensor_v3:
+        if isinstance(value, (type, torch.dtype, OrderedDict, complex)) or value in _FUNCTIONS:
             return NotImplemented
         raise TypeError(f"a {type(value).__name__} cannot be written into a checkpoint")
 

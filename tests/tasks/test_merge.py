@@ -288,7 +288,28 @@ def test_foreign_objects_in_a_state_become_plain_and_are_said(run, pair):
     torch.save({**state, "args": argparse.Namespace(lr=1e-3, out=Path("x"))}, "b/training_state.pt")
     findings = merge(run, "a", "b").result["findings"]
     assert "b: args was a argparse.Namespace; its plain content is written" in findings
-    assert state_of(Path("out"))["args"]["lr"] == 1e-3
+    assert state_of(Path("out"))["args"] == {"lr": 1e-3, "out": "x"}
+
+
+def test_nothing_of_a_state_is_cut_or_lost(run, pair):
+    """What inspect would shorten, and what pickle's protocol 2 spells as a function's call."""
+    import argparse
+
+    import numpy as np
+
+    inside = argparse.Namespace(
+        long=list(range(500)), text="x" * 5000, tensor=torch.arange(3), state="s", deep={1: [[[[[[[1]]]]]]]}
+    )
+    rows = np.arange(6.0).reshape(2, 3)
+    beside = {"raw": b"ab\xff", "complex": 1 + 2j, "args": inside, "arrays": [rows, np.asfortranarray(rows)]}
+    torch.save({**state_of(Path("b")), **beside}, "b/training_state.pt")
+    outcome = merge(run, "a", "b")
+    assert (outcome.code, outcome.err) == (0, "")
+    state = state_of(Path("out"))
+    assert (state["raw"], state["complex"]) == (b"ab\xff", 1 + 2j)
+    assert same(state["args"], vars(inside))
+    assert all(torch.equal(array, torch.from_numpy(rows)) for array in state["arrays"])
+    assert "b: arrays[0] was a numpy.ndarray; it is written as a tensor" in outcome.result["findings"]
 
 
 def check(outcome, message):
