@@ -172,10 +172,15 @@ def _elementwise(
 
 
 def _dtype(pieces: Sequence[Piece]) -> torch.dtype:
-    dtype = pieces[0].dtype
-    for piece in pieces[1:]:
-        dtype = torch.promote_types(dtype, piece.dtype)
-    return dtype
+    return reduce(_promoted, (piece.dtype for piece in pieces))
+
+
+def _promoted(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """A dtype that holds all values of both. torch refuses to choose one where float8 is among them."""
+    small, large = sorted((a, b), key=lambda dtype: dtype.itemsize)
+    if a == b or not (small.itemsize == 1 and small.is_floating_point):
+        return torch.promote_types(a, b)
+    return large if large.is_floating_point and large.itemsize > 1 else torch.float32
 
 
 def _origins(pieces: Sequence[Piece]) -> str:

@@ -44,6 +44,16 @@ def test_mean_and_linear_are_computed_in_float64():
     assert mean(of(a, b.float())).dtype == torch.float32
 
 
+@pytest.mark.parametrize("other", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2])
+def test_float8_with_another_dtype(other):
+    """torch refuses to promote float8; the result has a dtype that holds all values of both."""
+    a, b = torch.randn(30).to(torch.float8_e4m3fn), torch.randn(30).to(other)
+    for found in (mean(of(a, b)), linear(*of(b, a), 0.25), slerp(*of(a, b), 0.25)):
+        assert found.dtype == (torch.float32 if other.itemsize == 1 else other)
+    assert torch.equal(whole(mean(of(a, b))), ((a.double() + b.double()) / 2).to(mean(of(b, a)).dtype))
+    assert mean(of(a, a)).dtype == a.dtype
+
+
 @pytest.mark.parametrize("interpolate", [linear, slerp])
 def test_the_ends_are_the_sources_bit_for_bit(interpolate):
     a, b = torch.randn(4, 9), torch.randn(4, 9)
