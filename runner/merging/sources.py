@@ -88,12 +88,15 @@ def open_source(spec: SourceSpec, path: Path, checkpoint: Checkpoint) -> Source:
 def _optimizer_order(checkpoint: Checkpoint) -> tuple[str, ...]:
     """The names by the index under which an optimizer state beside them counts them.
 
-    That is their order in the file, but safetensors' own writer sorts names, and so loses it: where they are sorted,
-    it is the order that the format's parameters have.
+    That is their order in the file, but safetensors' own writer sorts names, dtype by dtype, and so loses it: where
+    they are sorted, it is the order that the format's parameters have.
     """
-    names = tuple(checkpoint.weights.infos)
+    infos = checkpoint.weights.infos
+    names = tuple(infos)
     (file, *_) = checkpoint.weights.files
-    if kind_of(file) is not Kind.SAFETENSORS or list(names) != sorted(names):
+    dtypes = list(dict.fromkeys(infos[name].dtype for name in names))
+    by_dtype = sorted(names, key=lambda name: (dtypes.index(infos[name].dtype), name))
+    if kind_of(file) is not Kind.SAFETENSORS or list(names) not in (sorted(names), by_dtype):
         return names
     return tuple(
         name

@@ -176,13 +176,16 @@ def test_moments_of_a_combined_layer_are_combined_alike(tmp_path):
         assert entry["step"] == two[3]["step"]
 
 
-def test_shared_safetensors_order(tmp_path):
-    """safetensors' own writer sorts names; the moments beside it are in the order of the parameters."""
+@pytest.mark.parametrize("half", [(), (1,), (3,)], ids=["one dtype", "layer 1 in bfloat16", "layer 3 in bfloat16"])
+def test_shared_safetensors_order(half, tmp_path):
+    """safetensors' own writer sorts names, dtype by dtype; the moments are in the order of the parameters."""
     from safetensors.torch import save_file
 
-    a, b = write_source(tmp_path / "a", {1: ("dual", 2, 12)}), write_source(tmp_path / "b", THREE)
+    layers = {1: ("dual", 2, 12), 3: ("dual", 2, 12)}
+    a, b = write_source(tmp_path / "a", layers), write_source(tmp_path / "b", {2: ("single", 2, 1)})
     _, expected, _ = merged(tmp_path, a, b)
-    save_file(weights_in(a), a / "npt_weights.safetensors")
+    weights = {n: t.bfloat16() if int(n[len("layer_")]) in half else t for n, t in weights_in(a).items()}
+    save_file(weights, a / "npt_weights.safetensors")
     (a / "npt_weights.pt").unlink()
     _, state, said = merged(tmp_path, a, b)
     assert same(state["optimizer_state_dict"], expected["optimizer_state_dict"])
