@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from runner.checkpoints import hf
-from runner.errors import CheckpointError, ModelError
+from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.hub import TOKENIZER_PATTERNS, is_hub_name, snapshot
 
 
 def load_tokenizer(option: str | None, directories: Sequence[Path]) -> Any:
     """The tokenizer `option` (a directory, a tokenizers JSON or a hub name), else the first one in `directories`.
 
-    Raises CheckpointError where there is none or its files are damaged.
+    Raises ConfigError where `option` names none, CheckpointError where there is none or its files are damaged.
     """
     if option is not None and Path(option).expanduser().is_file():
         from transformers import PreTrainedTokenizerFast
@@ -24,7 +24,7 @@ def load_tokenizer(option: str | None, directories: Sequence[Path]) -> Any:
         try:
             return PreTrainedTokenizerFast(tokenizer_file=str(Path(option).expanduser()))
         except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-            raise CheckpointError(f"tokenizer={option}: is no tokenizers JSON: {error}") from error
+            raise ConfigError(f"tokenizer={option}: is no tokenizers JSON: {error}") from error
     if option is None:
         found = [directory for directory in directories if hf.has_tokenizer(directory)]
         if not found:
@@ -34,10 +34,10 @@ def load_tokenizer(option: str | None, directories: Sequence[Path]) -> Any:
         directory = Path(option).expanduser()
         if not directory.is_dir():
             if not is_hub_name(option):
-                raise CheckpointError(f"tokenizer={option}: no such file or directory")
+                raise ConfigError(f"tokenizer={option}: no such file or directory")
             directory = snapshot("tokenizer", option, download=True, patterns=TOKENIZER_PATTERNS)
         if not hf.has_tokenizer(directory):
-            raise CheckpointError(f"tokenizer={option}: the directory holds no tokenizer files")
+            raise ConfigError(f"tokenizer={option}: the directory holds no tokenizer files")
     stats = tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in sorted(directory.glob("*token*")))
     return _load_once(directory.absolute(), stats)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from runner.checks.headers import Header, read_header
-from runner.checks.look import Look, look, weight_files
+from runner.checks.look import MERGED_MODEL, Look, look, weight_files
 from runner.config import TestConfig
 from runner.errors import CheckpointError, ConfigError
 
@@ -191,6 +191,20 @@ def fresh(base: "Base", device_map: Any = None) -> "Base":
     values, dtype, device = hf.read_config(base.path), base.model.dtype, base.model.device
     model = build_plain(values, weights, weights.infos, dtype, device, device_map)
     return replace(base, model=model, key=(*base.key, "fresh"))
+
+
+def check_base(given: str) -> None:
+    """Raise ConfigError where the directory that base= names is none of a model; a hub name is for whoever loads it."""
+    path = Path(given).expanduser()
+    if not path.is_dir():
+        from runner.hub import is_hub_name
+
+        if path.exists() or not is_hub_name(given):
+            raise ConfigError(f"base={given}: no such directory; a base model is a directory with config.json in it")
+        return
+    names = {entry.name for entry in path.iterdir()}
+    if "config.json" not in names or not any(map(MERGED_MODEL.fullmatch, names)):
+        raise ConfigError(f"base={given}: is no model: it needs config.json and weights (model.safetensors, …)")
 
 
 def check_buildable(bench: Bench) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from runner.checks.bench import Bench
 from runner.checks.memory import peak_bytes, reset_peak
-from runner.errors import RunnerError, printable
+from runner.errors import ConfigError, RunnerError, printable
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,8 @@ def run_checks(checks: Sequence[Check], bench: Bench) -> list[dict[str, Any]]:
     """Every check's row of the result contract, in order; `checks` in which a needed one comes before its user.
 
     A row is {name, title, integrity, status, details, seconds, peak_bytes} and, where there are any, score,
-    recommendation and data. `peak_bytes`: the process's peak of resident memory while the check ran.
+    recommendation and data. `peak_bytes`: the process's peak of resident memory while the check ran. Raises ConfigError
+    where a check finds the command itself wrong: that is no fault of the checkpoint.
     """
     rows: list[dict[str, Any]] = []
     # What failed or was skipped → what began it.
@@ -100,6 +101,8 @@ def _shown(checks: Sequence[Check], bench: Bench) -> Iterator[Check]:
 def _outcome(check: Check, bench: Bench) -> Outcome:
     try:
         return check.run(bench)
+    except ConfigError:
+        raise
     except RunnerError as error:
         return failed(str(error))
     except Exception as error:

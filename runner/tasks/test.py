@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoints.runs import resolve, step_in_name
-from runner.checks.bench import BUILT, Bench, check_buildable
+from runner.checks.bench import BUILT, Bench, check_base, check_buildable
 from runner.checks.catalogue import PARTS, checks_for
 from runner.checks.check import FAIL, STATUSES, WARNING, Check, run_checks
 from runner.config import TestConfig
@@ -30,6 +30,8 @@ def run(config: TestConfig, context: Context) -> Result:
 
     Raises ConfigError or CheckpointError where there is nothing that could be checked.
     """
+    if config.base is not None:
+        check_base(config.base)
     scratch = context.directory / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
     bench = Bench(config=config, context=context, path=_path(config, context), scratch=scratch)

@@ -7,7 +7,7 @@ import pytest
 
 from runner.checks.check import Check, Outcome, failed, passed, run_checks, skipped
 from runner.checks.memory import available_bytes, peak_bytes, reset_peak, resident_bytes
-from runner.errors import CheckpointError
+from runner.errors import CheckpointError, ConfigError
 
 BENCH = SimpleNamespace(context=SimpleNamespace(track=lambda items, what, total=None: iter(items)))
 
@@ -71,6 +71,11 @@ def test_an_interrupt_is_no_failure():
 
     with pytest.raises(KeyboardInterrupt):
         run_checks([Check(name="a", title="a", run=interrupted)], BENCH)
+
+
+def test_a_mistake_in_the_command_is_no_failure():
+    with pytest.raises(ConfigError, match="no such file"):
+        run_checks([check("a", ConfigError("tokenizer=x: no such file"))], BENCH)
 
 
 def test_a_row_has_what_the_result_contract_says():

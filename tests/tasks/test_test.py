@@ -135,6 +135,22 @@ def test_misuse_is_one_line_and_exit_code_2(run, words, message):
     assert message in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["base=/nowhere"], "base=/nowhere: no such directory"),
+        (["base=empty"], "base=empty: is no model: it needs config.json and weights"),
+        (["tier.checks=[model,forward]", "tokenizer=/nowhere"], "tokenizer=/nowhere: no such file"),
+    ],
+)
+def test_a_mistake_beside_a_checkpoint_is_no_failed_check(run, checkpoint, words, message):
+    Path("empty").mkdir()
+    Path("empty/config.json").write_text("{}")
+    outcome = run("task=test", f"ckpt={checkpoint}", *words)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert message in outcome.err
+
+
 def test_a_family_that_the_checkpoint_is_not(run, checkpoint):
     outcome = run("task=test", "family=gpt", f"ckpt={checkpoint}")
     assert (outcome.code, "is of the family npt" in outcome.err) == (2, True)
