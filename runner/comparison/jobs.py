@@ -67,14 +67,12 @@ def read_job(sweep: Path, name: str, overrides: tuple[str, ...] = (), reason: st
     """
     directory = sweep / name
     if not directory.is_dir():
-        return _without_result(
-            sweep, name, "never_started", reason or "it was planned, but never started", overrides, {}
-        )
+        return _without_result(sweep, name, "never_started", reason or "planned, but never started", overrides, {})
     config = _config(directory)
     try:
         result = read_json(directory / FILE_NAME)
     except FileNotFoundError:
-        return _without_result(sweep, name, "lost", reason or "it started, but left no result", overrides, config)
+        return _without_result(sweep, name, "lost", reason or "started, but left no result", overrides, config)
     except (OSError, ValueError) as error:
         return _without_result(sweep, name, "lost", f"its {FILE_NAME} cannot be read: {error}", overrides, config)
     if not isinstance(result, dict):

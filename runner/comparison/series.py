@@ -62,12 +62,12 @@ def _labels(series: Sequence[Series]) -> list[str]:
     """`run · tier · variant` of each, without the parts that all share."""
     parts = [(one.run, one.tier, one.variant) for one in series]
     telling = [i for i in range(3) if len({part[i] for part in parts}) > 1] or [0, 1, 2]
-    return _without_shared_ends([" · ".join(part[i] for i in telling if part[i]) or part[0] for part in parts])
+    return without_shared_ends([" · ".join(part[i] for i in telling if part[i]) or part[0] for part in parts])
 
 
-def _without_shared_ends(labels: list[str]) -> list[str]:
-    """Long labels without the words at their ends that all of them have: in a legend these would be all there is."""
-    if len(labels) < 2 or max(map(len, labels)) <= _LONG_LABEL:
+def without_shared_ends(labels: list[str], longest: int = _LONG_LABEL) -> list[str]:
+    """Labels, where one is longer than `longest`, without the words at their ends that all of them have."""
+    if len(labels) < 2 or max(map(len, labels)) <= longest:
         return labels
     words = [re.split(r"(?<=[\s/_.-])", label) for label in labels]
     head = _shared(words)

@@ -13,6 +13,7 @@ from runner.comparison.comparison import Comparison
 from runner.comparison.headline import headline, leading
 from runner.comparison.jobs import Job
 from runner.comparison.points import checkpoint_name
+from runner.comparison.series import without_shared_ends
 from runner.errors import printable
 from runner.reports.cells import Fact, Rows, known, percent, short
 from runner.reports.comparison_files import Written
@@ -21,7 +22,9 @@ from runner.reports.console import print_rows
 _LEVEL_WORDS = {"good": "good", "warn": "fair", "bad": "poor"}
 _QUESTIONS = {"working": "Training", "ready": "Readiness", "layer": "Layers", "best": "Best Checkpoint"}
 # What a narrow terminal does without, first to last.
-_SPARED = ("top1", "kl", "status", "progress", "run")
+_SPARED = ("top1", "kl", "status", "progress", "readiness", "run")
+# A run's name beyond this loses what all runs' names share.
+_LONG_RUN = 16
 # What tells rows of one checkpoint apart.
 _TELLING = ("run", "tier", "variant")
 # A panel's frame and padding.
@@ -141,6 +144,9 @@ def checkpoint_rows(checkpoints: Sequence[Mapping[str, Any]], *, drawn: bool) ->
     """Finished cells; run, tier and variant where they differ, a verdict's columns only where one was given."""
     several = {name for name in _TELLING if len({row[name] for row in checkpoints}) > 1}
     judged = any(row["status"] for row in checkpoints)
+    runs = list(dict.fromkeys(row["run"] or "" for row in checkpoints))
+    short_runs = dict(zip(runs, without_shared_ends(runs, _LONG_RUN), strict=True))
+    checkpoints = [{**row, "run": short_runs[row["run"] or ""]} for row in checkpoints]
     return [
         {
             "checkpoint": printable(row["checkpoint"]),

@@ -68,10 +68,19 @@ def print_line(result: Mapping[str, Any], console: Console, *, number: int) -> N
     else:
         metrics, verdict = result.get("metrics", {}), result.get("verdict") or {}
         words = [f"{key} {short(metrics[key])}" for key in ("mse", "cosine", "kl") if metrics.get(key) is not None]
-        failed = sum(check["status"] == "fail" for check in result.get("checks", []))
-        words += ([f"{failed} checks failed"] if failed else []) + ([verdict["status"]] if verdict else [])
+        words += _failed_checks(result.get("checks", [])) + ([verdict["status"]] if verdict else [])
         text = f"#{number} {name}: {', '.join(words) or 'done'}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _failed_checks(checks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`1 check failed: model (why)`: the names, and of a single one what it says; [] where all passed."""
+    failed = [check for check in checks if check["status"] == "fail"]
+    if not failed:
+        return []
+    names = ", ".join(printable(check["name"]) for check in failed)
+    why = f" ({printable(failed[0]['details'])})" if len(failed) == 1 and failed[0].get("details") else ""
+    return [f"{len(failed)} check{'s' if len(failed) > 1 else ''} failed: {names}{why}"]
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]], console: Console, *, gap: int = 2) -> None:

@@ -170,4 +170,9 @@ def _cancel(jobs: Sequence[Job[JobReturn]]) -> None:
     for job in left:
         job.cancel(check=False)
     if left:
-        print(f"runner: {len(left)} jobs that were waiting or running are cancelled", file=sys.stderr)
+        what = (
+            "1 job that was waiting or running is"
+            if len(left) == 1
+            else f"{len(left)} jobs that were waiting or running are"
+        )
+        print(f"runner: {what} cancelled", file=sys.stderr)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from runner.comparison.comparison import read
-from runner.comparison.series import _without_shared_ends, display_names
+from runner.comparison.series import display_names, without_shared_ends
 from runner.errors import ConfigError
 from tests.comparison.sweeps import result, write_job, write_sweep
 
@@ -36,7 +36,7 @@ def test_failed_lost_and_never_started_are_told_apart(tmp_path):
     assert [job.run for job in found.jobs] == ["a"] * 4
     assert found.jobs[1].error == {"type": "CheckpointError", "message": "two\\nlines \\x1b[31m"}
     assert found.jobs[3].tier == "quick"
-    assert [job.error["message"] for job in found.jobs[2:]] == ["it started, but left no result", "no room"]
+    assert [job.error["message"] for job in found.jobs[2:]] == ["started, but left no result", "no room"]
     assert (len(found.done), len(found.failures)) == (1, 3)
 
 
@@ -68,15 +68,15 @@ def test_tiers_runs_and_variants_are_separate_curves(tmp_path):
 def test_long_names_lose_what_all_of_them_share():
     run = "llama-3.2-1b_npt_triple_rank64_layer{}_lr1e-4_seed{}/checkpoints · full"
     labels = [run.format(number, 2 * number) for number in (1, 2, 12)]
-    assert _without_shared_ends(labels) == [
+    assert without_shared_ends(labels) == [
         "…layer1_lr1e-4_seed2/…",
         "…layer2_lr1e-4_seed4/…",
         "…layer12_lr1e-4_seed24/…",
     ]
     same_start = ["a" * 50, "a" * 50 + " and more", "a" * 50 + " and other"]
-    assert len(set(_without_shared_ends(same_start))) == 3
-    assert all(_without_shared_ends(same_start))
-    assert _without_shared_ends(["runs/a", "runs/b"]) == ["runs/a", "runs/b"]
+    assert len(set(without_shared_ends(same_start))) == 3
+    assert all(without_shared_ends(same_start))
+    assert without_shared_ends(["runs/a", "runs/b"]) == ["runs/a", "runs/b"]
 
 
 def test_several_sweeps_over_one_run_are_joined_where_they_do_not_overlap(tmp_path):

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from runner.comparison.comparison import read
 from runner.comparison.export import to_csv, to_dict
 from runner.reports.compare import checkpoint_rows, failures, fitting, summary
+from runner.reports.console import print_line
 from runner.tasks.compare import conclude
 from tests.comparison.sweeps import result, write_job, write_sweep
 from tests.conftest import MIXED, npt_tensors, write_npt
@@ -33,7 +35,7 @@ def test_the_report_has_failures_first_then_what_the_curve_says_and_where_the_pa
     assert outcome.code == 0
     lines = outcome.out.splitlines()
     assert lines[0] == "Failed: 8_x: cut off"
-    assert lines[1] == "Lost: 9_x: it started, but left no result"
+    assert lines[1] == "Lost: 9_x: started, but left no result"
     assert lines[2].startswith("Comparison: Training works;")
     assert "Of 10 jobs 1 failed, 1 lost." in lines[2]
     assert any(line.startswith("Readiness: Not yet") and "Estimate: mse < 0.1: " in line for line in lines)
@@ -133,6 +135,28 @@ def test_a_narrow_terminal_gets_fewer_columns():
         assert {"checkpoint", "step", "mse", "cosine", "readiness"} <= set(fitted[0])
     assert len(fitting(rows, 200, gap=1)[0]) == 9
     assert fitting([], 10, gap=1) == []
+
+
+def test_rows_keep_their_run_and_checkpoint_in_80_columns():
+    name = "llama-3.2-1b_npt_triple_rank64_layer{}_lr1e-4/checkpoints"
+    jobs = [{"checkpoint": "checkpoint-22000", "run": name.format(i), "tier": tier, "variant": "dtype=bfloat16", "step": 22000,
+             "mse": 0.1, "cosine": 0.9, "kl": 0.1, "top1": 0.5, "status": "good", "progress": 90, "readiness": "basic"}
+            for i in (1, 2) for tier in ("quick", "full")]  # fmt: skip
+    fitted = fitting(checkpoint_rows(jobs, drawn=True), 74, gap=2)
+    assert sum(max(len(key), *(len(str(row[key])) for row in fitted)) + 2 for key in fitted[0]) <= 76
+    assert [(row["run"], row["tier"]) for row in fitted] == [
+        ("…layer1_…", "quick"), ("…layer1_…", "full"), ("…layer2_…", "quick"), ("…layer2_…", "full")]  # fmt: skip
+
+
+def test_a_job_whose_checks_fail_says_which_and_why():
+    said = io.StringIO()
+    checks = [{"name": "keys", "status": "pass"}, {"name": "model", "status": "fail", "details": "no base model"}]
+    for rows in (checks, [*checks, {"name": "router", "status": "fail", "details": "x"}]):
+        print_line({"status": "ok", "ckpt": "/a/b", "checks": rows}, Console(file=said, width=200), number=1)
+    assert said.getvalue().splitlines() == [
+        "#1 b: 1 check failed: model (no base model)",
+        "#1 b: 2 checks failed: model, router",
+    ]
 
 
 def test_a_sweep_of_tests_shows_which_checks_failed(run, tmp_path):
