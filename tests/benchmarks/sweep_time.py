@@ -1,10 +1,11 @@
 """What a sweep costs beside one job: ten checkpoints in one process, and the same sweep once more.
 
-    python tests/benchmarks/sweep_time.py [--repeats 3] [--tier quick] [--tiny 200]
+    python tests/benchmarks/sweep_time.py [--repeats 3] [--tier quick] [--steps 10] [--tiny 200]
 
-Times whole processes over the base of 100 million parameters and the ten checkpoints of diagnose_time.py, alternately,
-each pair of sweeps with an empty cache; prints ratios of the medians. --tiny N instead times a sweep of N checkpoints of
-a tiny model, and its first and last jobs: nothing may grow with their number.
+Times whole processes over the base of 100 million parameters and the ten checkpoints of diagnose_time.py (or the last
+--steps of them), alternately, the single job and each pair of sweeps with an empty cache; prints ratios of the medians.
+--tiny N instead times a sweep of N checkpoints of a tiny model, and its first and last jobs: nothing may grow with
+their number.
 """
 
 import argparse
@@ -27,34 +28,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tier", default="quick")
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--tiny", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         if options.tiny:
             many_tiny(Path(name), options.tiny)
         else:
-            ten_and_again(Path(name), options.repeats, options.tier)
+            one_many_again(Path(name), options.repeats, options.tier, options.steps)
 
 
-def ten_and_again(directory: Path, repeats: int, tier: str) -> None:
-    """One step, ten steps with nothing kept, the same ten once more."""
+def one_many_again(directory: Path, repeats: int, tier: str, count: int) -> None:
+    """One step, `count` steps with nothing kept, the same ones once more."""
     _, run = prepare(directory)
     # The hash of a file that has just been written is not remembered.
     time.sleep(3)
     runner = [sys.executable, "-m", "runner", "tracker=none", f"ckpt={run}", f"tier={tier}"]
-    taken: dict[str, list[float]] = {"one step": [], "ten steps": [], "the same sweep again": []}
+    steps = f"step={','.join(str(-number) for number in range(1, count + 1))}"
+    taken: dict[str, list[float]] = {"one step": [], f"{count} steps": [], "the same sweep again": []}
     seconds([*runner, "step=-1"], directory)  # warm the page cache
     for number in range(repeats):
-        cache = f"cache={directory / f'cache-{number}'}"
-        taken["one step"].append(seconds([*runner, "step=-1", cache], directory))
-        taken["ten steps"].append(seconds([*runner, "-m", "step=all", cache], directory))
-        taken["the same sweep again"].append(seconds([*runner, "-m", "step=all", cache], directory))
-    one, ten, again = (statistics.median(values) for values in taken.values())
+        own, cache = (f"cache={directory / f'{name}-{number}'}" for name in ("one", "many"))
+        runs = ([*runner, "step=-1", own], [*runner, "-m", steps, cache], [*runner, "-m", steps, cache])
+        for values, words in zip(taken.values(), runs, strict=True):
+            values.append(seconds(words, directory))
+    one, many, again = (statistics.median(values) for values in taken.values())
     print(f"{'':22} median of {repeats}, tier={tier}")
     for label, values in taken.items():
         print(f"{label:22} {statistics.median(values):6.2f} s   (from {min(values):.2f} to {max(values):.2f})")
-    print(f"ten steps / one step          {ten / one:.2f}   (goal: at most 2.5)")
-    print(f"the second sweep / the first  {again / ten:.2f}   (goal: below 1)")
+    print(f"{count} steps / one step           {many / one:.2f}   (goal for ten, quick: at most 2.5)")
+    print(f"the second sweep / the first  {again / many:.2f}   (goal: below 1)")
 
 
 def many_tiny(directory: Path, count: int) -> None:
