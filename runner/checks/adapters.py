@@ -111,6 +111,21 @@ def shape_problems(adapter: Adapter) -> list[str]:
     return problems
 
 
+def contradictions(adapters: Sequence[Adapter]) -> list[str]:
+    """Modules that experts adapt from or to other sizes than the first that adapts them; ranks may differ."""
+    first: dict[tuple[str, str], tuple[int, str]] = {}
+    problems = []
+    for adapter in adapters:
+        for module, pair in sorted(modules(adapter).items()):
+            for matrix, name in pair.items():
+                size = adapter.header.tensors[name].shape[1 if matrix == "A" else 0]
+                other, label = first.setdefault((module, matrix), (size, adapter.label))
+                if size != other:
+                    what = "inputs" if matrix == "A" else "outputs"
+                    problems.append(f"{adapter.label}: {name} is for {size} {what}, that of {label} for {other}")
+    return problems
+
+
 def hidden_sizes(adapter: Adapter) -> dict[int, str]:
     """The hidden sizes that modules of known names are made for, each with one of them."""
     sizes: dict[int, str] = {}

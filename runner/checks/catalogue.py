@@ -51,7 +51,9 @@ SHARED = by_name(
     _check(BUILT, "built and saved by the code of training", "building.built"),
     _check("files", "each weights file is whole", "structure.files", BUILT),
     _check("size", "as large as the shapes say, below the cap", "structure.size", "files"),
-    _check("base", "the base that it names fits", "structure.base", "keys", "shapes", "adapters", "layout"),
+    _check(
+        "base", "the base that it names fits", "structure.base", "keys", "shapes", "adapters", "layout", "hidden_size"
+    ),
     _check("loading", "opened by its format, every key accounted for", "structure.loading", *PARTS),
     Check(
         name="hashes",

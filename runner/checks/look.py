@@ -62,9 +62,21 @@ def look(path: Path, headers: Headers) -> Look:
         if len(inside) == 1:
             return inside[0]
         if not _weight_files(path):
+            found = _without_weights(path)
+        if found is None and not _weight_files(path):
             shown = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
             raise CheckpointError(f"{path}: holds no checkpoint that is known; it holds {shown}")
     return Look(path=path, format=found)
+
+
+def _without_weights(path: Path) -> str | None:
+    """What a directory was before its weights were lost, by what lies beside them: its check of files then fails."""
+    names = {entry.name for entry in path.iterdir()}
+    if {"training_state.pt", "multi_layer_state.pt"} & names:
+        return "npt_delta"
+    if "training_info.pt" in names:
+        return "npt_full"
+    return "hf" if _model_type(path / "config.json") else None
 
 
 def _checkpoints_in(path: Path, headers: Headers) -> list[Look]:

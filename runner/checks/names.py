@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from runner.checkpoints.strict_json import read_object
 from runner.checks import structure_moe, structure_npt
 from runner.checks.adapters import Adapter, hidden_sizes, modules, open_parts
 from runner.checks.bench import Bench
+from runner.checks.structure_hf import bad_sizes, llama_shapes
 
 _LIMIT = 64 << 20
 _LAYER = re.compile(r".*\.layers\.(\d+)\.")
@@ -35,6 +37,30 @@ def made_for(bench: Bench) -> dict[str, int]:
     layers = [int(match[1]) for a in adapters for match in map(_LAYER.match, modules(a)) if match]
     found = {"hidden_size": sizes.pop()} if len(sizes) == 1 else {}
     return found | ({"layer": max(layers)} if layers else {})
+
+
+def module_misfits(bench: Bench, values: dict[str, Any]) -> list[str]:
+    """Adapted modules that the base, a Llama by its config's `values`, has not, or of another size."""
+    if values.get("model_type") != "llama" or bad_sizes(values):
+        return []
+    wanted, problems = llama_shapes(values), []
+    for adapter in _adapters(bench):
+        for module, pair in modules(adapter).items():
+            shape = wanted.get(f"{module}.weight")
+            if shape is None:
+                problems.append(f"{adapter.label} adapts {module}, which the base has not")
+            elif (found := _adapted(adapter, pair)) is not None and found != shape:
+                problems.append(
+                    f"{adapter.label} adapts {module} from {found[1]} to {found[0]} features, "
+                    f"where the base has {shape[1]} and {shape[0]}"
+                )
+    return problems[:4]
+
+
+def _adapted(adapter: Adapter, pair: dict[str, str]) -> tuple[int, int] | None:
+    """(outputs, inputs) of the module that A [r, in] and B [out, r] adapt."""
+    a, b = (adapter.header.tensors[pair[matrix]].shape if matrix in pair else () for matrix in "AB")
+    return (b[0], a[1]) if len(a) == len(b) == 2 else None
 
 
 def _adapters(bench: Bench) -> list[Adapter]:

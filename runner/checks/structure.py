@@ -28,7 +28,8 @@ def files(bench: Bench) -> Outcome:
     if problems:
         return failed("; ".join(problems), "copy or download it again")
     if not found:
-        return failed(f"{bench.look.path}: holds no weights", "copy or download it again")
+        held = ", ".join(sorted(entry.name for entry in bench.look.path.iterdir())[:8])
+        return failed(f"{bench.look.path}: holds no weights; it holds {held}", "copy or download it again")
     kinds = sorted({path.suffix for path in found})
     return passed(f"{len(found)} weights files ({', '.join(kinds)})")
 
@@ -93,7 +94,11 @@ def loading(bench: Bench) -> Outcome:
         return passed(f"{bench.look.format}, by its parts; the other tiers open it with the format's own code")
     checkpoint = bench.checkpoint
     checkpoint.require_complete()
-    return passed(f"{checkpoint.format}: {checkpoint.evidence}", format=checkpoint.format, step=checkpoint.step)
+    return passed(
+        "; ".join([f"{checkpoint.format}: {checkpoint.evidence}", *checkpoint.findings]),
+        format=checkpoint.format,
+        step=checkpoint.step,
+    )
 
 
 def _has_pickles(bench: Bench) -> bool:
@@ -105,11 +110,23 @@ def finite(bench: Bench) -> Outcome:
     """No NaN or Inf in any tensor, read one at a time."""
     from runner.checkpoints.tensors import non_finite
 
-    bad = non_finite(bench.checkpoint.weights)
+    bad = [*non_finite(bench.checkpoint.weights), *_broken_skills(bench)]
     if bad:
         shown = ", ".join(bad[:4]) + (f", … ({len(bad)} in all)" if len(bad) > 4 else "")
         return failed(f"NaN or Inf in {shown}", "go back to the last checkpoint before the training diverged")
     return passed(f"{len(bench.checkpoint.weights.infos)} tensors")
+
+
+def _broken_skills(bench: Bench) -> list[str]:
+    """The embeddings of a skill library, which are no weights, that are not finite."""
+    skills = getattr(bench.checkpoint.details, "skills", None)
+    if skills is None:
+        return []
+    from runner.checkpoints.lora_moe_state import read_skills
+
+    return [
+        f"{skills.file.name}: {name}" for name, tensor in read_skills(skills).items() if not tensor.isfinite().all()
+    ]
 
 
 def hashes(bench: Bench) -> Outcome:
@@ -164,7 +181,7 @@ def base_path(bench: Bench) -> Path:
 
 
 def _misfits(bench: Bench, values: dict[str, Any]) -> list[str]:
-    from runner.checks.names import made_for
+    from runner.checks.names import made_for, module_misfits
 
     sizes = made_for(bench)
     problems = [
@@ -175,4 +192,4 @@ def _misfits(bench: Bench, values: dict[str, Any]) -> list[str]:
     depth = values.get("num_hidden_layers")
     if "layer" in sizes and isinstance(depth, int) and sizes["layer"] >= depth:
         problems.append(f"has layer {sizes['layer']}, but the base only the layers 0 to {depth - 1}")
-    return problems
+    return problems or module_misfits(bench, values)

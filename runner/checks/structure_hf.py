@@ -1,6 +1,6 @@
 """The parts of a Hugging Face model directory and of a plain adapter (spec/formats.md §5), from headers and configs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ _OPTIONAL = ("num_key_value_heads", "head_dim")
 # No model has more; a wild number is no reason to list billions of names.
 _MOST_LAYERS = 10_000
 _TIED = "lm_head.weight"
+_INDICES = tuple(f"{name}.index.json" for name in MODEL_WEIGHTS)
 
 
 def is_adapter(bench: Bench) -> bool:
@@ -35,11 +36,16 @@ def config(bench: Bench) -> Outcome:
     if not isinstance(kind, str):
         return failed(f"config.json: model_type is {kind!r}", "it must say what architecture the weights are of")
     needed = _SIZES if kind == "llama" else ()
-    given = [*needed, *(name for name in (*_SIZES, *_OPTIONAL) if values.get(name) is not None and name not in needed)]
-    bad = [f"{name} is {values.get(name)!r}" for name in given if not _is_size(name, values.get(name))]
+    bad = bad_sizes(values, needed)
     if bad:
         return failed(f"config.json: {', '.join(bad)}", "restore the config.json that was saved with these weights")
     return passed(f"config.json of a {kind}, {values.get('num_hidden_layers')} layers")
+
+
+def bad_sizes(values: Mapping[str, Any], needed: Sequence[str] = _SIZES) -> list[str]:
+    """What config.json's sizes lack of those `needed`, and those that cannot be."""
+    given = [*needed, *(name for name in (*_SIZES, *_OPTIONAL) if values.get(name) is not None and name not in needed)]
+    return [f"{name} is {values.get(name)!r}" for name in given if not _is_size(name, values.get(name))]
 
 
 def _is_size(name: str, value: Any) -> bool:
@@ -63,7 +69,9 @@ def model_header(bench: Bench) -> dict[str, TensorHeader]:
     single = [root / name for name in MODEL_WEIGHTS if (root / name).is_file()]
     found = [*indices, *single]
     if not found:
-        raise CheckpointError(f"holds no weights: neither {' nor '.join(MODEL_WEIGHTS)}")
+        shards = sorted(path.name for path in root.iterdir() if MERGED_MODEL.fullmatch(path.name))
+        lacking = f"shards without their index: {shards[0]}, … ({len(shards)} in all)" if shards else "no weights"
+        raise CheckpointError(f"holds {lacking}; needed is {' or '.join((*MODEL_WEIGHTS, *_INDICES))}")
     if len(found) > 1:
         raise CheckpointError(f"holds {' and '.join(path.name for path in found)}; keep the one that is meant")
     if single:
@@ -144,6 +152,11 @@ def model_shapes(bench: Bench) -> Outcome:
         f"{name} is {list(tensors[name].shape)}, by config.json {list(shape)}"
         for name, shape in llama_shapes(values).items()
         if name in tensors and tensors[name].shape != shape
+    ]
+    problems += [
+        f"{name} is {tensor.dtype}, no weights"
+        for name, tensor in tensors.items()
+        if tensor.shape and not tensor.is_floating
     ]
     if problems:
         return failed("; ".join(problems[:4]), "config.json is that of another model")

@@ -5,11 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoints.strict_json import read_object
-from runner.checks.adapters import Adapter, hidden_sizes, key_problems, modules, open_parts, shape_problems
+from runner.checks.adapters import (
+    Adapter,
+    contradictions,
+    hidden_sizes,
+    key_problems,
+    modules,
+    open_parts,
+    shape_problems,
+)
 from runner.checks.bench import Bench
-from runner.checks.check import Outcome, failed, passed
-from runner.checks.headers import Header, TensorHeader
-from runner.checks.look import ADAPTER_WEIGHTS, EXPERT, MERGED_MODEL
+from runner.checks.check import WARNING, Outcome, failed, passed
+from runner.checks.headers import SUFFIXES, Header, TensorHeader
+from runner.checks.look import ADAPTER_WEIGHTS, BESIDE, EXPERT, MERGED_MODEL
 from runner.errors import CheckpointError
 
 OLDER = "dylo_moe_state"
@@ -145,6 +153,13 @@ def layout(bench: Bench) -> Outcome:
         return failed(f"{', '.join(both)}: an adapter both flat and nested", "keep one of the two")
     if none := [place.label for place in experts if not place.flat and not place.nested]:
         return failed(f"{', '.join(none)}: no adapter, neither flat nor nested in a directory of the same name")
+    root = bench.look.path
+    if next(iter(found)) != root and (stray := [name for name in _ADAPTER_FILES if (root / name).exists()]):
+        return Outcome(
+            status=WARNING,
+            details=f"{len(experts)} adapters, and {', '.join(stray)} beside them: of no expert, and not read",
+            recommendation="delete what is beside them, or put it where its expert lies",
+        )
     kinds = sorted({"nested" if place.nested else "flat" for place in experts})
     return passed(f"{len(experts)} adapters, {' and '.join(kinds)}", layout="+".join(kinds))
 
@@ -202,7 +217,8 @@ def keys(bench: Bench) -> Outcome:
 
 def shapes(bench: Bench) -> Outcome:
     """The tensors' shapes are those of the rank that the configs give."""
-    if problems := [problem for adapter in _adapters(bench) for problem in shape_problems(adapter)]:
+    found = _adapters(bench)
+    if problems := [problem for adapter in found for problem in shape_problems(adapter)] or contradictions(found):
         return failed("; ".join(problems[:4]), "the config and the weights are of different trainings")
     return passed("ranks as the configs say")
 
@@ -237,6 +253,12 @@ def pollution(bench: Bench) -> Outcome:
     """No merged model lies beside the adapters: those are gigabytes that belong to the base."""
     root = bench.look.directory
     stray = sorted(path for path in root.rglob("*") if MERGED_MODEL.fullmatch(path.name) and path.is_file())
+    if not stray and (other := [str(path.relative_to(root)) for path in sorted(root.rglob("*")) if _is_stray(path)]):
+        return Outcome(
+            status=WARNING,
+            details=f"{', '.join(other)}: weights that are no part of such a checkpoint, and not read",
+            recommendation="delete them, if they are a merged model",
+        )
     if not stray:
         return passed("no merged model beside the adapters")
     size = sum(path.stat().st_size for path in stray)
@@ -245,3 +267,9 @@ def pollution(bench: Bench) -> Outcome:
         f"a merged model lies beside the adapters: {names} ({size / 1e6:,.1f} MB)",
         "delete it, and keep the Trainer from saving the model: it is not read",
     )
+
+
+def _is_stray(path: Path) -> bool:
+    """Whether it looks like weights, and is neither a part of the layout nor a state that a Trainer leaves."""
+    known = (*BESIDE, *ADAPTER_WEIGHTS, "router.safetensors", "router.pt", "scaler.pt")
+    return path.suffix in SUFFIXES and path.name not in known and not path.name.startswith("rng_state")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from runner.checkpoints.strict_json import read_object
 from runner.checks.bench import Bench
-from runner.checks.check import PASS, Outcome, failed, passed
+from runner.checks.check import PASS, WARNING, Outcome, failed, passed
 from runner.checks.headers import TensorHeader
 from runner.checks.look import MERGED_MODEL
 from runner.checks.structure_hf import config as model_config_check
-from runner.checks.structure_hf import model_header, model_key_problems, model_shapes
+from runner.checks.structure_hf import model_config, model_header, model_key_problems, model_shapes
 
 _KEY = re.compile(
     r"(?:layer_(?P<delta>\d+)_np|model\.layers\.(?P<full>\d+)\.np_component)"
@@ -22,6 +22,7 @@ _FULL_KEY = re.compile(
 )
 _SUFFIXES = {"single": ("",), "dual": ("_gate", "_up"), "triple": ("_gate", "_up", "_down")}
 _MATRICES = ("W_down", "W_a_up", "W_b_up")
+TRAINING_INFO = "training_info.pt"
 _FULL_MATRICES = ("A_proj", "B_model", "B_ffn")
 
 
@@ -60,12 +61,25 @@ def parts(tensors: Mapping[str, TensorHeader]) -> tuple[dict[Part, str], list[st
 def config(bench: Bench) -> Outcome:
     """A complete model has a config.json with its sizes; over a base it is optional."""
     if is_full(bench):
-        return model_config_check(bench)
+        return _full_config(bench)
     path = bench.look.directory / "config.json"
     if not path.is_file():
         return passed("none: the base is to be named as base=")
     values = read_object(path, "config", 16 << 20)
     return passed(f"base {values.get('model_name')}")
+
+
+def _full_config(bench: Bench) -> Outcome:
+    outcome = model_config_check(bench)
+    if outcome.status == PASS and (kind := model_config(bench.look.path).get("model_type")) != "llama":
+        return failed(f"config.json: model_type is {kind!r}; NPT layers stand on a 'llama'", "restore the config.json")
+    if outcome.status == PASS and not (bench.look.path / TRAINING_INFO).is_file():
+        return Outcome(
+            status=WARNING,
+            details=f"no {TRAINING_INFO}: modulation_scale is taken as the default, 0.1",
+            recommendation=f"copy {TRAINING_INFO} from where it was trained: another scale is another model",
+        )
+    return outcome
 
 
 def keys(bench: Bench) -> Outcome:
@@ -77,7 +91,7 @@ def _delta_keys(bench: Bench) -> Outcome:
     found, other = parts(bench.weights.tensors)
     other += bench.weights.extras
     if not found:
-        shown = ", ".join(list(bench.weights.tensors)[:4]) or "nothing"
+        shown = ", ".join([*bench.weights.tensors, *bench.weights.extras][:4]) or "nothing"
         return failed(f"No NPT layers found: no key looks like layer_<i>_np.W_down…; there is {shown}")
     problems, kinds = [], []
     for layer in sorted({part.layer for part in found}):
@@ -140,6 +154,8 @@ def shapes(bench: Bench) -> Outcome:
         if wrong := [name for name, shape in matrices.values() if len(shape) != 2]:
             problems.append(f"{wrong[0]} is no matrix")
             continue
+        if wrong := [name for name, _ in matrices.values() if not tensors[name].is_floating]:
+            problems.append(f"{wrong[0]} is {tensors[wrong[0]].dtype}, no weights")
         hidden, rank, inner = _sizes(matrices)
         sizes[hidden, inner] = layer
         for (suffix, matrix, _), (name, shape) in matrices.items():
@@ -154,8 +170,20 @@ def shapes(bench: Bench) -> Outcome:
         return failed("; ".join(problems[:4]), "one layer has one rank, and one base one hidden size")
     if is_full(bench) and (outcome := model_shapes(bench)).status != PASS:
         return outcome
+    if is_full(bench) and (problems := _recorded_gates(tensors)):
+        return failed("; ".join(problems[:4]), "they are gate weights as they were: save the checkpoint again")
     hidden, inner = next(iter(sizes))
     return passed(f"hidden size {hidden}, MLP size {inner}", hidden_size=hidden, intermediate_size=inner)
+
+
+def _recorded_gates(tensors: Mapping[str, TensorHeader]) -> list[str]:
+    """Gates before permanent updates that have another shape than the gate; those of quantised models have none."""
+    pairs = {name: name.replace("original_gate_weight", "mlp.gate_proj.weight") for name in tensors}
+    return [
+        f"{name} is {list(tensors[name].shape)}, the gate {list(tensors[gate].shape)}"
+        for name, gate in pairs.items()
+        if name != gate and gate in tensors and tensors[name].shape not in ((), tensors[gate].shape)
+    ]
 
 
 # (suffix, matrix, rank-1 term) → name and shape.

@@ -96,6 +96,18 @@ def trailing_bytes(path: Path) -> None:
     file.write_bytes(file.read_bytes() + b"\0" * 16)
 
 
+def outputs_of_another_base(path: Path) -> None:
+    for index in range(3):
+        edit_adapter(path, index, changed(A.replace("lora_A", "lora_B"), lambda w: torch.cat([w, w])))
+
+
+def inputs_of_another_base(path: Path) -> None:
+    for index in range(3):
+        edit_adapter(
+            path, index, lambda t: {n: w[:, :16] if "lora_A" in n and "down" not in n else w for n, w in t.items()}
+        )
+
+
 def merged_model(path: Path) -> None:
     save_file({"lm_head.weight": torch.zeros(4, 4)}, path / "model.safetensors")
 
@@ -171,6 +183,20 @@ MOE: list[Damage] = [
         "skill_library",
         "of 16",
     ),
+    (
+        "skills that are not finite",
+        lambda p: torch.save({0: torch.full((32,), float("nan"))}, p / "skill_library.pt"),
+        "finite",
+        "skill_library.pt: 0",
+    ),
+    (
+        "another output size in one expert",
+        adapter(1, changed(A.replace("lora_A", "lora_B"), lambda w: torch.cat([w, w]))),
+        "shapes",
+        "lora_B.weight is for 32 outputs, that of expert_0 for 16",
+    ),
+    ("another output size in every expert", outputs_of_another_base, "base", "where the base has 32 and 16"),
+    ("every expert of another hidden size", inputs_of_another_base, "hidden_size", "a hidden size of 32"),
     ("skills of no kind", lambda p: torch.save([1], p / "skill_library.pt"), "skill_library", "not a dictionary"),
 ]
 NPT: list[Damage] = [
@@ -183,6 +209,9 @@ NPT: list[Damage] = [
     ("transposed", tensors(changed("layer_1_np.W_down_gate.0", torch.t)), "shapes", "layer_1_np.W_down_gate.0 is [4, 32]"),
     ("two ranks in a layer", tensors(changed("layer_2_np.W_a_up_down.1", lambda w: w[:1])), "shapes", "W_a_up_down.1 is [1,"),
     ("layer beyond the base", tensors(renamed("layer_2_np", "layer_7_np")), "base", "has layer 7"),
+    ("weights lost", lost(WEIGHTS), "files", "holds no weights; it holds"),
+    ("weights under a key", tensors(lambda t: {"state": t}), "keys", "there is state"),
+    ("whole numbers", tensors(changed("layer_0_np.W_down", lambda w: w.to(torch.int8))), "shapes", "layer_0_np.W_down is int8"),
     ("NaN", tensors(changed("layer_0_np.W_down", lambda w: w / 0)), "finite", "layer_0_np.W_down"),
     ("truncated", cut(WEIGHTS), "files", "truncated at byte"),
     ("truncated training state", cut("training_state.pt"), "files", "training_state.pt: truncated"),
@@ -206,6 +235,12 @@ GPT: list[Damage] = [
     ("truncated", lambda path: path.write_bytes(path.read_bytes()[:-100]), "files", "truncated at byte"),
 ]  # fmt: skip
 MODEL = "model.safetensors"
+
+
+def with_recorded_gate(held: dict) -> dict:
+    return {**held, "model.layers.0.original_gate_weight": torch.ones(9, 32)}
+
+
 FULL: list[Damage] = [
     ("half an adapter", tensors(without("layers.1.adapter.B_ffn"), MODEL), "keys", "missing model.layers.1.adapter.B_ffn"),
     ("missing base layer", tensors(without("layers.2.mlp.up_proj"), MODEL), "keys", "missing model.layers.2.mlp.up_proj"),
@@ -213,6 +248,8 @@ FULL: list[Damage] = [
     ("transposed adapter", tensors(changed("model.layers.0.adapter.A_proj.weight", torch.t), MODEL), "shapes", "A_proj"),
     ("config of fewer layers", values("config.json", num_hidden_layers=2), "keys", "unexpected model.layers.2."),
     ("missing config", lost("config.json"), "config", "has no config.json"),
+    ("config of another architecture", values("config.json", model_type="gpt2"), "config", "model_type is 'gpt2'"),
+    ("recorded gate of another size", tensors(with_recorded_gate, MODEL), "shapes", "original_gate_weight is [9, 32], the gate [80, 32]"),
     ("rank against the training info", lambda p: torch.save({"adapter_config": {"r": 3}}, p / "training_info.pt"), "loading", "says rank 3"),
 ]  # fmt: skip
 HF: list[Damage] = [
@@ -220,6 +257,9 @@ HF: list[Damage] = [
     ("config of other heads", values("config.json", num_key_value_heads=4), "shapes", "by config.json [32, 32]"),
     ("config without sizes", values("config.json", hidden_size="absent"), "config", "hidden_size is None"),
     ("config of a wild depth", values("config.json", num_hidden_layers=10**9), "config", "num_hidden_layers is 1000000000"),
+    ("weights lost", lost(MODEL), "files", "holds no weights; it holds"),
+    ("shards without their index", lambda p: (p / MODEL).rename(p / "model-00001-of-00002.safetensors"), "keys", "shards without their index"),
+    ("whole numbers", tensors(changed("model.norm.weight", lambda w: w.to(torch.int32)), MODEL), "shapes", "model.norm.weight is int32"),
     ("two models", lambda p: torch.save({"a": torch.ones(1)}, p / "pytorch_model.bin"), "keys", "keep the one that is meant"),
     ("truncated", cut(MODEL), "files", "truncated at byte"),
 ]  # fmt: skip

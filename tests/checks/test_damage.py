@@ -124,5 +124,30 @@ def test_exactly_the_right_check_fails(layout, what, damage, check, message, ori
     assert {file: hash for file, hash in hashes(tmp_path).items() if file in before} == before
 
 
+def lora_at_the_root(path: Path) -> None:
+    shutil.copy(adapter_of(path, 0) / "adapter_config.json", path)
+
+
+def merged_under_another_name(path: Path) -> None:
+    save_file({"lm_head.weight": torch.zeros(4, 4)}, path / "merged.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "check", "message"),
+    [
+        ("lora_moe", lora_at_the_root, "layout", "adapter_config.json beside them: of no expert, and not read"),
+        ("lora_moe", merged_under_another_name, "pollution", "merged.safetensors: weights that are no part"),
+        ("npt_full", lambda path: (path / "training_info.pt").unlink(), "config", "taken as the default, 0.1"),
+    ],
+)
+def test_what_is_not_wrong_but_odd_is_a_warning(layout, change, check, message, originals, tmp_path):
+    path = copy(originals[layout], tmp_path)
+    (path / manifest.FILE_NAME).unlink()
+    change(path)
+    rows = rows_of(path, tmp_path / "scratch")
+    assert {name for name, row in rows.items() if row["status"] in ("warning", "fail")} == {check}
+    assert message in rows[check]["details"]
+
+
 def test_there_are_enough_of_them():
     assert len({(layout, what) for layout, what, *_ in CASES}) == len(CASES) >= 25
