@@ -3,12 +3,14 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import MIXED, ROOT, npt_tensors, write_base, write_npt
 
@@ -227,3 +229,14 @@ def test_no_traceback_reaches_a_user(tmp_path):
         == "runner: error: ckpt=no such=path,[x]: no such file or directory, and as a pattern it matches nothing\n"
     )
     assert done.stdout == ""
+
+
+def test_a_base_of_whole_numbers_is_refused(run, base, tmp_path):
+    model = Path(shutil.copytree(base, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    save_file(
+        {**tensors, "model.norm.weight": tensors["model.norm.weight"].to(torch.int8)}, model / "model.safetensors"
+    )
+    outcome = run(f"ckpt={model}", f"reference={base}")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "model.norm.weight is int8; weights are floating-point" in outcome.err

@@ -78,12 +78,16 @@ def build(
 ) -> PreTrainedModel:
     """The model with `tensors` (checked by `names_to_load`) cast to `dtype`, in evaluation mode, gradients off.
 
-    Raises ModelError where the embeddings are tied but the head is there and differs.
+    Raises ModelError where the embeddings are tied but the head is there and differs, and for whole numbers.
     """
     tensors, empty = dict(tensors), _empty(config, where)
     for name, source in _tied(empty).items():
         if name in tensors and not torch.equal(tensors.pop(name), tensors[source]):
             raise ModelError(f"{where}: config.json ties {name} to {source}, but the two differ")
+    floating = {name for name, tensor in empty.state_dict().items() if tensor.is_floating_point()}
+    if whole := sorted(name for name, t in tensors.items() if name in floating and not t.is_floating_point()):
+        kind = str(tensors[whole[0]].dtype)[6:]
+        raise ModelError(f"{where}: {whole[0]} is {kind}; weights are floating-point, quantised ones are not read")
     transformers_logging.disable_progress_bar()
     model = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
     return model.eval().requires_grad_(False)
