@@ -5,6 +5,7 @@ beyond ASCII, `1e5`, `true`), so path values are quoted before Hydra sees them.
 """
 
 import difflib
+import errno
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,9 +59,7 @@ def parse(words: Sequence[str]) -> CommandLine:
             key, _, value = word.partition("=")
             overrides.append((key, value))
         else:
-            hint = (
-                f"; did you mean ckpt={word}?" if Path(word).exists() else "; options are written key=value, see --help"
-            )
+            hint = f"; did you mean ckpt={word}?" if _exists(word) else "; options are written key=value, see --help"
             raise ConfigError(f"{word!r} is no option{hint}")
     return CommandLine(flags=tuple(flags), overrides=tuple(overrides))
 
@@ -107,9 +106,19 @@ def spell(key: str, value: str, *, multirun: bool) -> str:
     return f"{key}={spelled}"
 
 
+def _exists(text: str) -> bool:
+    """Whether `text` is a path that is there; what is too long for a name, as many names with commas are, is none."""
+    try:
+        return Path(text).expanduser().exists()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
+
+
 def _spell_path(value: str, multirun: bool) -> str:
     for literal in (value, unquoted(value)):
-        if Path(literal).expanduser().exists():
+        if _exists(literal):
             return quoted(literal)
     if value[0] in "'\"" and value[-1] == value[0] and len(value) > 1 and value.count(value[0]) == 2:
         return quoted(unquoted(value))
@@ -122,7 +131,7 @@ def _spell_path(value: str, multirun: bool) -> str:
 
 def _spell_list(value: str) -> str:
     """A list of paths and of `{path: …, layers: […]}`; one path alone is a list of one."""
-    if Path(unquoted(value)).expanduser().exists() or not (value.startswith("[") and value.endswith("]")):
+    if _exists(unquoted(value)) or not (value.startswith("[") and value.endswith("]")):
         return f"[{quoted(unquoted(value))}]"
     items = _existing_paths(value[1:-1].split(",")) or list(map(_spell_item, split_list(value)))
     return f"[{','.join(items)}]"
@@ -133,7 +142,7 @@ def _existing_paths(parts: list[str]) -> list[str] | None:
     joined: list[str] = []
     while parts:
         counts = range(len(parts), 0, -1)
-        longest = next((n for n in counts if Path(",".join(parts[:n]).strip()).expanduser().exists()), None)
+        longest = next((n for n in counts if _exists(",".join(parts[:n]).strip())), None)
         if longest is None:
             return None
         joined.append(quoted(",".join(parts[:longest]).strip()))
@@ -142,7 +151,7 @@ def _existing_paths(parts: list[str]) -> list[str] | None:
 
 
 def _spell_item(item: str) -> str:
-    if not (item.startswith("{") and item.endswith("}")) or Path(item).exists():
+    if not (item.startswith("{") and item.endswith("}")) or _exists(item):
         return quoted(unquoted(item))
     fields = [field.partition(":") for field in split_list(f"[{item[1:-1]}]")]
     spelled = [(name.strip(), value.strip()) for name, _, value in fields]

@@ -16,6 +16,12 @@ def check_output(target: Path, *, replace: bool = False, inputs: Sequence[Path] 
     It must not be a link, a file, or (without `replace`) there already; not equal to, inside or around an input,
     by file identity and not by name; and its file system must have `expected_bytes` to spare.
     """
+    try:
+        target.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be an output: {error.strerror}: choose another output") from error
     if target.is_symlink():
         raise CheckpointError(f"{target}: a symbolic link cannot be an output: give the directory itself")
     if target.exists():

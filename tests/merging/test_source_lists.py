@@ -19,3 +19,14 @@ def test_a_list_of_sources_is_spelled_item_by_item(tmp_path, monkeypatch):
         Path(name).mkdir()
     assert spell("merge.sources", "[a,b,it's,c]", multirun=False) == r"merge.sources=['a,b','it\'s','c']"
     assert spell("merge.sources", "[x]", multirun=False) == "merge.sources=['[x]']"
+
+
+def test_many_sources_are_longer_together_than_a_name_may_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [f"run_of_layer_{number:02}" for number in range(30)]
+    expected = f"merge.sources=[{','.join(repr(name) for name in names)}]"
+    assert spell("merge.sources", f"[{','.join(names)}]", multirun=False) == expected
+    for name in names:
+        Path(name).mkdir()
+    assert spell("merge.sources", f"[{','.join(names)}]", multirun=False) == expected
+    assert spell("ckpt", "n" * 300, multirun=False) == f"ckpt='{'n' * 300}'"
