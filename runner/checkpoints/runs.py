@@ -74,10 +74,11 @@ def spell(steps: Sequence[int]) -> str:
     return ", ".join(shown if len(shown) <= 24 else [*shown[:12], f"… ({len(shown)} in all) …", *shown[-6:]])
 
 
-def resolve(path: Path, step: int | None = None) -> Path:
+def resolve(path: Path, step: int | None = None, *, by_step: bool = True) -> Path:
     """The one checkpoint that `path` and `step` name.
 
-    A run needs a step unless it holds one checkpoint only; a checkpoint takes none. Raises ConfigError.
+    A run needs a step unless it holds one checkpoint only; a checkpoint takes none. `by_step`: whether the user can
+    give one; else the path has to name the checkpoint. Raises ConfigError.
     """
     run = find_run(path)
     if run is None:
@@ -88,4 +89,7 @@ def resolve(path: Path, step: int | None = None) -> Path:
         return select(run, step)
     if len(run.checkpoints) == 1:
         return run.checkpoints[0][1]
-    raise ConfigError(f"{path} is a run of {len(run.checkpoints)} checkpoints; choose step= from {spell(run.steps)}")
+    what = f"{path} is a run of {len(run.checkpoints)} checkpoints"
+    if by_step:
+        raise ConfigError(f"{what}; choose step= from {spell(run.steps)}")
+    raise ConfigError(f"{what}; name one of them, as {run.checkpoints[-1][1]}")

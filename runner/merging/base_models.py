@@ -22,8 +22,13 @@ def check_bases(sources: Sequence[S], base: str | None, check_fit: Callable[[S, 
     """
     if base is not None:
         path = Path(base).expanduser()
-        for source in sources if path.is_dir() else ():
-            check_fit(source, path)
+        given = path if path.is_dir() else _in_hub_cache(base)
+        if given is None and not is_hub_name(base):
+            raise CheckpointError(f"base={base}: no such directory")
+        if given is None:
+            return [f"base={base} is not at hand: whether the sources stand on it was not checked"]
+        for source in sources:
+            check_fit(source, given)
         return []
     groups: dict[str, list[S]] = {}
     places: dict[str, Path | None] = {}
@@ -94,6 +99,11 @@ def _at_hand(source: Opened, name: str) -> Path | None:
     """Where the base lies that a checkpoint names: beside it, in the current directory, or in the hub's cache."""
     if found := source.checkpoint.local_base():
         return found
+    return _in_hub_cache(name)
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    """Where the hub's cache has the model `name`."""
     if not is_hub_name(name):
         return None
     try:

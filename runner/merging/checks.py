@@ -45,17 +45,23 @@ def check_checkpoint(path: Path, format_name: str = "auto", module: str | None =
             failed = True
             yield {"name": name, "status": "fail", "details": str(error)}
         else:
-            missing = "no MANIFEST.json: not written by this runner; what follows is all that can be checked"
-            yield {"name": name, "status": "skipped" if details is None else "pass", "details": details or missing}
+            absent = "no MANIFEST.json: not written by this runner, or removed; what follows is all that can be checked"
+            yield {"name": name, "status": "skipped" if details is None else "pass", "details": details or absent}
 
 
 def _manifest(path: Path) -> str | None:
-    """Every file's size and SHA-256. Raises CheckpointError with all that is wrong; None without a manifest."""
-    if not (path / manifest.FILE_NAME).is_file():
+    """Every file's size and SHA-256. Raises CheckpointError with all that is wrong; None without a manifest.
+
+    A weights file that is named itself is checked with the output that it belongs to.
+    """
+    output = path if path.is_dir() else path.parent
+    if not (output / manifest.FILE_NAME).is_file():
         return None
-    if problems := commit.verify(path):
+    if problems := commit.verify(output):
         raise CheckpointError("; ".join(problems))
-    return f"{len(manifest.list_files(path)) - 1} files as they were written, by size and SHA-256"
+    if path.is_file() and path.name not in manifest.read(output)["files"]:
+        return None
+    return f"{len(manifest.list_files(output)) - 1} files as they were written, by size and SHA-256"
 
 
 def _crc(path: Path, checkpoint: Checkpoint) -> str:

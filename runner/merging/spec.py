@@ -99,6 +99,9 @@ class MergeSpec:
 def _source(value: Any) -> SourceSpec:
     if isinstance(value, SourceSpec):
         return value
+    path = value.get("path", value) if isinstance(value, Mapping) else value
+    if path is None or path == "":
+        raise ConfigError("merge.sources: a source without a path; give the checkpoints to merge, as [A,B]")
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return SourceSpec(path=str(value))
     if isinstance(value, Mapping) and "path" in value:
@@ -108,11 +111,18 @@ def _source(value: Any) -> SourceSpec:
                 raise ConfigError(f"merge.sources: {key!r} is unknown{did_you_mean(str(key), known)}")
         return SourceSpec(
             path=str(value["path"]),
-            layers=_layers("layers of a source", value.get("layers")),
-            experts=_layers("experts of a source", value.get("experts"), "expert"),
+            layers=_some("layers", value.get("layers"), value["path"]),
+            experts=_some("experts", value.get("experts"), value["path"]),
             weight=_weight(value.get("weight")),
         )
     raise ConfigError(f"merge.sources: {value!r} is neither a path nor {{path: …, layers: […]}}")
+
+
+def _some(key: str, value: Any, path: Any) -> tuple[int, ...] | None:
+    chosen = _layers(f"{key} of a source", value, key.removesuffix("s"))
+    if chosen == ():
+        raise ConfigError(f"{key} of {path}: an empty list takes nothing of it; leave the source out, or {key} for all")
+    return chosen
 
 
 def _weight(value: Any) -> float | None:

@@ -26,7 +26,7 @@ def run(config: DiffConfig, context: Context) -> Result:
     with context.timed("open"):
         first = open_checkpoint(checkpoint_path(config, context), config.format.name, config.format.module)
         check_family(config, first)
-        second = open_checkpoint(resolve(path))
+        second = open_checkpoint(resolve(path, by_step=False))
     names = match(first, second)
     with context.timed("compare"):
         tracked = context.track(differences(first, second, names), "comparing", total=len(names.common))

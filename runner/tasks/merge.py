@@ -75,7 +75,7 @@ def _output(spec: MergeSpec) -> Path:
 def _paths(spec: MergeSpec) -> list[Path]:
     if not spec.sources:
         raise ConfigError("merge.sources is needed: the checkpoints to merge, as [A,B] or [{path: A, layers: [11]},B]")
-    return [resolve(Path(source.path).expanduser()) for source in spec.sources]
+    return [resolve(Path(source.path).expanduser(), by_step=False) for source in spec.sources]
 
 
 def _likely(paths: Sequence[Path]) -> list[Path]:

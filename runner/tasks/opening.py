@@ -130,7 +130,7 @@ def _reference(
     if not path.exists():
         found = load_base(None, find_base(None, config.reference), **options)
         return keep(found), found.path
-    checkpoint = open_checkpoint(resolve(path))
+    checkpoint = open_checkpoint(resolve(path, by_step=False))
     if checkpoint.format == hf.NAME:
         found = load_base(None, checkpoint.path, **options)
         return keep(found), found.path

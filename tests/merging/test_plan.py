@@ -170,6 +170,10 @@ SPECS = {
     "negative": ({"drop": [-1]}, "give layer numbers"),
     "a source's key": ({"sources": [{"path": "a", "layer": [1]}]}, "'layer' is unknown; did you mean 'layers'?"),
     "a source": ({"sources": [{"layers": [1]}]}, "neither a path nor"),
+    "an empty source": ({"sources": ["a", ""]}, "a source without a path; give the checkpoints to merge, as"),
+    "a source without a path": ({"sources": [{"path": None}]}, "a source without a path"),
+    "no layer of a source": ({"sources": [{"path": "a", "layers": []}]}, "layers of a: an empty list takes nothing"),
+    "no expert": ({"sources": [{"path": "a", "experts": []}]}, "experts of a: an empty list takes nothing"),
 }
 
 

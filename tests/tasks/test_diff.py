@@ -103,7 +103,13 @@ def test_any_format(run, base):
 
 
 def test_wrong_words(run, pair):
-    for words, message in (([], "reference= is needed"), (["reference=nowhere"], "reference=nowhere: no such file")):
+    for step in (1, 2):
+        write_source(Path(f"run/checkpoint-{step}"), ONE, step=step)
+    for words, message in (
+        ([], "reference= is needed"),
+        (["reference=nowhere"], "reference=nowhere: no such file"),
+        (["reference=run"], "run is a run of 2 checkpoints; name one of them, as run/checkpoint-2"),
+    ):
         outcome = run("task=diff", "ckpt=a", *words)
         assert outcome.code == 2
         assert message in outcome.err

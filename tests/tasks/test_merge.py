@@ -385,7 +385,10 @@ def test_refused_outputs_and_options(run, pair):
         ("merge.sources=[a,./a]", "merge.output=out"): "given twice",
         ("merge.sources=[a,{path:b,layers:[4]}]", "merge.output=out"): "b: has no NPT layer 4; it has 3",
         ("merge.sources=[a,b]", "merge.output=out", "merge.layers=[1,4]"): "no source has layer 4",
-        ("merge.sources=[a,run]", "merge.output=out"): "run is a run of 2 checkpoints; choose",
+        (
+            "merge.sources=[a,run]",
+            "merge.output=out",
+        ): "run is a run of 2 checkpoints; name one of them, as run/checkpoint-2",
         ("merge.sources=[a,b]", "merge.output=out", "merge.on_conflict=frist"): "did you mean 'first'",
         ("merge.sources=[a,b]", "merge.output=out", "merge.frmat=pt"): "frmat",
         ("ckpt=a", "merge.sources=[a,b]", "merge.output=out"): "ckpt belongs to task=",

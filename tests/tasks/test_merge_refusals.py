@@ -44,6 +44,9 @@ REFUSED = {
     "another k under average": ("a,other_k", "layer 1 is triple, r 2, k 3 in a and triple, r 2, k 4 in other_k: average", "merge.on_conflict=average"),
     "bases with other weights": ("on_one,on_two", r"../one \(on_one\) and ../two \(on_two\), whose weights differ"),
     "another base by hand": ("a,b", "has only the layers 0 to 0; give the right one as base=", "base=flat"),
+    "a base that is nowhere": ("a,b", "base=./nowhere: no such directory", "base=./nowhere"),
+    "a long name": ("a,b", "cannot be an output: File name too long", f"merge.output={'n' * 300}"),
+    "an empty list": ("", r"a source without a path; give the checkpoints to merge, as \[A,B\]"),
     "no NPT weights: a model": ("a,hf", "hf: No NPT layers to merge: its format is hf"),
     "no NPT weights: an empty directory": ("a,empty", "empty: the directory is empty"),
     "NPT layers with a GPT": ("a,gpt.pt", "a is npt_delta and gpt.pt is gpt_small: checkpoints of different families"),
@@ -97,6 +100,12 @@ def test_the_mean_of_npt_layers_by_shares(run, workdir):
     run("task=merge", "merge=average", "merge.sources=[s1,s2,s3]", "merge.output=equal")
     merge(run, "s1", "s2", "s3", on_conflict="average", output="conflict")
     assert same(weights_in(Path("equal")), weights_in(Path("conflict")))
+
+
+def test_a_base_that_is_not_at_hand_is_said(run, sources):
+    words = ("merge.sources=[a,b]", "merge.output=out", "merge.dry_run=true", "base=owner/model")
+    findings = run("task=merge", *words).result["findings"]
+    assert "base=owner/model is not at hand: whether the sources stand on it was not checked" in findings
 
 
 def test_the_spec_to_copy(run, workdir):

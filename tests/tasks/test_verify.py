@@ -76,7 +76,14 @@ def test_a_directory_without_a_manifest(run, workdir):
     outcome = run("task=verify", "ckpt=a")
     assert outcome.code == 0
     assert statuses(outcome.result) == {"manifest": "skipped", "structure": "pass", "crc": "pass", "finite": "pass"}
-    assert "Manifest: skipped (no MANIFEST.json: not written by this runner" in outcome.out
+    assert "Manifest: skipped (no MANIFEST.json: not written by this runner, or removed;" in outcome.out
+
+
+def test_a_weights_file_is_verified_with_the_output_that_it_belongs_to(run, merged):
+    file = merged / "npt_weights.pt"
+    assert statuses(run("task=verify", f"ckpt={file}").result)["manifest"] == "pass"
+    (merged / "config.json").write_text("{}")
+    assert statuses(run("task=verify", f"ckpt={file}").result)["manifest"] == "fail"
 
 
 def nan(path):
