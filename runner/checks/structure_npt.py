@@ -10,6 +10,7 @@ from runner.checks.bench import Bench
 from runner.checks.check import PASS, WARNING, Outcome, failed, passed
 from runner.checks.headers import TensorHeader
 from runner.checks.look import MERGED_MODEL
+from runner.checks.states_npt import lost
 from runner.checks.structure_hf import config as model_config_check
 from runner.checks.structure_hf import model_config, model_header, model_key_problems, model_shapes
 
@@ -109,6 +110,7 @@ def _delta_keys(bench: Bench) -> Outcome:
         problems += [f"unexpected {found[part]}" for part in sorted(own - wanted, key=_spelled)]
         kinds.append(f"{layer}: {kind}, k {len(terms)}")
     problems += [f"unexpected {name}" for name in other]
+    problems = problems or lost(bench, {part.layer for part in found}, bench.weights.tensors)
     if problems:
         shown = "; ".join(problems[:6]) + (f"; … ({len(problems)} in all)" if len(problems) > 6 else "")
         return failed(shown, "save the checkpoint again: a layer that is not whole computes something else")

@@ -96,6 +96,28 @@ def trailing_bytes(path: Path) -> None:
     file.write_bytes(file.read_bytes() + b"\0" * 16)
 
 
+def with_states(path: Path) -> None:
+    """What a trainer leaves beside the weights."""
+    moments = {i: {"exp_avg": t} for i, t in enumerate(torch.load(path / WEIGHTS, weights_only=True).values())}
+    torch.save({"global_step": 100, "optimizer_state_dict": {"state": moments}}, path / "training_state.pt")
+    torch.save({"layers_to_train": [0, 1, 2]}, path / "multi_layer_state.pt")
+
+
+def without_a_layer(path: Path) -> None:
+    with_states(path)
+    tensors(without("layer_0_np"))(path)
+
+
+def without_a_term(path: Path) -> None:
+    with_states(path)
+    tensors(lambda held: {n: t for n, t in held.items() if not (n.startswith("layer_1_np") and n.endswith(".2"))})(path)
+
+
+def without_the_down_projection(path: Path) -> None:
+    with_states(path)
+    tensors(lambda held: {n: t for n, t in held.items() if "_down." not in n or "W_down." in n})(path)
+
+
 def outputs_of_another_base(path: Path) -> None:
     for index in range(3):
         edit_adapter(path, index, changed(A.replace("lora_A", "lora_B"), lambda w: torch.cat([w, w])))
@@ -202,6 +224,9 @@ MOE: list[Damage] = [
 NPT: list[Damage] = [
     ("half a layer", tensors(without("layer_1_np.W_b_up_up")), "keys", "missing layer_1_np.W_b_up_up.0"),
     ("one rank-1 term less", tensors(without("layer_2_np.W_down_gate.3")), "keys", "missing layer_2_np.W_down_gate.3"),
+    ("a whole layer lost", without_a_layer, "keys", "missing layers 0, which multi_layer_state.pt trains"),
+    ("the last term lost everywhere", without_a_term, "keys", "missing 6 matrices: the optimizer in training_state.pt has"),
+    ("a projection lost everywhere", without_the_down_projection, "keys", "missing 15 matrices"),
     ("extra key", tensors(lambda t: {**t, "extra": torch.ones(2)}), "keys", "unexpected extra"),
     ("renamed key", tensors(renamed("layer_0_np.W_down", "layer_0_np.W_dwn")), "keys", "missing layer_0_np.W_down"),
     ("no NPT layers", tensors(lambda t: {"weight": torch.ones(2)}), "keys", "No NPT layers found"),
