@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from runner.checkpoints.runs import Run, find_run, select, spell, step_in_name
+from runner.checks.look import several
 from runner.errors import ConfigError
 from runner.overrides import CommandLine, quoted, split_list, unquoted
 
@@ -35,6 +36,8 @@ def expand(line: CommandLine, *, demo_run: Callable[[], Path]) -> CommandLine:
     path = None if ckpt is None else Path(ckpt).expanduser()
     if step is None:
         run = find_run(path) if path is not None and path.is_dir() else None
+        if run is None and task == "test" and path is not None and (inside := several(path)):
+            return _with_checkpoints(line, inside)
         if run is None or len(run.checkpoints) == 1:
             return line
         return _with_steps(line, run, "all")

@@ -69,6 +69,16 @@ def look(path: Path, headers: Headers) -> Look:
     return Look(path=path, format=found)
 
 
+def several(path: Path) -> list[Path]:
+    """The checkpoints in a directory that is none itself, where it holds more than one; else []."""
+    from runner.checks.headers import read_header
+
+    if not path.is_dir() or _format(path, read_header) is not None:
+        return []
+    inside = [found.path for found in _checkpoints_in(path, read_header)]
+    return inside if len(inside) > 1 else []
+
+
 def _without_weights(path: Path) -> str | None:
     """What a directory was before its weights were lost, by what lies beside them: its check of files then fails."""
     names = {entry.name for entry in path.iterdir()}

@@ -35,16 +35,16 @@ def is_directory(given: str) -> bool:
     return given.endswith("/") or Path(given).expanduser().is_dir()
 
 
-def junit_path(given: str, ckpt: str | None, tier: str) -> Path:
+def junit_path(given: str, tested: str, tier: str) -> Path:
     """The file that `junit=` means.
 
-    In a directory (one that is there, or a name with / at its end) each checkpoint and tier has a file of its own, so
-    that the jobs of a sweep do not replace each other's.
+    `tested`: the checkpoint's path, or what stands for it. In a directory (one that is there, or a name with / at its
+    end) each checkpoint and tier has a file of its own, so that the jobs of a sweep do not replace each other's.
     """
     path = Path(given).expanduser()
     if not is_directory(given):
         return path
-    name = Path(ckpt).absolute() if ckpt else Path("runner/machine")
+    name = Path(tested).absolute()
     harmless = re.sub(r"[^\w.@-]", "_", f"{name.parent.name}-{name.name}-{tier}")
     return path / f"TEST-{harmless}.xml"
 

@@ -79,7 +79,8 @@ def _tested(config: TestConfig, context: Context, bench: Bench) -> Result:
     if config.junit:
         from runner.reports.junit import junit_path, write_junit
 
-        write_junit(junit_path(config.junit, result.ckpt, config.tier.name), result.to_dict(), strict=config.strict)
+        name = result.ckpt or f"runner/{bench.family or 'machine'}"
+        write_junit(junit_path(config.junit, name, config.tier.name), result.to_dict(), strict=config.strict)
     return result
 
 

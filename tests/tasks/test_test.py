@@ -239,6 +239,23 @@ def test_a_run_directory_is_a_sweep_over_its_checkpoints(run, base, tmp_path):
     assert "files" in outcome.out
 
 
+def test_a_directory_of_checkpoints_of_any_names_is_a_sweep_over_them(run, base, tmp_path):
+    write_moe(tmp_path / "kept" / "mixture", base)
+    write_npt(tmp_path / "kept" / "single", npt_tensors(base, {0: ("single", 2, 1)}), base=base)
+    (tmp_path / "kept" / "notes.txt").write_text("")
+    outcome = run("task=test", f"ckpt={tmp_path / 'kept'}")
+    assert outcome.code == 0
+    assert [line.split()[0] for line in outcome.out.splitlines() if " quick " in line] == ["mixture", "single"]
+
+
+def test_families_of_one_sweep_have_junit_files_of_their_own(run):
+    words = ["-m", "task=test", "tier=minimal", "tier.checks=[built,pollution]", "family=gpt,npt", "junit=reports/"]
+    assert run(*words).code == 0
+    assert sorted(path.name for path in Path("reports").iterdir()) == [
+        "TEST-runner-gpt-minimal.xml", "TEST-runner-npt-minimal.xml",
+    ]  # fmt: skip
+
+
 def test_the_inputs_are_not_touched(run, base, tmp_path):
     path = write_moe(tmp_path / "moe", base)
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
