@@ -1,4 +1,7 @@
-"""The header of a safetensors file, parsed strictly: the library lets the last of two equal keys win."""
+"""The header of a safetensors file, parsed strictly: the library lets the last of two equal keys win.
+
+Nothing heavy is imported: the quick tier reads headers without torch.
+"""
 
 import math
 from collections.abc import Mapping
@@ -6,27 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from runner.checkpoints.strict_json import parse_object
 from runner.errors import CheckpointError
 
 MAX_HEADER_BYTES = 16 << 20
+# The format's name of a dtype → torch's, and the bytes of one element.
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-    "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
+    "U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "U8": ("uint8", 1), "BOOL": ("bool", 1),
+    "C64": ("complex64", 8), "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One tensor of the header: shape, dtype, and where its bytes begin and end behind the header."""
+    """One tensor of the header: shape, dtype as torch calls it, and where its bytes begin and end behind the header."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: str
+    itemsize: int
     begin: int
     end: int
 
@@ -72,8 +75,9 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
     shape, offsets = value["shape"], value["data_offsets"]
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or len(shape) > 64:
         raise CheckpointError(f"{path}: {name}: shape and data_offsets must be lists of whole numbers")
-    entry = Entry(shape=tuple(shape), dtype=dtype, begin=offsets[0], end=offsets[1])
-    needed = math.prod(shape) * dtype.itemsize
+    name_in_torch, itemsize = dtype
+    entry = Entry(shape=tuple(shape), dtype=name_in_torch, itemsize=itemsize, begin=offsets[0], end=offsets[1])
+    needed = math.prod(shape) * itemsize
     if entry.end - entry.begin != needed:
         raise CheckpointError(
             f"{path}: {name}: shape {shape} of {value['dtype']} needs {needed} bytes, its offsets give "

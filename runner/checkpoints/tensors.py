@@ -108,7 +108,10 @@ def _open_file(path: Path, state_dict_key: str | None) -> TensorSource:
 
 def _open_safetensors(path: Path) -> TensorSource:
     header = read_header(path)
-    infos = {name: TensorInfo(name=name, shape=e.shape, dtype=e.dtype) for name, e in header.entries.items()}
+    infos = {
+        name: TensorInfo(name=name, shape=entry.shape, dtype=getattr(torch, entry.dtype))
+        for name, entry in header.entries.items()
+    }
     reader = _SafetensorsReader(path).read
     return TensorSource(path=path, files=(path,), infos=infos, extras=dict(header.metadata), reader=reader)
 

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Mapping
 
+import torch
+
 from runner.checkpoints.safetensors_files import DTYPES, MAX_HEADER_BYTES
 from runner.errors import CheckpointError
 from runner.merging.pieces import Piece, as_bytes
 from runner.merging.sinks import Sink
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {getattr(torch, in_torch): name for name, (in_torch, _) in DTYPES.items()}
 
 
 def write_safetensors(sink: Sink, pieces: Mapping[str, Piece], metadata: Mapping[str, str] | None = None) -> None:

@@ -73,7 +73,10 @@ def comparisons(
 def _safetensors(path: Path) -> dict[str, Placed]:
     header = read_header(path)
     entries = sorted(header.entries.items())
-    return {name: Placed(dtype=e.dtype, shape=e.shape, offset=header.data + e.begin) for name, e in entries}
+    return {
+        name: Placed(dtype=getattr(torch, entry.dtype), shape=entry.shape, offset=header.data + entry.begin)
+        for name, entry in entries
+    }
 
 
 def expected(file: Path, at: str, wanted: Any, found: Any) -> Iterator[Expected]:

@@ -63,8 +63,8 @@ def test_a_place_that_cannot_be_written_fails(tmp_path):
     [
         ({"a": entry(0, 8)}, b"\0" * 7, "truncated"),
         ({"a": entry(0, 8)}, b"\0" * 9, "1 bytes after the last tensor"),
-        ({"a": entry(0, 8, [3])}, b"\0" * 8, "a: its shape, dtype and place"),
-        ({"a": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}}, b"\0" * 8, "a: its shape, dtype and place"),
+        ({"a": entry(0, 8, [3])}, b"\0" * 8, r"a: shape \[3\] of F32 needs 12 bytes"),
+        ({"a": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}}, b"\0" * 8, "a: unknown dtype 'F99'"),
         (b'{"a": 1, "a": 2}', b"", "a: given twice"),
     ],
 )
