@@ -89,8 +89,10 @@ def _merge(
     """Write, verify, publish."""
     from runner.merging.states import summary
     from runner.merging.verify import check_structure
-    from runner.tasks.merge_output import write_summary, written
+    from runner.tasks.merge_output import check_base, write_summary, written
 
+    if spec.verify == "functional":
+        check_base(content, config.base)
     differences = content.training_state.differences if content.training_state else ()
     with written(spec, content, output, context, inputs) as made:
         write_summary(made, content, summary(content.plan, made.input_hashes, differences))

@@ -45,6 +45,14 @@ def size_on_disk(content: Content | Files) -> int:
     return expected_bytes(content.tensor_files, small=len(content.texts) + 2)  # the summary, the manifest
 
 
+def check_base(content: Content | Files, base: str | None) -> None:
+    """Find the base that the models will run on, before anything is written. Raises CheckpointError without one."""
+    from runner.bases import find_base
+
+    sources = [source.checkpoint for source in content.sources]
+    find_base(next((each for each in sources if each.base_name), sources[0]), base)
+
+
 @contextmanager
 def written(
     spec: MergeSpec, content: Content | Files, output: Path, context: Context, inputs: Inputs

@@ -35,6 +35,7 @@ def sources(workdir, base):
     write_source(Path("far/b"), THREE, base="../one")
     script_file(Path("gpt.pt"), random_state("small", layers=6))
     write_moe(Path("moe"), base, experts=1)
+    write_moe(Path("adrift"), base, experts=1, base_name="gone")
     Path("hf").symlink_to(base)
     Path("empty").mkdir()
 
@@ -44,6 +45,8 @@ REFUSED = {
     "another k under average": ("a,other_k", "layer 1 is triple, r 2, k 3 in a and triple, r 2, k 4 in other_k: average", "merge.on_conflict=average"),
     "bases with other weights": ("on_one,on_two", r"../one \(on_one\) and ../two \(on_two\), whose weights differ"),
     "another base by hand": ("a,b", "has only the layers 0 to 0; give the right one as base=", "base=flat"),
+    "a base to run on": ("a,b", "^runner: error: a: its base model 'base' lies neither", "merge.verify=functional"),
+    "experts without a base": ("adrift", "^runner: error: adrift: its base model 'gone' lies", "merge.verify=functional"),
     "a base that is nowhere": ("a,b", "base=./nowhere: no such directory", "base=./nowhere"),
     "a long name": ("a,b", "cannot be an output: File name too long", f"merge.output={'n' * 300}"),
     "an empty list": ("", r"a source without a path; give the checkpoints to merge, as \[A,B\]"),
