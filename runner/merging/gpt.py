@@ -7,7 +7,7 @@ from typing import Any
 
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.gpt import FAMILY
-from runner.checkpoints.gpt_layout import GptDetails
+from runner.checkpoints.gpt_layout import SCALARS, GptDetails
 from runner.checkpoints.gpt_provenance import STATE, Provenance, metadata, provenance
 from runner.checkpoints.gpt_save import WEIGHT_FILES
 from runner.errors import CheckpointError, ConfigError
@@ -19,7 +19,7 @@ from runner.merging.plan import interpolation_weights
 from runner.merging.sources import check_distinct
 from runner.merging.spec import MergeSpec, SourceSpec
 
-_SIZES = ("num_layers", "model_dim", "vocab_size", "head_rows", "num_scalars")
+_SIZES = ("num_layers", "model_dim", "vocab_size", "head_rows")
 
 
 def open_gpt_source(spec: SourceSpec, path: Path, checkpoint: Checkpoint) -> OpenedSource:
@@ -112,6 +112,10 @@ def _check_same(first: OpenedSource, other: OpenedSource) -> None:
 def _combined(how: str, sources: Sequence[OpenedSource], name: str, shares: Sequence[float], t: float) -> Piece:
     weights = [source.checkpoint.weights for source in sources]
     found = [pieces.from_source(each, each.infos[name]) for each in weights]
+    if name == SCALARS and len({piece.shape for piece in found}) > 1:
+        # Padded for different numbers of training processes: padding has no meaning.
+        used = range(sources[0].checkpoint.details.used_scalars)
+        found = [pieces.rows([(piece, used)]) for piece in found]
     if how == "average":
         return pieces.average(found, shares)
     first, second = found
@@ -137,6 +141,9 @@ def _said(sources: Sequence[OpenedSource], weights: dict[str, Piece]) -> list[st
             written = str(piece.dtype).removeprefix("torch.")
             differing[f"some weights are stored as {' and '.join(sorted(found))}: written as {written}"] = None
     said += differing
+    padded = {source.checkpoint.weights.infos[SCALARS].numel: None for source in sources}
+    if len(padded) > 1:
+        said.append(f"scalars are padded to {' and '.join(map(str, padded))} values: they are written without padding")
     with_state = [str(source.path) for source in sources if source.checkpoint.training.get("optimizers")]
     if with_state:
         said.append(f"the optimizers of {' and '.join(with_state)} are not averaged: training goes on with fresh ones")

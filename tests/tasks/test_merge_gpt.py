@@ -123,11 +123,21 @@ def test_dtypes_that_differ_are_said(run, pair):
     assert written()["model"]["embed.weight"].dtype == torch.float32
 
 
+def test_scalars_padded_for_other_numbers_of_processes(run, pair):
+    """The padding belongs to the training, not to the architecture."""
+    state = random_state("small", layers=6, scalar_padding=4, seed=3)
+    script_file(Path("c.pt"), state)
+    outcome = run("task=merge", "merge=average", "merge.sources=[a.pt,c.pt]", "merge.output=out")
+    assert "scalars are padded to 30 and 34 values: they are written without padding" in outcome.result["findings"]
+    expected = (pair[0]["scalars"].double() + state["scalars"][:30].double()) / 2
+    assert torch.equal(written()["model"]["scalars"], expected.float())
+
+
 REFUSED = {
     "depth": (
         ["a.pt", "deep.pt"],
         {},
-        "a.pt has num_layers 6, num_scalars 30, deep.pt num_layers 8, num_scalars 40: only",
+        "a.pt has num_layers 6, deep.pt num_layers 8: only",
     ),
     "vocabulary": (["a.pt", "wide.pt"], {}, "a.pt has vocab_size 24, head_rows 24, wide.pt vocab_size 32"),
     "the same twice": (["a.pt", "./a.pt"], {}, "a.pt is given twice"),
