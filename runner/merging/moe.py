@@ -185,6 +185,10 @@ def _said(sources: Sequence[OpenedSource], conflicts: Sequence[Mapping[str, Any]
         found = [name for name in _TRAINERS if (source.checkpoint.path / name).is_file()]
         if found:
             said.append(f"{source.path}: {', '.join(found)} not merged: training goes on with a fresh optimizer")
+    dtypes = {source.checkpoint.weights.infos[f"router.{_GATE[0]}"].dtype: None for source in sources}
+    if len(dtypes) > 1:
+        stored = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        said.append(f"the routers are stored as {stored}: the joint one is written in a dtype that holds both")
     if len(sources) > 1:
         said.append(
             "the routers were trained apart: how the joint one chooses between experts of different sources is new; "

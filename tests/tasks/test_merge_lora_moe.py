@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from runner.checkpoints.commit import verify
 from runner.errors import CheckpointError
@@ -212,6 +212,15 @@ def test_bases(run, base, workdir):
     assert any("../base (a) and ../twin (b), which hold the same weights" in f for f in outcome.result["findings"])
     assert json.loads(Path("deep/er/out/config.json").read_text())["base_model_name_or_path"] == "../../../base"
     check(merge(run, "a", "c"), "../base .* and ../other .*, whose weights differ")
+
+
+def test_routers_of_other_dtypes_are_said(run, pair):
+    file = Path("b/router.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    findings = merge(run, "a", "b").result["findings"]
+    said = "the routers are stored as bfloat16 and float32: the joint one is written in a dtype that holds both"
+    assert said in findings
+    assert {tensor.dtype for tensor in router("out").values()} == {torch.float32}
 
 
 def test_dry_run_writes_nothing(run, pair):
