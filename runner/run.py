@@ -1,6 +1,7 @@
 """One run: the composed config, its task, and what is left of it: `result.json`, the report, the tracker's record."""
 
 import logging
+import os
 import re
 import sys
 import tempfile
@@ -60,7 +61,12 @@ def job(cfg: DictConfig) -> str | None:
     if sweep is not None:
         return None if (directory / FILE_NAME).exists() else f"{FILE_NAME} could not be written"
     if result["status"] == "ok":
-        print_result(result, Console(), verbose=cfg.verbose, directory=directory, tracked=location)
+        try:
+            print_result(result, Console(), verbose=cfg.verbose, directory=directory, tracked=location)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever reads (`| head`) has seen enough; what was found still decides the exit code.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for the interpreter's own flush at exit
     else:
         print(f"runner: error: {result['error']['message']}", file=sys.stderr)
     return None

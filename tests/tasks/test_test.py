@@ -93,6 +93,19 @@ def test_a_failed_integrity_check_is_exit_code_1_and_shows_once(run, checkpoint)
     assert any(line.startswith("Recommendation (keys): ") for line in outcome.out.splitlines())
 
 
+def test_a_reader_that_leaves_early_does_not_change_the_exit_code(checkpoint, tmp_path):
+    (checkpoint / "npt_weights.pt").write_bytes(b"damaged")
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", "task=test", "tracker=none", f"ckpt={checkpoint}"], cwd=tmp_path, check=False,
+        stdout=writing, stderr=subprocess.PIPE, text=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_strict_counts_warnings(run):
     words = ("task=test", "tier.checks=[versions,writable]", "tier.max_size_mb=1e12")
     outcome = run(*words)
