@@ -126,6 +126,7 @@ def _resuming(directory: Path) -> str:
 def _hydra(line: CommandLine, job: object) -> None:
     """Hand the command line to Hydra, and translate what it refuses."""
     import hydra
+    import yaml
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -140,6 +141,8 @@ def _hydra(line: CommandLine, job: object) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         task = line.get("task") or "diagnose"
         raise translated(error, task, dict(line.overrides)) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from error
     except BrokenPipeError:
         raise
     except OSError as error:

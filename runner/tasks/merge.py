@@ -191,14 +191,17 @@ def _checks(content: "Content", found: Sequence[int] | None, checked: Sequence[i
 
     if found is None:
         return not_written()
-    layers = ", ".join(map(str, found))
     rows = [
-        {"name": "structure", "status": "pass", "details": f"reads back with the layers {layers}, as planned"},
+        {"name": "structure", "status": "pass", "details": f"reads back with {_layers(found)}, as planned"},
         {"name": "bytes", "status": "pass", "details": f"{size(content.nbytes)} equal to what the sources hold"},
     ]
     if checked is None:
         return [*rows, not_asked()]
     computed = [layer for layer in found if layer not in checked]
-    words = f"layers {', '.join(map(str, checked)) or 'none'}, each alone: the logits of their sources, bit for bit"
-    words += f"; computed from several sources: {', '.join(map(str, computed))}" if computed else ""
-    return [*rows, {"name": "functional", "status": "pass", "details": words}]
+    words = [f"{_layers(checked)}, each alone: the logits of their sources, bit for bit"] if checked else ["it runs"]
+    words += [f"{_layers(computed)}: computed from several sources, so equal to none"] if computed else []
+    return [*rows, {"name": "functional", "status": "pass", "details": "; ".join(words)}]
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    return f"layer{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"

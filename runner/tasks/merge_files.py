@@ -38,7 +38,9 @@ def merge(config: MergeConfig, spec: MergeSpec, files: Files, output: Path, cont
         {"name": "bytes", "status": "pass", "details": f"{size(files.nbytes)} equal to {what}"},
         functional,
     ]
-    return _result(files, spec, context, output, checks, found, measured)
+    result = _result(files, spec, context, output, checks, found, measured)
+    result.findings += made.said
+    return result
 
 
 def _found(written: Any, files: Files) -> dict[str, list[int]]:

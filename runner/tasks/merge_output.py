@@ -70,6 +70,7 @@ def written(
     manifest: dict[str, Any] = {"recipe": spec.recipe()}
     hashes: dict[str, str] = {}
     total = content.nbytes
+    before = _set_aside(output)
     with (
         context.timed("commit"),
         ExitStack() as bars,
@@ -92,6 +93,14 @@ def written(
         with context.timed("hash"):
             manifest["inputs"] = {str(file): inputs.sha256(file) for file in read}
         yield Written(partial=partial, input_hashes=manifest["inputs"], said=said)
+    said += [f"what stood at {output} before is kept as {path.name}" for path in sorted(_set_aside(output) - before)]
+
+
+def _set_aside(output: Path) -> set[Path]:
+    """What earlier swaps could not delete, because this runner had not written all of it."""
+    if not output.parent.is_dir():
+        return set()
+    return {path for path in output.parent.iterdir() if path.name.startswith(f"{output.name}.old-")}
 
 
 def write_summary(made: Written, content: Content | Files, summary: Mapping[str, Any]) -> None:

@@ -197,6 +197,26 @@ def test_force_swaps_what_the_runner_wrote(run, pair):
     assert run("task=verify", "ckpt=out").code == 0
 
 
+def test_force_keeps_what_others_wrote_and_says_where(run, pair):
+    Path("out").mkdir()
+    Path("out/notes.txt").write_text("mine")
+    findings = merge(run, "a", "b", force="true").result["findings"]
+    (kept,) = Path().glob("out.old-*")
+    assert (kept / "notes.txt").read_text() == "mine"
+    assert f"what stood at {Path('out').absolute()} before is kept as {kept.name}" in findings
+
+
+def test_a_layer_of_several_sources_equals_none_and_that_is_said(run, base, tmp_path):
+    for seed in (1, 2):
+        write_npt(tmp_path / str(seed), npt_tensors(base, {1: ("dual", 2, 2)}, seed=seed), base=base)
+    words = ("merge=average", "merge.sources=[1,2]", "merge.output=out", "merge.verify=functional")
+    outcome = run("task=merge", *words)
+    assert (
+        "Verified functional: pass (it runs; layer 1: computed from several sources, so equal to none)" in outcome.out
+    )
+    assert "Verified structure: pass (reads back with layer 1, as planned)" in outcome.out
+
+
 def test_the_base_is_found_from_the_output(run, base, tmp_path):
     """A relative name that led from the sources to their base leads there from the merged checkpoint, and diagnose runs."""
     (tmp_path / "runs").mkdir()
@@ -257,6 +277,14 @@ def test_a_spec_of_the_users_own(run, pair):
     assert run("--config-dir", "mine", "task=merge", "merge=my_spec").result["found_layers"] == [1, 3]
     check(run("task=merge", "merge=layer11_layer13"), "experiments/layer11/checkpoint-22000: no such file or directory")
     check(run("task=merge", "merge=layer"), "did you mean 'layers'")
+
+
+def test_a_spec_that_is_no_yaml(run, pair):
+    Path("conf/merge").mkdir(parents=True)
+    Path("conf/merge/mine.yaml").write_text("sources: [a\n")
+    outcome = run("--config-dir", "conf", "task=merge", "merge=mine")
+    assert outcome.code == 2
+    assert re.fullmatch(r"runner: error: not valid YAML: .*mine.yaml., line 1.*\n", outcome.err)
 
 
 @pytest.mark.parametrize("name", ["a b", "a,b", "a=b", "[a]", "{a}", "it's", "é,[x]=1"])
