@@ -1,43 +1,25 @@
 """The same sweep under each launcher, and what becomes of jobs that a cluster loses."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.conftest import MIXED, ROOT, npt_tensors, write_npt
+from tests.endless import ENDLESS, processes_in, start, wait_for, written_scene
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 SMALL = ["hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1"]
-ENDLESS = "task=train data=text data.path=words.txt base=base train.save_every=10000000 train.warmup_steps=1 train.sequence_length=32"
 
 
 @pytest.fixture
-def scene(tmp_path: Path, base: Path) -> Path:
-    """A directory with a run of three checkpoints and a text to train on."""
-    for step in (100, 200, 300):
-        tensors = npt_tensors(base, MIXED, seed=step)
-        write_npt(tmp_path / "run" / f"checkpoint-{step}", tensors, base=base, step=step)
-    (tmp_path / "base").symlink_to(base)
-    (tmp_path / "words.txt").write_text("the cat sat on the mat and looked at the dog\n" * 200)
-    return tmp_path
-
-
-def start(scene: Path, *words: str) -> subprocess.Popen:
-    # The same number of threads everywhere: it decides about the last bits.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "runner", "-m", *words, "tracker=none"],
-        cwd=scene, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+def scene(tmp_path: Path, base: Path) -> Iterator[Path]:
+    with written_scene(tmp_path, base, 3) as directory:
+        yield directory
 
 
 def sweep(scene: Path, *words: str) -> tuple[int, str, Path]:
@@ -47,13 +29,6 @@ def sweep(scene: Path, *words: str) -> tuple[int, str, Path]:
     _, err = process.communicate(timeout=400)
     (directory,) = set((scene / "sweeps").iterdir()) - before
     return process.returncode, err, directory
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 200) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.1)
 
 
 def figures(directory: Path) -> list[dict]:
@@ -94,27 +69,12 @@ def test_a_partition_that_is_not_there(scene, slurm):
     assert reasons(directory) == ["", "", ""]
 
 
-def job_processes(scene: Path) -> list[psutil.Process]:
-    """The Python processes of Slurm jobs that work in `scene`."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if (
-                "submitit.core._submit" in process.cmdline()
-                and process.cwd() == str(scene)
-                and "srun" not in process.name()
-            ):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
-
-
 def test_a_killed_job_and_one_out_of_time_leave_the_others_alone(scene, slurm):
-    words = [*ENDLESS.split(), "hydra/launcher=submitit_slurm", *SMALL, "hydra.launcher.timeout_min=2"]
+    words = [*ENDLESS, "hydra/launcher=submitit_slurm", *SMALL, "hydra.launcher.timeout_min=2"]
     process = start(scene, *words, "train.max_steps=9000000,9000001,2")
     wait_for(lambda: list(scene.glob("sweeps/*/0_*/.hydra/overrides.yaml")))
-    (killed,) = [p for p in job_processes(scene) if p.environ().get("SLURM_ARRAY_TASK_ID") == "0"]
+    jobs = [each for each in processes_in(scene) if "submitit.core._submit" in each.cmdline()]
+    (killed,) = [each for each in jobs if each.environ().get("SLURM_ARRAY_TASK_ID") == "0"]
     killed.kill()
     _, err = process.communicate(timeout=400)
     (directory,) = (scene / "sweeps").iterdir()
@@ -128,7 +88,7 @@ def test_a_killed_job_and_one_out_of_time_leave_the_others_alone(scene, slurm):
 
 
 def test_an_interrupt_cancels_what_is_on_the_cluster(scene, slurm):
-    words = [*ENDLESS.split(), "hydra/launcher=submitit_slurm", *SMALL]
+    words = [*ENDLESS, "hydra/launcher=submitit_slurm", *SMALL]
     process = start(scene, *words, "train.max_steps=2,9000000,9000001")
     wait_for(lambda: list(scene.glob("sweeps/*/0_*/result.json")) and list(scene.glob("sweeps/*/1_*/.hydra")))
     time.sleep(2)

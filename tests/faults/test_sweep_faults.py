@@ -5,39 +5,22 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.conftest import MIXED, ROOT, npt_tensors, write_npt
+from tests.endless import ENDLESS, start, wait_for, written_scene
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-# A job that runs until it is stopped: the tests stop it.
-ENDLESS = "task=train data=text data.path=words.txt base=base train.save_every=10000000 train.warmup_steps=1 train.sequence_length=32"
-
 
 @pytest.fixture
-def scene(tmp_path: Path, base: Path) -> Path:
-    """A directory with a run of four checkpoints and a text to train on."""
-    for step in (100, 200, 300, 400):
-        tensors = npt_tensors(base, MIXED, seed=step)
-        write_npt(tmp_path / "run" / f"checkpoint-{step}", tensors, base=base, step=step)
-    (tmp_path / "base").symlink_to(base)
-    (tmp_path / "words.txt").write_text("the cat sat on the mat and looked at the dog\n" * 200)
-    return tmp_path
-
-
-def start(scene: Path, *words: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "runner", "-m", *words, "tracker=none"],
-        cwd=scene, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def scene(tmp_path: Path, base: Path) -> Iterator[Path]:
+    with written_scene(tmp_path, base, 4) as directory:
+        yield directory
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -48,13 +31,6 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 def sweep_of(scene: Path) -> Path:
     (found,) = (scene / "sweeps").iterdir()
     return found
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 200) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.1)
 
 
 def workers(parent: subprocess.Popen) -> list[psutil.Process]:
@@ -82,7 +58,7 @@ def statuses(scene: Path) -> list[str]:
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_a_killed_worker_is_told_and_the_rest_runs(scene, launcher):
-    process = start(scene, f"hydra/launcher={launcher}", *ENDLESS.split(), "train.max_steps=9000000,9000001,2")
+    process = start(scene, f"hydra/launcher={launcher}", *ENDLESS, "train.max_steps=9000000,9000001,2")
     wait_for(lambda: started(scene, 0) and started(scene, 1))
     for worker in workers(process):
         worker.kill()
@@ -106,10 +82,7 @@ def test_a_killed_worker_is_told_and_the_rest_runs(scene, launcher):
 @pytest.mark.parametrize("whole_group", [True, False], ids=["terminal", "kill"])
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
 def test_an_interrupt_keeps_what_is_finished_and_leaves_nothing_running(scene, launcher, whole_group):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "runner", "-m", f"hydra/launcher={launcher}", *ENDLESS.split(), "train.max_steps=2,9000000,3", "tracker=none"],
-        cwd=scene, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    process = start(scene, f"hydra/launcher={launcher}", *ENDLESS, "train.max_steps=2,9000000,3")
     wait_for(lambda: started(scene, 1) and statuses(scene)[0] == "ok")
     time.sleep(3)
     below = psutil.Process(process.pid).children(recursive=True)
@@ -152,7 +125,7 @@ def test_a_job_that_runs_out_of_time_says_so(scene):
     words = [
         "hydra/launcher=submitit_local",
         "hydra.launcher.timeout_min=1",
-        *ENDLESS.split(),
+        *ENDLESS,
         "train.max_steps=9000000,2",
     ]
     code, _, err = finish(start(scene, *words))

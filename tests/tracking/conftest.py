@@ -1,8 +1,10 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from server import Server, use
 
 from runner.tracking import wandb as wandb_module
 from runner.tracking.base import RunIdentity
@@ -22,6 +24,14 @@ def a_machine_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     monkeypatch.chdir(here)
     monkeypatch.setattr(wandb_module, "_PROCESS", wandb_module._Process())
     return here
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A stand-in for W&B's server, to which runs go."""
+    with Server() as server:
+        use(server, monkeypatch)
+        yield server
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
 _OPERATION = re.compile(r"(?:query|mutation)\s+(\w+)")
 
 
@@ -190,3 +192,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _file(**values: Any) -> dict[str, Any]:
     return {"uploadHeaders": [], **values}
+
+
+def use(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs go to `server`."""
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)

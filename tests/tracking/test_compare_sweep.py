@@ -35,14 +35,6 @@ def trained(tmp_path: Path, base: Path) -> Path:
     return run
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch):
-    with Server() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-        yield server
-
-
 def sweep_directory() -> Path:
     (directory,) = Path("sweeps").iterdir()
     return directory

@@ -92,14 +92,6 @@ def test_a_sweep_without_curves_has_panels_too(tmp_path: Path) -> None:
     assert [each["name"] for each in kept["spec"]["section"]["panelBankConfig"]["sections"]] == ["Comparison"]
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch):
-    with Server() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-        yield server
-
-
 def test_online_it_is_saved_and_made_again_in_its_place(
     server: Server, comparison: Comparison, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

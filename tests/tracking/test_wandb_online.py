@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server import Server
+from server import Server, use
 from wandb_reader import read_runs
 
 from runner.tracking import session
@@ -22,18 +22,6 @@ SECONDS = 1.5
 
 def tracker(**fields: Any) -> WandbTracker:
     return WandbTracker(init_timeout=SECONDS, finish_timeout=SECONDS, **fields)
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch):
-    with Server() as server:
-        use(server, monkeypatch)
-        yield server
-
-
-def use(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
 
 
 @pytest.mark.parametrize("said", [None, "online"])

@@ -1,0 +1,61 @@
+"""Sweeps in processes of their own, with jobs that run until a test stops them."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tests.conftest import MIXED, ROOT, npt_tensors, write_npt
+
+# The same number of threads everywhere: it decides about the last bits.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+# A job that runs until it is stopped.
+ENDLESS = "task=train data=text data.path=words.txt base=base train.save_every=10000000 train.warmup_steps=1 train.sequence_length=32".split()
+
+
+@contextmanager
+def written_scene(directory: Path, base: Path, count: int) -> Iterator[Path]:
+    """`directory` with a run of `count` checkpoints and a text to train on; nothing works in it any more afterwards."""
+    for step in range(100, 100 * count + 1, 100):
+        tensors = npt_tensors(base, MIXED, seed=step)
+        write_npt(directory / "run" / f"checkpoint-{step}", tensors, base=base, step=step)
+    (directory / "base").symlink_to(base)
+    (directory / "words.txt").write_text("the cat sat on the mat and looked at the dog\n" * 200)
+    try:
+        yield directory
+    finally:
+        for process in processes_in(directory):
+            process.kill()
+
+
+def processes_in(directory: Path) -> list[psutil.Process]:
+    """The Python processes whose current directory this is."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cwd() == str(directory) and "python" in process.name() and process.pid != os.getpid():
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def start(scene: Path, *words: str) -> subprocess.Popen:
+    """`runner -m` with these words, in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "runner", "-m", *words, "tracker=none"],
+        cwd=scene, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 200) -> None:
+    """Until `condition()` holds; AssertionError where it never does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.1)
