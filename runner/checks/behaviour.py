@@ -112,7 +112,9 @@ def _relative_difference(expected: torch.Tensor, found: torch.Tensor) -> tuple[f
     """The largest and the mean difference of logits [t, V], in units of their root mean square; 0 for no logits."""
     if not len(expected):
         return 0.0, 0.0
-    difference = (found.float() - expected.float()).abs() / expected.float().square().mean().sqrt()
+    # A head that is still zero gives logits of no size.
+    size = expected.float().square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    difference = (found.float() - expected.float()).abs() / size
     return difference.max().item(), difference.mean().item()
 
 

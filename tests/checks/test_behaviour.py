@@ -29,10 +29,12 @@ def places(tmp_path_factory, base):
         "peft": write_adapter(root / "adapter", base),
         "gpt": script_file(root / "small.pt", random_state("small")),
         "hf": base,
+        # As the training scripts begin: every logit of this dialect is 0.
+        "gpt_untrained": script_file(root / "medium.pt", random_state("medium") | {"lm_head_w": torch.zeros(24, 128)}),
     }
 
 
-@pytest.mark.parametrize("name", ["npt", "npt_untrained", "moe", "peft", "gpt", "hf"])
+@pytest.mark.parametrize("name", ["npt", "npt_untrained", "moe", "peft", "gpt", "hf", "gpt_untrained"])
 def test_sound_models_pass(name, places, tmp_path):
     bench = bench_of(places[name], tmp_path / "scratch")
     before = weights_of(bench)
