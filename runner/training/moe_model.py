@@ -80,18 +80,30 @@ def reopened_moe(
         raise ConfigError(
             f"train.resume_from={path}: is at step {checkpoint.step} already; give a larger train.max_steps"
         )
-    own = [(e.adapter.settings.r, e.adapter.settings.alpha, e.adapter.settings.targets) for e in details.experts]
-    targets = tuple(sorted(settings.target_modules))
-    wanted = [(settings.lora_r, settings.lora_alpha, targets)] * settings.experts
-    if own != wanted:
-        raise ConfigError(
-            f"train.resume_from={path}: its experts' (lora_r, lora_alpha, target_modules) are {own}, those asked for "
-            f"{wanted}; they must be the same"
+    own = [expert.adapter.settings for expert in details.experts]
+    asked: dict[str, tuple[list[Any], Any]] = {
+        "experts": ([len(own)], settings.experts),
+        "lora_r": ([each.r for each in own], settings.lora_r),
+        "lora_alpha": ([each.alpha for each in own], settings.lora_alpha),
+        "target_modules": ([each.targets for each in own], tuple(sorted(settings.target_modules))),
+    }
+    if differing := [name for name, (held, wanted) in asked.items() if set(held) != {wanted}]:
+        shown = " and ".join(
+            f"{name}={_spelled(asked[name][0])}, not {_spelled([asked[name][1]])}" for name in differing
         )
+        raise ConfigError(f"train.resume_from={path}: it has {shown}; they must be the same")
     options = {"temperature": settings.temperature, "dropout": settings.lora_dropout}
     model = build(checkpoint, base, routing=options if top_k is None else {**options, "top_k": top_k})
     assert isinstance(model, LoraMoeForCausalLM)
     return model
+
+
+def _spelled(values: list[Any]) -> str:
+    """Each value once, as on the command line."""
+    each = (
+        f"[{','.join(v)}]" if isinstance(v, tuple) else f"{v:g}" if isinstance(v, float) else f"{v}" for v in values
+    )
+    return " and ".join(dict.fromkeys(each))
 
 
 def _target_modules(base: Base, settings: MoeSettings) -> dict[str, tuple[int, int]]:

@@ -51,7 +51,7 @@ class MoeSettings:
             raise ConfigError(f"train.target_modules={names}: give a list of modules, such as [q_proj,v_proj]")
         object.__setattr__(self, "target_modules", tuple(names))
         if self.experts != AUTO:
-            check_whole("experts", self.experts, 1)
+            check_whole("experts", self.experts, 1, or_else=AUTO)
         for name in _AT_LEAST_ONE:
             check_whole(name, getattr(self, name), 1)
         check_whole("sequence_length", self.sequence_length, 2)

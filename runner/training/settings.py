@@ -68,10 +68,12 @@ class TrainSettings(EquivalenceSettings):
     resume_from: str | None = None
 
 
-def check_whole(name: str, value: object, least: int) -> None:
-    """Raise ConfigError unless `train.<name>` is a whole number of at least `least`."""
+def check_whole(name: str, value: object, least: int, *, or_else: str = "") -> None:
+    """Raise ConfigError unless `train.<name>` is a whole number of at least `least`; `or_else`: what else it may be."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"train.{name}={value}: must be a whole number, at least {least}")
+        raise ConfigError(
+            f"train.{name}={value}: must be a whole number, at least {least}{or_else and f', or {or_else}'}"
+        )
 
 
 def check_number(name: str, value: object, *, zero_allowed: bool) -> None:

@@ -70,6 +70,7 @@ REFUSED = {
     "the other way round": (["family=lora_moe", "train.layers=[1]"], "train.layers belongs to another family"),
     "train beside family": (["train=lora_moe"], "family=npt and train=lora_moe contradict each other"),
     "an unknown key": (["family=lora_moe", "train.expert=2"], "did you mean 'train.experts'?"),
+    "experts in words": (["family=lora_moe", "train.experts=two"], "must be a whole number, at least 1, or auto"),
     "too many experts a token": (["family=lora_moe", "family.top_k=3"], "family.top_k=3: with train.experts=2"),
     "other features": (["family=lora_moe", "family.router_features=base"], "a checkpoint does not record them"),
     "no experts": (["family=lora_moe", "family.experts=false"], "a checkpoint does not record them"),

@@ -245,9 +245,9 @@ CANNOT_RESUME = {
     "another optimizer": (other_state, {}, CheckpointError, "optimizer.pt: is no state of this training"),
     "a strange trainer state": (lambda c: edit_json(c / "trainer_state.json", strange=1), {}, CheckpointError, "is no state of the Trainer"),
     "nothing left": (None, {"max_steps": 10}, ConfigError, "at step 10 already"),
-    "another rank": (None, {"lora_r": 3}, ConfigError, "they must be the same"),
-    "other experts": (None, {"experts": 3}, ConfigError, "they must be the same"),
-    "other modules": (None, {"target_modules": ("q_proj",)}, ConfigError, "they must be the same"),
+    "another rank": (None, {"lora_r": 3}, ConfigError, "it has lora_r=2, not 3; they must be the same"),
+    "other experts": (None, {"experts": 3}, ConfigError, "it has experts=2, not 3; they must be the same"),
+    "other modules": (None, {"target_modules": ("q_proj",)}, ConfigError, r"it has target_modules=\[.*\], not \[q_proj\]; they"),
 }  # fmt: skip
 
 
