@@ -277,7 +277,7 @@ def test_a_launcher_that_breaks_starts_the_rest_again(tmp_path, capfd, starts, a
     inner = Fragile(tmp_path, starts=starts)
     assert _Guarded(inner, sweep).launch([job.overrides for job in jobs], 0) == []
     assert [[int(name[0]) for name in names] for names in inner.asked] == asked
-    assert capfd.readouterr().out.splitlines() == [f"#{number + 1} ?: done" for number in sorted({*range(5)} - lost)]
+    assert capfd.readouterr().out.splitlines() == [f"#{n + 1} {n}_x: done" for n in sorted({*range(5)} - lost)]
     sweep.keep_reasons()
     assert {
         job.number for job in read_plan(tmp_path).jobs if job.reason == "RuntimeError: a worker died of something"
@@ -305,6 +305,36 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
     read = read_plan(tmp_path)
     assert [job.reason for job in read.jobs] == [None, "killed", None]
     assert read.with_reasons({}) == plan
+
+
+@pytest.mark.parametrize(
+    ("launcher", "value"),
+    [
+        ("joblib", "n_jobs=0"),
+        ("joblib", "n_jobs=abc"),
+        ("submitit_local", "jobs_at_once=0"),
+        ("submitit_local", "timeout_min=0"),
+    ],
+)
+def test_a_launcher_with_which_no_job_would_run(run, empty_run, launcher, value):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    outcome = run("-m", f"ckpt={empty_run}", "step=200", f"hydra/launcher={launcher}", f"hydra.launcher.{value}")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+    assert f"hydra.launcher.{value}: give a whole number of at least 1" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "word", ["hydra.sweeper.params={step:500}", "+hydra.sweeper.params.step=500", "hydra/sweeper=foo"]
+)
+def test_another_sweeper_is_refused_before_anything_starts(run, empty_run, word):
+    outcome = run("-m", f"ckpt={empty_run}", "step=200", word)
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+    assert "give the values as key=a,b,c" in outcome.err
+
+
+def test_a_job_without_a_checkpoint_has_a_name(run):
+    outcome = run("-m", "task=compare", "sweep=nowhere")
+    assert outcome.out.splitlines()[0] == "#1 0_compare: FAILED"
 
 
 def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch):

@@ -60,9 +60,9 @@ def print_result(
     console.print(Text("\n".join(left), style="dim"), soft_wrap=True)
 
 
-def print_line(result: Mapping[str, Any], console: Console, *, number: int) -> None:
-    """One job of a sweep in one line, as it ends."""
-    name = printable(Path(result.get("ckpt") or "?").name)
+def print_line(result: Mapping[str, Any], console: Console, *, number: int, job: str = "?") -> None:
+    """One job of a sweep in one line, as it ends; where it has no checkpoint it is called `job`."""
+    name = printable(Path(result.get("ckpt") or job).name)
     if result["status"] != "ok":
         text = f"#{number} {name}: FAILED"
     else:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
+from omegaconf import DictConfig
 
 from runner.config import did_you_mean
 from runner.errors import ConfigError
 from runner.overrides import CommandLine
 
 KEY = "hydra/launcher"
+# Of the launchers in conf/: processes or jobs at a time, and a job's time in minutes.
+_COUNTS = ("n_jobs", "jobs_at_once", "array_parallelism", "timeout_min")
 # The package that a launcher comes from, and the extra of ours that brings it.
 _NEEDS = {
     "joblib": ("hydra_joblib_launcher", "launchers"),
@@ -19,6 +22,18 @@ _NEEDS = {
     "submitit_slurm": ("hydra_submitit_launcher", "launchers"),
     "ray": ("hydra_ray_launcher", "ray"),
 }
+
+
+def check_values(launcher: DictConfig) -> None:
+    """Raise ConfigError for a number of processes or minutes in `launcher` with which no job would ever run."""
+    for key in _COUNTS:
+        value = launcher.get(key)
+        if value is None:
+            continue
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value == 0 or (value < 0 and key != "n_jobs"):
+            alternative = ", or -1 for as many as there are cores" if key == "n_jobs" else ""
+            raise ConfigError(f"hydra.launcher.{key}={value}: give a whole number of at least 1{alternative}")
 
 
 def use_own_configs(conf: Path) -> None:
@@ -31,7 +46,11 @@ def use_own_configs(conf: Path) -> None:
 
 
 def check_launcher(line: CommandLine, conf: Path) -> None:
-    """Raise ConfigError where the chosen launcher is unknown, or needs what this installation or machine lacks."""
+    """Raise ConfigError where the chosen launcher is unknown, or needs what this installation or machine lacks; and
+    for a sweeper of Hydra's instead of our own expansion."""
+    given = {key.lstrip("+~") for key, _ in line.overrides}
+    if any(key == "hydra/sweeper" or key.startswith("hydra.sweeper.params") for key in given):
+        raise ConfigError("hydra.sweeper.params and other sweepers are not supported; give the values as key=a,b,c")
     name = line.get(KEY)
     if name is None or name == "basic":
         return

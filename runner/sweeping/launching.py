@@ -23,6 +23,7 @@ from runner.plan import PLAN_NAME, Job, Plan, good_result, write_plan
 from runner.reports.junit import is_directory
 from runner.results import FILE_NAME
 from runner.sweeping.jobs import plan_of
+from runner.sweeping.launchers import check_values
 from runner.sweeping.watching import watched
 
 # Held by the process that runs the sweep; the system lets go of it when that process dies.
@@ -95,6 +96,7 @@ def launching(sweep: Sweep) -> Iterator[None]:
     def instantiate(
         plugins: Plugins, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> Launcher:
+        check_values(config.hydra.launcher)
         inner = original(plugins, hydra_context=hydra_context, task_function=task_function, config=config)
         plan = plan_of(config, hydra_context.config_loader, sweep.line)
         if sweep.resumed is not None:

@@ -72,7 +72,7 @@ def _report(job: Job, directory: Path, console: Console) -> bool:
         result = read_json(directory / job.directory / FILE_NAME)
     except (OSError, ValueError):
         return False
-    print_line(result, console, number=job.number + 1)
+    print_line(result, console, number=job.number + 1, job=job.directory)
     if result["status"] == "error":
         print(f"runner: error: {printable(result['error']['message'])}", file=sys.stderr)
     return True
