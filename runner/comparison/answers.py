@@ -105,7 +105,7 @@ def worst_layer(series: Series) -> Answer:
     return Answer(
         level="warn",
         short=f"layer {layer} holds it back",
-        words=f"{_raised(figure)}; {bad} of {len(ranked)} layers are not below {bound:g}.",
+        words=f"{_raised(figure)}; {bad} of {len(ranked)} layers {'is' if bad == 1 else 'are'} not below {bound:g}.",
     )
 
 
