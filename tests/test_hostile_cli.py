@@ -6,10 +6,12 @@ import resource
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+from runner.__main__ import start
 from runner.checkpoints.content import sha256_of
 from tests.checkpoints.test_pickles import BOMBS, DAMAGED
 from tests.checkpoints.test_tensors import INDEXES, SAFETENSORS
@@ -71,3 +73,15 @@ def test_every_hostile_file(tmp_path, base):
         assert seconds < 30, (words, seconds)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 << 20  # kilobytes
     assert [hashes(path) for _, path in made] == before
+
+
+def test_an_interrupt_while_the_command_line_is_imported_is_one_line(monkeypatch, capsys):
+    class Interrupted(types.ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "runner.cli", Interrupted("runner.cli"))
+    with pytest.raises(SystemExit) as end:
+        start()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "runner: interrupted; what was finished is kept\n"
