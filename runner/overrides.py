@@ -107,9 +107,14 @@ def spell(key: str, value: str, *, multirun: bool) -> str:
 
 
 def _exists(text: str) -> bool:
-    """Whether `text` is a path that is there; what is too long for a name, as many names with commas are, is none."""
+    """Whether `text` is a path that is there; what is too long for a name, as many names with commas are, is none.
+
+    Raises ConfigError for the home directory of nobody.
+    """
     try:
         return Path(text).expanduser().exists()
+    except RuntimeError as error:
+        raise ConfigError(f"{text}: there is no such user; write the path without ~") from error
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise

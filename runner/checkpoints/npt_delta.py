@@ -191,6 +191,9 @@ def open_npt_delta(listing: Listing) -> Checkpoint:
     keys = read_keys(weights.infos, listing.file(name))
     state, config = _side_files(listing)
     step = state.get("global_step")
+    base_name = config.get("model_name") or _older_config(state).get("model_name")
+    if base_name is not None and not isinstance(base_name, str):
+        raise CheckpointError(f"{listing.path}: model_name is {base_name!r:.80}, not the name of a base model")
     return Checkpoint(
         path=listing.path,
         format=NAME,
@@ -200,7 +203,7 @@ def open_npt_delta(listing: Listing) -> Checkpoint:
         layers=keys.layers,
         missing=keys.missing,
         unknown=keys.unknown,
-        base_name=config.get("model_name") or (state.get("config") or {}).get("model_name"),
+        base_name=base_name,
         step=step if isinstance(step, int) else None,
         training={"state": state, "config": config},
     )
@@ -232,6 +235,12 @@ def _side_files(listing: Listing) -> tuple[dict[str, Any], dict[str, Any]]:
             raise CheckpointError(f"{directory.file(TRAINING_STATE)}: holds a {type(state).__name__}, not a dictionary")
     config = read_object(directory.file(CONFIG), CONFIG, 16 << 20) if CONFIG in directory.entries else {}
     return state, config
+
+
+def _older_config(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config inside a training state, as older files have it; {} where there is none, or no plain one."""
+    config = state.get("config")
+    return config if isinstance(config, Mapping) else {}
 
 
 def save(

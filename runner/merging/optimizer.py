@@ -13,6 +13,7 @@ import torch
 
 from runner.merging import pieces
 from runner.merging.moments import NAMES, Moments
+from runner.merging.plain_values import same
 from runner.merging.plan import Plan, PlannedTensor
 from runner.merging.sources import Source
 
@@ -87,8 +88,11 @@ class _Lacking:
         """One line a source, and one a layer of several."""
         found = []
         for path, count in self.of.items():
-            some = "" if count == self.among[path] else f" for {count} of its {self.among[path]} parameters"
-            found += [f"{path}: has no optimizer moments{some}, which start without"] if count else []
+            if count == self.among[path]:
+                found.append(f"{path}: has no optimizer moments: its parameters start without moments")
+            elif count:
+                of = f"{count} of its {self.among[path]} parameters"
+                found.append(f"{path}: has no optimizer moments for {of}, which start without")
         for layer, paths in self.combined.items():
             found.append(f"layer {layer} starts without optimizer moments, since {' and '.join(paths)} has none for it")
         for path, (held, absent) in self.unlike.items():
@@ -175,7 +179,7 @@ def _differences(moments: Sequence[Moments], furthest: Moments) -> list[dict[str
         for number, (theirs, kept) in enumerate(zip(other.groups[:common], furthest.groups[:common], strict=True)):
             for name in dict.fromkeys((*kept, *theirs)):
                 a, b = theirs.get(name), kept.get(name)
-                if name not in _OF_PARAMETERS and not _same(a, b):
+                if name not in _OF_PARAMETERS and not same(a, b):
                     found.append(_difference(name, number, other, a, b))
     return found
 
@@ -183,12 +187,6 @@ def _differences(moments: Sequence[Moments], furthest: Moments) -> list[dict[str
 def _difference(what: str, group: int | None, other: Moments, theirs: Any, kept: Any) -> dict[str, Any]:
     values = {"source": str(other.source.path), "value": _plain(theirs), "kept": _plain(kept)}
     return {"setting": what, "group": group, **values}
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
-    return type(a) is type(b) and bool(a == b)
 
 
 def _plain(value: Any) -> Any:

@@ -44,6 +44,19 @@ def writable(value: Any, source: Source) -> tuple[Any, list[str]]:
     return convert(value, ""), findings
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether two settings are equal, in type too; tensors inside them element by element."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
 def _held(item: Inert) -> tuple[Any, str]:
     """What a foreign object holds, and how that is said."""
     if isinstance(item, InertPath):

@@ -94,4 +94,6 @@ def write_json_files(directory: Path, texts: Mapping[str, Mapping[str, Any]]) ->
     """Write new JSON files into `directory` by their names. Raises OSError where the disk fails."""
     for name, values in texts.items():
         with new_file(directory / name) as sink:
-            sink.write((json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n").encode())
+            text = json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n"
+            # Half a surrogate pair, as of a path that is no UTF-8, stands in JSON as its escape.
+            sink.write(text.encode(errors="backslashreplace"))

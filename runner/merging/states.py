@@ -11,7 +11,7 @@ from runner.checkpoints.pickles import load_pickle
 from runner.errors import CheckpointError
 from runner.merging.moments import Moments, read_moments
 from runner.merging.optimizer import unite
-from runner.merging.plain_values import writable
+from runner.merging.plain_values import same, writable
 from runner.merging.plan import Plan, layer_sources, merged_from
 from runner.merging.sources import Source, furthest, rebased
 
@@ -90,7 +90,7 @@ def multi_layer_state(plan: Plan) -> State | None:
     weights = {}
     for planned in plan.layers:
         layer = planned.layer.layer
-        known = [_layer_weight(found[id(source)], layer) for source in planned.sources]
+        known = [writable(_layer_weight(found[id(source)], layer), source)[0] for source in planned.sources]
         given = [weight for weight in known if weight is not None]
         if not given:
             findings.append(f"layer {layer}: no source gives it a weight in the loss; 1.0 is written")
@@ -99,7 +99,7 @@ def multi_layer_state(plan: Plan) -> State | None:
     content |= {"layers_to_train": layers, "layer_weights": weights}
     schedule = (found[id(leader)] or {}).get("curriculum_schedule")
     for source in having:
-        if (found[id(source)] or {}).get("curriculum_schedule") != schedule:
+        if not same((found[id(source)] or {}).get("curriculum_schedule"), schedule):
             findings.append(f"{source.path}: has another curriculum; that of {leader.path}, the furthest, is kept")
     return State(content=content, findings=tuple(findings))
 

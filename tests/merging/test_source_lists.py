@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+
+from runner.errors import ConfigError
 from runner.overrides import spell
 
 
@@ -30,3 +33,9 @@ def test_many_sources_are_longer_together_than_a_name_may_be(tmp_path, monkeypat
         Path(name).mkdir()
     assert spell("merge.sources", f"[{','.join(names)}]", multirun=False) == expected
     assert spell("ckpt", "n" * 300, multirun=False) == f"ckpt='{'n' * 300}'"
+
+
+def test_the_home_directory_of_nobody_is_named():
+    for key, value in (("merge.output", "~nobody_here/x"), ("merge.sources", "[~nobody_here/x]")):
+        with pytest.raises(ConfigError, match=r"~nobody_here/x.*: there is no such user; write the path without ~"):
+            spell(key, value, multirun=False)

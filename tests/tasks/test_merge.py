@@ -319,6 +319,23 @@ def test_foreign_objects_in_a_state_become_plain_and_are_said(run, pair):
     assert state_of(Path("out"))["args"] == {"lr": 1e-3, "out": "x"}
 
 
+def test_tensors_in_unusual_places(run, pair):
+    """As settings of an optimizer, weights of layers, steps of a curriculum; and half a surrogate pair in a config."""
+    state = state_of(Path("a/checkpoint-100"))
+    state["optimizer_state_dict"]["param_groups"][0]["betas"] = (torch.tensor([0.5, 0.25]), 0.999)
+    torch.save(state, "a/checkpoint-100/training_state.pt")
+    multi = {"layer_weights": {1: torch.tensor(0.5)}, "curriculum_schedule": [{"until_step": torch.tensor([1, 2])}]}
+    torch.save(multi, "a/checkpoint-100/multi_layer_state.pt")
+    Path("a/checkpoint-100/config.json").write_text('{"model_name": "base", "note": "\\ud800"}')
+    outcome = merge(run, "a", "b")
+    assert (outcome.code, outcome.err) == (0, "")
+    said = "optimizer group 0: betas is [[0.5, 0.25], 0.999] in a"
+    assert any(finding.startswith(said) for finding in outcome.result["findings"])
+    written = torch.load("out/multi_layer_state.pt", weights_only=True)
+    assert same(written["layer_weights"], {1: torch.tensor(0.5), 3: 2.0})
+    assert json.loads(Path("out/config.json").read_text())["note"] == "\ud800"
+
+
 def test_nothing_of_a_state_is_cut_or_lost(run, pair):
     """What inspect would shorten, and what pickle's protocol 2 spells as a function's call."""
     import argparse
@@ -384,6 +401,10 @@ DAMAGE = {
     "a flipped bit": (flipped, r"b/npt_weights.pt: record npt_weights/data/\d+ .* is damaged: its CRC"),
     "half a training state": (damaged_state, "training_state.pt: truncated"),
     "an empty config": (lambda path: (path / "config.json").write_text(""), "config.json: an empty file"),
+    "a base that is no name": (
+        lambda path: (path / "config.json").write_text('{"model_name": 5}'),
+        "b: model_name is 5, not the name of a base model",
+    ),
     "nothing there": (shutil.rmtree, "b: no such file or directory"),
 }
 
