@@ -58,7 +58,7 @@ def test_the_worst_layer_is_that_of_the_last_checkpoint_that_has_figures(tmp_pat
     rows = [{"layer": 1, "mse": 0.02}, {"layer": 2, "mse": 0.3}, {"layer": 3, "mse": None}, {"layer": [4], "mse": 9}]
     write_job(sweep, 2, "x", result("/runs/a/checkpoint-300", 0.4, tier="full", layers=rows), tier={"name": "full"})
     found = answers(read(sweep).series[0]).layer
-    assert found.words == "Layer 2, mse 0.3 alone (next: layer 1, 0.02), at step 300; 1 of 2 layers are not below 0.1."
+    assert found.words == "Layer 2, mse 0.3 alone (next: layer 1, 0.02), at step 300; 1 of 2 layers is not below 0.1."
     assert "tier=full" in answers(read(write_sweep(tmp_path / "q", curve(0.5))).series[0]).layer.words
 
 
