@@ -32,7 +32,7 @@ def expand(line: CommandLine, *, demo_run: Callable[[], Path]) -> CommandLine:
     if step == "null" or (step is not None and re.fullmatch(r"-?\d+", step) and not line.multirun):
         return line
     if runs := _several_runs(line):
-        return _expand_runs(line, runs, step)
+        return _expand_runs(line, [demo_run() if step and str(path) == "demo" else path for path in runs], step)
     path = None if ckpt is None else Path(ckpt).expanduser()
     if step is None:
         run = find_run(path) if path is not None and path.is_dir() else None

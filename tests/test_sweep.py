@@ -105,6 +105,15 @@ def test_patterns_in_a_list(empty_run, tmp_path):
         expanded("-m", f"ckpt={empty_run}/checkpoint-*,{tmp_path}/none*")
 
 
+def test_the_demonstration_is_one_run_of_several(empty_run, tmp_path):
+    (tmp_path / "demonstration" / "checkpoint-9").mkdir(parents=True)
+    line = expand(parse(["-m", f"ckpt=demo,{empty_run}", "step=-1"]), demo_run=lambda: tmp_path / "demonstration")
+    assert [Path(part.strip("'")).name for part in (line.get("ckpt") or "").split(",")] == [
+        "checkpoint-9",
+        "checkpoint-3000",
+    ]
+
+
 def test_a_directory_s_own_brackets_are_no_pattern(tmp_path):
     run = tmp_path / "lr=[1e-4], é"
     for step in (70, 8):
