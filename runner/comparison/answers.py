@@ -4,8 +4,9 @@ Every sentence states the figures that it rests on, and says so where they are t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from runner.checkpoints.runs import spell
 from runner.comparison.answer import Answer
 from runner.comparison.jobs import Job
 from runner.comparison.points import checkpoint_name, figures, layer_mses, prompt_mses
@@ -40,7 +41,19 @@ def working(series: Series) -> Answer:
             short="the last checkpoint's logits are not finite",
             words=f"No: at step {last.step} there is no finite mse.",
         )
-    return trend([(job.step or 0, mse) for job in series.jobs if (mse := job.metric("mse")) is not None])
+    found = trend([(job.step or 0, mse) for job in series.jobs if (mse := job.metric("mse")) is not None])
+    return _with_gaps(found, [job.step or 0 for job in series.jobs if job.metric("mse") is None])
+
+
+def _with_gaps(found: Answer, steps: Sequence[int]) -> Answer:
+    """The answer, and at which `steps` there was no finite mse: a curve that passes over them is not all there is."""
+    if not steps:
+        return found
+    words = f"{found.words} There is no finite mse at step{'s' if len(steps) > 1 else ''} {spell(steps)}."
+    level = "warn" if found.level == "good" else found.level
+    return replace(
+        found, level=level, short=f"{found.short}, but not every checkpoint's logits are finite", words=words
+    )
 
 
 def ready(series: Series) -> Answer:

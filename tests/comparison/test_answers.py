@@ -28,6 +28,7 @@ def curve(*mses):
     ((0.5, 0.4, 0.6, 0.4, 0.45), "warn", "up and down"),
     ((0.9, 0.6, 0.3, 0.21, 0.2, 0.2, 0.199, 0.2, 0.198), "warn", "hardly any more since step 500"),
     ((0.9, 0.1, 0.04, 0.03, 0.03, 0.03), "good", "Yes"),
+    ((0.9, 0.5, None, 0.3, None, 0.2), "warn", "0.2 at step 600. There is no finite mse at steps 300, 500."),
     ((0.9, 0.5, None), "bad", "at step 300 there is no finite mse"),
 ])  # fmt: skip
 def test_whether_training_works(tmp_path, mses, level, words):
