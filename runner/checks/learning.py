@@ -83,8 +83,13 @@ def optimizer_step(bench: Bench) -> Outcome:
             bench.free("model", "checkpoint")  # a model may lie in the mapped file, and a step in its private copy
     if stray := sorted(changed - wanted.keys()):
         return failed(f"a step also changes {', '.join(stray[:4])}", "Look for tensors that share memory.")
-    if not moving or (moving - changed):
-        return failed(f"a step leaves {', '.join(sorted(moving - changed)[:4]) or 'everything'} as it was")
+    if not moving:
+        return failed(
+            "every gradient is zero, so no step can change anything: the factors that multiply each other are all zero",
+            "start the training again: one factor of each product must begin with other values than zero",
+        )
+    if moving - changed:
+        return failed(f"a step leaves {', '.join(sorted(moving - changed)[:4])} as it was")
     return passed(f"changes {len(changed)} parameters; {len(before) - len(changed)} other tensors keep every bit")
 
 

@@ -31,7 +31,7 @@ def files(bench: Bench) -> Outcome:
         held = ", ".join(sorted(entry.name for entry in bench.look.path.iterdir())[:8])
         return failed(f"{bench.look.path}: holds no weights; it holds {held}", "copy or download it again")
     kinds = sorted({path.suffix for path in found})
-    return passed(f"{len(found)} weights files ({', '.join(kinds)})")
+    return passed(f"{len(found)} weights file{'s' * (len(found) != 1)} ({', '.join(kinds)})")
 
 
 def _states(bench: Bench) -> list[str]:

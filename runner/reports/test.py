@@ -16,7 +16,11 @@ def facts(result: Mapping[str, Any]) -> list[Fact]:
     shown = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     score = result.get("metrics", {}).get("score")
     overall = result.get("overall")
-    readiness = None if overall is None else f"{overall} (mean score {number(score, 2)})"
+    reasons = (
+        ["an integrity check failed"] if any(row["integrity"] and row["status"] == "fail" for row in checks) else []
+    )
+    reasons += [f"mean score {number(score, 2)}"] if score is not None else []
+    readiness = None if overall is None else f"{overall} ({', '.join(reasons)})"
     built = next(
         (row["data"]["path"] for row in checks if row["name"] == "built" and "path" in row.get("data", {})), None
     )

@@ -56,6 +56,13 @@ def test_gradients_that_cannot_be_anything_but_zero_are_said(places, tmp_path):
     assert "(12 zero for now" in rows["gradients"]["details"]
 
 
+def test_weights_that_no_training_can_move_fail(tmp_path, base):
+    path = write_npt(tmp_path / "npt", {name: t * 0 for name, t in npt_tensors(base, MIXED).items()}, base=base)
+    rows = rows_of(bench_of(path, tmp_path / "scratch"), LIVING)
+    assert [name for name, row in rows.items() if row["status"] == "fail"] == ["optimizer_step"]
+    assert "every gradient is zero, so no step can change anything" in rows["optimizer_step"]["details"]
+
+
 def every_row_sees_the_mean_of_the_batch(patch, model):
     real = RankKUpdate.forward
     patch.setattr(RankKUpdate, "forward", lambda self, a, x: real(self, a.mean(0, keepdim=True).expand_as(a), x))

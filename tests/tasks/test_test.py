@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from runner.checks import preflight
+from runner.reports.test import facts
 from runner.tasks.test import overall
 from tests.checkpoints.test_toy_format import toy  # noqa: F401 - a fixture
 from tests.conftest import ROOT, npt_tensors, write_npt
@@ -290,3 +291,17 @@ def test_readiness_is_the_mean_score(scores, failing, word):
     rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
     rows.append({"name": "i", "integrity": True, "status": "fail" if failing else "pass"})
     assert overall(rows) == word
+
+
+@pytest.mark.parametrize(
+    ("integrity", "metrics", "line"),
+    [
+        ("fail", {}, "NOT_READY (an integrity check failed)"),
+        ("fail", {"score": 1.0}, "NOT_READY (an integrity check failed, mean score 1.00)"),
+        ("pass", {"score": 1.0}, "READY (mean score 1.00)"),
+    ],
+)
+def test_the_overall_word_comes_with_its_reason(integrity, metrics, line):
+    row = {"name": "i", "integrity": True, "status": integrity, "seconds": 0.0, "peak_bytes": 1, "details": ""}
+    result = {"checks": [row], "metrics": metrics, "overall": line.split()[0], "passed": integrity == "pass"}
+    assert ("Overall", line) in [fact[:2] for fact in facts(result)]
