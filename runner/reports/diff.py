@@ -26,7 +26,9 @@ def facts(result: Mapping[str, Any]) -> list[Fact]:
     ]
     if totals:
         figures = f"mse {number(totals['mse'], 6)}, largest difference {number(totals['max_abs'])}"
-        rows.append(("All Weights", f"{figures} over {many(totals['elements'])} elements", ""))
+        other = sum("reference_shape" in row for row in result["tensors"])
+        left_out = f"; without {many(other)} of other shapes" if other else ""
+        rows.append(("Common Weights", f"{figures} over {many(totals['elements'])} elements{left_out}", ""))
     return known(rows)
 
 

@@ -1,5 +1,6 @@
 """`task=diff`: what differs between two checkpoints, tensor by tensor."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,10 @@ def test_another_rank_has_no_figures(run, workdir):
     write_source(Path("a"), {1: ("single", 2, 1)})
     write_source(Path("b"), {1: ("single", 3, 1)})
     rows = run("task=diff", "ckpt=a", "reference=b").result["tensors"]
+    write_source(Path("c"), {1: ("single", 2, 1), 2: ("dual", 1, 1)})
+    write_source(Path("d"), {1: ("single", 2, 1), 2: ("dual", 3, 1)})
+    shown = run("task=diff", "ckpt=c", "reference=d").out
+    assert re.search(r"Common Weights: mse .* over 112 elements; without 6 of other shapes", shown)
     assert [(row["shape"], row["reference_shape"]) for row in rows] == [
         ([16, 2], [16, 3]), ([2, 16], [3, 16]), ([2, 24], [3, 24])
     ]  # fmt: skip
