@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 
 from runner.comparison.comparison import Comparison
 from runner.comparison.series import Series
@@ -43,10 +44,11 @@ def pictures(comparison: Comparison) -> dict[str, bytes]:
 def _draw(axes, series: list[Series]) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001 - matplotlib's Axes
     """The curves onto `axes`."""
     for number, one in enumerate(series):
-        points = [(s, v) for s, v in zip(one.steps, one.values("mse"), strict=True) if v is not None and v > 0]
+        # A gap, as on the page, where there is no value that a logarithmic axis can show.
+        values = [v if v is not None and v > 0 else math.nan for v in one.values("mse")]
         # Two tiers of one run have the same figures: dashes let the curve below shine through.
         style = {"linestyle": "-" if number == 0 else (0, (4, 1 + number % 4)), "color": _colour(number)}
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=_text(one.label), **style)
+        axes.plot(one.steps, values, marker="o", markersize=4, label=_text(one.label), **style)
     values = [v for one in series for v in one.values("mse") if v is not None and v > 0]
     low, high = 0.6 * min(values), 1.5 * max(values)
     if any(one.estimate is not None for one in series):

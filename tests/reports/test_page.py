@@ -62,6 +62,12 @@ def test_what_a_logarithmic_scale_does_not_reach_is_said(tmp_path):
     assert "Where it is 0" in next(figure for figure in charts(read(partly)) if figure.name == "mse").note
 
 
+def test_a_picture_has_the_gaps_of_the_page(tmp_path):
+    gap = pictures(read(write_sweep(tmp_path / "a", {100: 0.5, 200: None, 300: 0.3})))
+    without = pictures(read(write_sweep(tmp_path / "b", {100: 0.5, 300: 0.3})))
+    assert gap["svg"] != without["svg"]
+
+
 def test_a_tall_chart_has_its_row_to_itself(tmp_path):
     layers = [{"layer": layer, "mse": 0.1} for layer in range(40)]
     write_job(tmp_path, 0, "x", result("/runs/a/checkpoint-100", 0.3, tier="full") | {"layers": layers})
