@@ -63,7 +63,14 @@ SHARED = by_name(
         unless_explained=True,
     ),
     _check("finite", "no NaN or Inf in the weights", "structure.finite", "loading"),
-    _check("model", "the model is built, strictly", "behaviour.build", "loading", "finite"),
+    Check(
+        name="model",
+        title="the model is built, strictly",
+        run=late("behaviour.build"),
+        needs=("loading", "finite"),
+        # A base that is not here yet, a hub's, is loaded all the same.
+        unless_failed=("base",),
+    ),
     _check("forward", "finite logits, short and long", "behaviour.forward", "model"),
     _check("save", "saved again, it has the same names and shapes", "roundtrip.save", "model"),
     _check("roundtrip", "reloaded, it gives the same logits", "roundtrip.roundtrip", "forward", "save", "router"),

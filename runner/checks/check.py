@@ -44,7 +44,8 @@ class Check:
 
     `title` says in a few words what it looks at. `needs`: names of checks without whose success it means nothing; where
     one of them failed or was skipped it is skipped, so that a fault shows once. Those left out of the tier are no
-    obstacle. `unless_explained`: skipped where any check before it failed, which then says the same more clearly.
+    obstacle. `unless_failed`: the same, but such a check may have found nothing to look at. `unless_explained`: skipped
+    where any check before it failed, which then says the same more clearly.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Check:
     run: Callable[[Bench], Outcome]
     integrity: bool = True
     needs: tuple[str, ...] = ()
+    unless_failed: tuple[str, ...] = ()
     unless_explained: bool = False
 
 
@@ -82,6 +84,7 @@ def run_checks(checks: Sequence[Check], bench: Bench) -> list[dict[str, Any]]:
     obstacles: dict[str, list[str]] = {}
     for check in _shown(checks, bench):
         missing = list(dict.fromkeys(root for name in check.needs for root in obstacles.get(name, [])))
+        missing += [row["name"] for row in rows if row["status"] == FAIL and row["name"] in check.unless_failed]
         if check.unless_explained:
             missing += [row["name"] for row in rows if row["status"] == FAIL and row["name"] not in missing]
         reset_peak()

@@ -42,6 +42,12 @@ def test_a_check_of_last_resort_waits_for_the_others():
     assert statuses(check("a", skipped("")), last) == {"a": "skipped", "z": "pass"}
 
 
+def test_a_check_may_mind_a_failure_but_not_that_there_was_nothing_to_look_at():
+    last = check("z", passed(""), unless_failed=("a",))
+    assert statuses(check("a", failed("")), last) == {"a": "fail", "z": "skipped"}
+    assert statuses(check("a", skipped("")), last) == {"a": "skipped", "z": "pass"}
+
+
 def test_what_is_skipped_says_what_began_it():
     checks = [check("a", failed("broken")), check("b", passed(""), ("a",)), check("c", passed(""), ("b", "a"))]
     assert [row["details"] for row in run_checks(checks, BENCH)] == ["broken", "needs a", "needs a"]

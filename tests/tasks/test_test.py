@@ -14,7 +14,7 @@ from runner.checks import preflight
 from runner.reports.test import facts
 from runner.tasks.test import overall
 from tests.checkpoints.test_toy_format import toy  # noqa: F401 - a fixture
-from tests.conftest import ROOT, npt_tensors, write_npt
+from tests.conftest import ROOT, npt_tensors, write_base, write_npt
 from tests.gpt_files import random_state, script_file
 from tests.lora_files import write_adapter, write_moe
 
@@ -92,6 +92,12 @@ def test_a_failed_integrity_check_is_exit_code_1_and_shows_once(run, checkpoint)
     assert "missing layer_0_np.W_a_up" in outcome.out
     assert "Passed: NO" in outcome.out.splitlines()
     assert any(line.startswith("Recommendation (keys): ") for line in outcome.out.splitlines())
+
+
+def test_a_base_of_another_size_is_one_fault(run, checkpoint, tmp_path):
+    other = write_base(tmp_path / "other", hidden=64)
+    outcome = run("task=test", "tier.checks=[base,loading,model,forward]", f"ckpt={checkpoint}", f"base={other}")
+    assert checks(outcome) == {"base": "fail", "loading": "pass", "model": "skipped", "forward": "skipped"}
 
 
 def test_a_reader_that_leaves_early_does_not_change_the_exit_code(checkpoint, tmp_path):
