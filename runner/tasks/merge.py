@@ -44,11 +44,13 @@ def run(config: MergeConfig, context: Context) -> Result:
             from runner.checkpoints.outputs import check_output
             from runner.merging.files import Files
             from runner.merging.gather import gather
-            from runner.tasks.merge_output import size_on_disk
+            from runner.tasks.merge_output import check_base, size_on_disk
 
         with context.timed("plan"):
             content = gather(spec, paths, config.base, output)
             check_output(output, replace=spec.force, inputs=paths, expected_bytes=size_on_disk(content))
+            if spec.verify == "functional":
+                check_base(content, config.base)
         if isinstance(content, Files):
             from runner.tasks import merge_files
 
@@ -89,10 +91,8 @@ def _merge(
     """Write, verify, publish."""
     from runner.merging.states import summary
     from runner.merging.verify import check_structure
-    from runner.tasks.merge_output import check_base, write_summary, written
+    from runner.tasks.merge_output import write_summary, written
 
-    if spec.verify == "functional":
-        check_base(content, config.base)
     differences = content.training_state.differences if content.training_state else ()
     with written(spec, content, output, context, inputs) as made:
         write_summary(made, content, summary(content.plan, made.input_hashes, differences))

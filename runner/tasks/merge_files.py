@@ -11,7 +11,7 @@ from runner.merging.spec import MergeSpec
 from runner.reports.cells import size
 from runner.results import Result
 from runner.tasks.context import Context
-from runner.tasks.merge_output import Check, check_base, not_asked, not_written, write_summary, written
+from runner.tasks.merge_output import Check, not_asked, not_written, write_summary, written
 from runner.versions import versions
 
 
@@ -22,8 +22,6 @@ def planned(files: Files, spec: MergeSpec, context: Context, output: Path) -> Re
 
 def merge(config: MergeConfig, spec: MergeSpec, files: Files, output: Path, context: Context, inputs: Inputs) -> Result:
     """Write, verify, publish. Raises CheckpointError or RunnerError; then there is no output."""
-    if spec.verify == "functional" and files.format == lora_moe.NAME:
-        check_base(files, config.base)
     with written(spec, files, output, context, inputs) as made:
         write_summary(made, files, {**files.summary, "conflicts": list(files.conflicts), "sha256": made.input_hashes})
         with context.timed("verify"):

@@ -48,7 +48,10 @@ def size_on_disk(content: Content | Files) -> int:
 def check_base(content: Content | Files, base: str | None) -> None:
     """Find the base that the models will run on, before anything is written. Raises CheckpointError without one."""
     from runner.bases import find_base
+    from runner.checkpoints import gpt
 
+    if isinstance(content, Files) and content.family == gpt.FAMILY:
+        return
     sources = [source.checkpoint for source in content.sources]
     find_base(next((each for each in sources if each.base_name), sources[0]), base)
 

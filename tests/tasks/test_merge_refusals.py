@@ -46,6 +46,7 @@ REFUSED = {
     "bases with other weights": ("on_one,on_two", r"../one \(on_one\) and ../two \(on_two\), whose weights differ"),
     "another base by hand": ("a,b", "has only the layers 0 to 0; give the right one as base=", "base=flat"),
     "a base to run on": ("a,b", "^runner: error: a: its base model 'base' lies neither", "merge.verify=functional"),
+    "a base to plan with": ("a,b", "a: its base model 'base' lies", "merge.verify=functional", "merge.dry_run=true"),
     "experts without a base": ("adrift", "^runner: error: adrift: its base model 'gone' lies", "merge.verify=functional"),
     "a base that is nowhere": ("a,b", "base=./nowhere: no such directory", "base=./nowhere"),
     "a long name": ("a,b", "cannot be an output: File name too long", f"merge.output={'n' * 300}"),
