@@ -264,6 +264,8 @@ def unknown_key(key: str, task: str) -> ConfigError:
     """The error for a `key` that `task` does not have."""
     own = [f.name for f in fields(TASKS[task])] if task in TASKS else []
     root = key.partition(".")[0]
+    if key.startswith("hydra.launcher."):
+        return ConfigError(f"unknown key {key!r} of the launcher that is chosen; conf/hydra/launcher/ lists each one's")
     owners = [name for name, node in TASKS.items() if root in {f.name for f in fields(node)}]
     if owners and task not in owners:
         return ConfigError(f"{key} belongs to task={' and task='.join(owners)}, not to task={task}")

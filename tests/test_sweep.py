@@ -341,6 +341,12 @@ def test_another_sweeper_is_refused_before_anything_starts(run, empty_run, word)
     assert "give the values as key=a,b,c" in outcome.err
 
 
+def test_a_key_that_the_launcher_does_not_have(run, empty_run):
+    outcome = run("-m", f"ckpt={empty_run}", "step=200", "hydra.launcher.n_jobs=2")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+    assert "'hydra.launcher.n_jobs' of the launcher that is chosen; conf/hydra/launcher/ lists" in outcome.err
+
+
 def test_a_job_without_a_checkpoint_has_a_name(run):
     outcome = run("-m", "task=compare", "sweep=nowhere")
     assert outcome.out.splitlines()[0] == "#1 0_compare: FAILED"
