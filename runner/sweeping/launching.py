@@ -137,9 +137,10 @@ def _check_outputs(config: DictConfig, plan: Plan, directory: Path) -> None:
         if key == "junit" and all(map(is_directory, values)):
             continue  # each job has a file of its own there
         if given and len(given) < len(plan.jobs):
+            instead = "give a directory (a name with / at its end)" if key == "junit" else "leave it out"
             raise ConfigError(
-                f"{', '.join(given)}: {len(plan.jobs)} jobs would overwrite each other there; leave it out: each "
-                f"leaves its {FILE_NAME} in the sweep"
+                f"{', '.join(given)}: {len(plan.jobs)} jobs would overwrite each other there; {instead}: each "
+                f"{'has a file of its own there' if key == 'junit' else f'leaves its {FILE_NAME} in the sweep'}"
             )
 
 

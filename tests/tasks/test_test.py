@@ -270,6 +270,8 @@ def test_a_directory_of_checkpoints_of_any_names_is_a_sweep_over_them(run, base,
 
 def test_families_of_one_sweep_have_junit_files_of_their_own(run):
     words = ["-m", "task=test", "tier=minimal", "tier.checks=[built,pollution]", "family=gpt,npt", "junit=reports/"]
+    refused = run(*words[:-1], "junit=one.xml")
+    assert (refused.code, "give a directory (a name with / at its end)" in refused.err) == (2, True)
     assert run(*words).code == 0
     assert sorted(path.name for path in Path("reports").iterdir()) == [
         "TEST-runner-gpt-minimal.xml", "TEST-runner-npt-minimal.xml",
