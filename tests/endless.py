@@ -12,8 +12,6 @@ import psutil
 
 from tests.conftest import MIXED, ROOT, npt_tensors, write_npt
 
-# The same number of threads everywhere: it decides about the last bits.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 # A job that runs until it is stopped.
 ENDLESS = "task=train data=text data.path=words.txt base=base train.save_every=10000000 train.warmup_steps=1 train.sequence_length=32".split()
 
@@ -47,9 +45,11 @@ def processes_in(directory: Path) -> list[psutil.Process]:
 
 def start(scene: Path, *words: str) -> subprocess.Popen:
     """`runner -m` with these words, in a session of its own."""
+    # The same number of threads everywhere: it decides about the last bits.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "runner", "-m", *words, "tracker=none"],
-        cwd=scene, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        cwd=scene, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
