@@ -131,13 +131,13 @@ def _resolved(on_conflict: str, layer: int, having: Sequence[Source]) -> Planned
         total = sum(source.weight for source in having)
         return _combined(layer, "average", having, [source.weight / total for source in having])
     if on_conflict == "newest":
-        unknown = [source for source in having if source.step is None]
+        unknown = [source for source in having if source.layer_step(layer) is None]
         if unknown:
             raise CheckpointError(
                 f"{unknown[0].path}: reports no step, so merge.on_conflict=newest cannot compare its layer {layer} "
                 "with others; choose first or last"
             )
-        return _copy(layer, max(having, key=lambda source: source.step or 0))
+        return _copy(layer, max(having, key=lambda source: source.layer_step(layer) or 0))
     return _copy(layer, having[0 if on_conflict == "first" else -1])
 
 
@@ -245,6 +245,17 @@ def layer_sources(plan: Plan) -> Mapping[int, Any]:
         planned.layer.layer: planned.origins[0] if len(planned.origins) == 1 else planned.origins
         for planned in plan.layers
     }
+
+
+def layer_steps(plan: Plan) -> dict[int, int]:
+    """Layer → the step to which it was trained, the largest where it comes from several; without those unknown."""
+    found = {}
+    for planned in plan.layers:
+        layer = planned.layer.layer
+        known = [step for source in planned.sources if (step := source.layer_step(layer)) is not None]
+        if known:
+            found[layer] = max(known)
+    return found
 
 
 def merged_from(plan: Plan) -> list[str]:

@@ -57,6 +57,12 @@ class Source:
         found = known.get(layer, known.get(str(layer), str(self.path)))
         return [str(path) for path in found] if isinstance(found, (list, tuple)) else [str(found)]
 
+    def layer_step(self, layer: int) -> int | None:
+        """The step to which its layer was trained: its own, or that of what was merged into it before."""
+        known = self.merge_info.get("layer_steps")
+        found = known.get(layer, known.get(str(layer))) if isinstance(known, Mapping) else None
+        return found if type(found) is int else self.step
+
     def merged_from(self) -> list[str]:
         """The checkpoints that it stands for: itself, or those that were merged into it."""
         found = self.merge_info.get("merged_from")

@@ -12,7 +12,7 @@ from runner.errors import CheckpointError
 from runner.merging.moments import Moments, read_moments
 from runner.merging.optimizer import unite
 from runner.merging.plain_values import same, writable
-from runner.merging.plan import Plan, layer_sources, merged_from
+from runner.merging.plan import Plan, layer_sources, layer_steps, merged_from
 from runner.merging.sources import Source, furthest, rebased
 
 
@@ -31,6 +31,7 @@ def merge_info(plan: Plan) -> dict[str, Any]:
         "merged_from": merged_from(plan),
         "merged_layers": [planned.layer.layer for planned in plan.layers],
         "layer_sources": dict(layer_sources(plan)),
+        "layer_steps": layer_steps(plan),
     }
 
 
@@ -133,6 +134,7 @@ def summary(plan: Plan, inputs: Mapping[str, str], differences: Sequence[Mapping
         "merged_from": info["merged_from"],
         "merged_layers": info["merged_layers"],
         "layer_sources": {str(layer): path for layer, path in info["layer_sources"].items()},
+        "layer_steps": {str(layer): step for layer, step in info["layer_steps"].items()},
         "layers": {str(planned.layer.layer): _layer_summary(planned) for planned in plan.layers},
         "total_parameters": plan.parameters,
         "checkpoint_keys": len(plan.tensors),

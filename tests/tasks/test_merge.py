@@ -60,6 +60,7 @@ def test_what_lies_beside_the_weights(run, pair):
         "merged_from": ["a/checkpoint-100", "b"],
         "merged_layers": [1, 3],
         "layer_sources": {1: "a/checkpoint-100", 3: "b"},
+        "layer_steps": {1: 100, 3: 300},
     }
     assert (state["global_step"], state["batch_count"], state["merge_info"]) == (300, 600, info)
     assert state["scheduler_state_dict"]["last_epoch"] == 300
@@ -157,6 +158,20 @@ def test_safetensors_out_holds_the_same(run, pair):
     )
     assert same(state_of(Path("st")), state_of(Path("pt")))
     assert run("task=diff", "ckpt=st", "reference=pt").result["identical"]
+
+
+def test_newest_compares_the_steps_of_the_layers_and_not_of_what_they_were_merged_into(run, pair):
+    """Layer 1 was trained to step 100 and merged with one of step 300: a layer 1 of step 200 is newer."""
+    write_source(Path("c"), ONE, seed=2, step=200)
+    assert merge(run, "a", "b", output="ab").code == 0
+    assert merge(run, "ab", "c", on_conflict="newest").code == 0
+    assert merge(run, "a", "b", "c", output="once", on_conflict="newest").code == 0
+    expected = Path("once/npt_weights.pt").read_bytes()
+    assert Path("out/npt_weights.pt").read_bytes() == expected
+    assert torch.equal(
+        weights_in(Path("out"))["layer_1_np.W_down_gate.0"], weights_in(Path("c"))["layer_1_np.W_down_gate.0"]
+    )
+    assert json.loads(Path("out/merge_summary.json").read_text())["layer_steps"] == {"1": 200, "3": 300}
 
 
 def test_interpolation_between_two_steps(run, workdir):
