@@ -33,7 +33,7 @@ what is measured
   family=NAME       {family}; family.top_k= family.router_features= family.experts= for lora_moe   [auto]
 
 other tasks
-  experts=N   keep=true   strict=true   junit=FILE     task=test: experts to build; keep what was built; warnings fail
+  experts=N   keep=true   strict=true   junit=PATH     task=test: experts to build; keep what was built; warnings fail
   sweep=DIR|[A,B]   task=compare and task=panels: what they read      merge.…, convert.…, train.…: see --cfg job
 
 how it runs, and what is left

@@ -35,17 +35,17 @@ def is_directory(given: str) -> bool:
     return given.endswith("/") or Path(given).expanduser().is_dir()
 
 
-def junit_path(given: str, tested: str, tier: str) -> Path:
+def junit_path(given: str, tested: str, tier: str, job: str | None = None) -> Path:
     """The file that `junit=` means.
 
-    `tested`: the checkpoint's path, or what stands for it. In a directory (one that is there, or a name with / at its
-    end) each checkpoint and tier has a file of its own, so that the jobs of a sweep do not replace each other's.
+    `tested`: the checkpoint's path, or what stands for it; `job`: its number in a sweep. In a directory (one that is
+    there, or a name with / at its end) each has a file of its own, so that jobs do not replace each other's.
     """
     path = Path(given).expanduser()
     if not is_directory(given):
         return path
     name = Path(tested).absolute()
-    harmless = re.sub(r"[^\w.@-]", "_", f"{name.parent.name}-{name.name}-{tier}")
+    harmless = re.sub(r"[^\w.@-]", "_", "-".join(filter(None, (name.parent.name, name.name, tier, job))))
     return path / f"TEST-{harmless}.xml"
 
 

@@ -80,7 +80,9 @@ def _tested(config: TestConfig, context: Context, bench: Bench) -> Result:
         from runner.reports.junit import junit_path, write_junit
 
         name = result.ckpt or f"runner/{bench.family or 'machine'}"
-        write_junit(junit_path(config.junit, name, config.tier.name), result.to_dict(), strict=config.strict)
+        job = context.directory.name.partition("_")[0] if context.in_sweep else None
+        path = junit_path(config.junit, name, config.tier.name, job)
+        write_junit(path, result.to_dict(), strict=config.strict)
     return result
 
 

@@ -248,7 +248,7 @@ def test_a_run_directory_is_a_sweep_over_its_checkpoints(run, base, tmp_path):
     outcome = run("task=test", f"ckpt={tmp_path / 'run'}", "junit=reports/")
     assert outcome.code == 0
     assert sorted(path.name for path in Path("reports").iterdir()) == [
-        "TEST-run-checkpoint-100-quick.xml", "TEST-run-checkpoint-200-quick.xml",
+        "TEST-run-checkpoint-100-quick-0.xml", "TEST-run-checkpoint-200-quick-1.xml",
     ]  # fmt: skip
     found = [json.loads(path.read_text()) for path in sorted(Path("sweeps").rglob("result.json"))]
     assert [Path(each["ckpt"]).name for each in found] == ["checkpoint-100", "checkpoint-200"]
@@ -274,7 +274,14 @@ def test_families_of_one_sweep_have_junit_files_of_their_own(run):
     assert (refused.code, "give a directory (a name with / at its end)" in refused.err) == (2, True)
     assert run(*words).code == 0
     assert sorted(path.name for path in Path("reports").iterdir()) == [
-        "TEST-runner-gpt-minimal.xml", "TEST-runner-npt-minimal.xml",
+        "TEST-runner-gpt-minimal-0.xml", "TEST-runner-npt-minimal-1.xml",
+    ]  # fmt: skip
+
+
+def test_jobs_that_differ_in_another_key_have_junit_files_of_their_own(run):
+    assert run("-m", "task=test", "dtype=float32,bfloat16", "junit=reports/").code == 0
+    assert sorted(path.name for path in Path("reports").iterdir()) == [
+        "TEST-runner-machine-quick-0.xml", "TEST-runner-machine-quick-1.xml",
     ]  # fmt: skip
 
 
