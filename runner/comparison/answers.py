@@ -101,7 +101,7 @@ def worst_layer(series: Series) -> Answer:
     job = next((job for job in reversed(series.jobs) if layer_mses(job)), None)
     if job is None:
         return Answer(
-            level="unknown", short="layers not measured", words="Not measured: tier=full runs each NPT layer alone."
+            level="unknown", short="layers not measured", words="Not measured: task=diagnose tier=full does it."
         )
     ranked = sorted(layer_mses(job).items(), key=lambda item: -item[1])
     (layer, mse), others = ranked[0], ranked[1:]

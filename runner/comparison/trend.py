@@ -12,7 +12,7 @@ _STEADY = 0.75
 _GAIN = 0.95
 # The last checkpoint is worse than the best one by more than this factor: the curve has turned.
 _TURNED = 1.5
-# Below this share of the first mse a curve has fallen, however flat it is now.
+# Below this share of the first mse a curve has fallen, however flat it is now; two or three points must lie so far apart.
 _FALLEN = 0.8
 
 
@@ -41,6 +41,9 @@ def trend(points: Sequence[tuple[int, float]]) -> Answer:
     if since is None and (share < _STEADY or final >= first):
         words = f"Unclear: the mse went {span}, up and down on the way{few}."
         return Answer(level="warn", short="it is unclear whether training works", words=words)
+    if few and final >= _FALLEN * first:
+        words = f"Unclear yet: the mse fell {span}, {1 - final / first:.0%}{few}."
+        return Answer(level="warn", short="too few checkpoints to tell whether training works", words=words)
     return Answer(level="good", short="training works", words=f"Yes: the mse fell {span}{few}.")
 
 

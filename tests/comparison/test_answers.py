@@ -15,6 +15,7 @@ def curve(*mses):
 @pytest.mark.parametrize(("mses", "level", "words"), [
     ((0.9, 0.5, 0.3, 0.2), "good", "Yes: the mse fell from 0.9 at step 100 to 0.2 at step 400"),
     ((0.9, 0.5), "good", "only 2 checkpoints"),
+    ((0.5, 0.49), "warn", "Unclear yet: the mse fell from 0.5 at step 100 to 0.49 at step 200, 2% (only 2 checkpoints)."),
     ((0.5,), "unknown", "Cannot tell from one checkpoint"),
     ((0.1, 0.2, 0.4, 0.9), "bad", "No: the mse went from 0.1 at step 100 to 0.9"),
     ((0.5, 0.5, 0.5, 0.5), "bad", "No: the mse went"),
