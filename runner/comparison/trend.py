@@ -12,7 +12,7 @@ _STEADY = 0.75
 _GAIN = 0.95
 # The last checkpoint is worse than the best one by more than this factor: the curve has turned.
 _TURNED = 1.5
-# Below this share of the first mse a curve has fallen, however flat it is now; two or three points must lie so far apart.
+# Below this share of the first mse a curve has fallen, however flat it is now, and however few its points are.
 _FALLEN = 0.8
 
 
