@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import PurePath
 from typing import TypeVar
 
@@ -81,7 +80,8 @@ def without_shared_ends(labels: list[str], longest: int = _LONG_LABEL) -> list[s
 
 def _shared(rows: Sequence[Sequence[str]]) -> int:
     """How many words all of `rows` have in common at their start."""
-    return sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*rows, strict=False)))
+    shortest = min(map(len, rows))
+    return next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
 
 
 def _one(run: str, tier: str, variant: str, jobs: list[Job]) -> Series:
