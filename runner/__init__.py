@@ -12,8 +12,8 @@ __all__ = ["diagnose", "inspect", "load"]
 
 
 def load(path: Any, **options: Any) -> Any:
-    """The checkpoint at `path` as a torch module: see `runner.loading.load` for the options and errors."""
-    from runner.loading import load as load_checkpoint
+    """The checkpoint at `path` as a torch module: see `runner.evaluation.build.load` for the options and errors."""
+    from runner.evaluation.build import load as load_checkpoint
 
     return load_checkpoint(path, **options)
 

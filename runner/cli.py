@@ -18,7 +18,7 @@ from runner.errors import ConfigError, RunnerError, printable
 from runner.overrides import CommandLine, parse, spell
 
 if TYPE_CHECKING:
-    from runner.plan import Plan
+    from runner.sweeps.plan import Plan
 
 INTERRUPTED = 130
 
@@ -57,8 +57,8 @@ def run(words: Sequence[str]) -> int:
 
 def _run(line: CommandLine) -> int:
     from runner import run as runs
-    from runner.sweep import expand
     from runner.sweeping.launchers import check_launcher, use_own_configs
+    from runner.sweeps.expand import expand
 
     runs.setup()
     use_own_configs(config_directory())
@@ -69,7 +69,7 @@ def _run(line: CommandLine) -> int:
         return 0
     resumed = None
     if line.get("resume") is not None:
-        from runner.sweeping.resuming import resume
+        from runner.sweeps.resume import resume
 
         line, resumed = resume(line)
     _check_choices(line)
@@ -86,7 +86,7 @@ def _run(line: CommandLine) -> int:
 def _sweep(line: CommandLine, resumed: "Plan | None") -> int:
     """Run a sweep, then compare what its jobs left. Ctrl-C says what is kept and how to go on."""
     from runner import run as runs
-    from runner.sweeping.launching import Sweep, launching
+    from runner.sweeps.sweeper import Sweep, launching
 
     sweep = Sweep(line=line, resumed=resumed)
     try:
@@ -105,7 +105,7 @@ def _sweep(line: CommandLine, resumed: "Plan | None") -> int:
         return INTERRUPTED
     if sweep.directory is None:  # Hydra had only to show something
         return 0
-    from runner.sweeping.recording import record
+    from runner.sweeps.recording import record
     from runner.tasks.compare import conclude
 
     gc.freeze()  # the collector need not go through what the jobs imported while the comparison imports its own

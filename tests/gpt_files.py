@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from runner.checkpoints.checkpoint import Checkpoint, Listing
-from runner.checkpoints.gpt import FORMATS
-from runner.models import gpt
+from runner.families.gpt import model as gpt
+from runner.families.gpt.checkpoint import FORMATS
 
 DEPTHS = {"small": 8, "medium": 16}
 BY_NAME = {each.name: each for each in FORMATS}

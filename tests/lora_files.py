@@ -7,14 +7,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from runner.bases import load_base
-from runner.checkpoints import lora_moe, lora_moe_save, peft_adapter
 from runner.checkpoints.adapter_save import adapter_config, save_adapter
 from runner.checkpoints.adapter_tensors import check_fit, read_factors
-from runner.checkpoints.adapters import key
 from runner.checkpoints.checkpoint import Listing
 from runner.checkpoints.lora_moe_tensors import check_base, read_experts, read_router
-from runner.models.lora_moe import LoraForCausalLM, LoraMoeForCausalLM
+from runner.evaluation.base_models import load_base
+from runner.families.lora import checkpoint as peft_adapter
+from runner.families.lora.adapter import key
+from runner.families.lora_moe import checkpoint as lora_moe
+from runner.families.lora_moe import save as lora_moe_save
+from runner.families.lora_moe.model import LoraForCausalLM, LoraMoeForCausalLM
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 
@@ -85,7 +87,7 @@ def write_moe(directory: Path, base: Path, *, experts=3, top_k=None, ranks=(3, 3
 
 def load_moe(path: Path, base: Path | None = None, **options) -> LoraMoeForCausalLM:
     """The checkpoint's model; `options` as for `LoraMoeForCausalLM`."""
-    from runner.models.lora_layers import linear_shapes
+    from runner.families.lora.model import linear_shapes
 
     checkpoint = lora_moe.open_moe(Listing.of(path))
     found = load_base(checkpoint, base)
@@ -99,7 +101,7 @@ def load_moe(path: Path, base: Path | None = None, **options) -> LoraMoeForCausa
 
 def load_adapter(path: Path, base: Path | None = None) -> LoraForCausalLM:
     """The base with one plain adapter."""
-    from runner.models.lora_layers import linear_shapes
+    from runner.families.lora.model import linear_shapes
 
     checkpoint = peft_adapter.open_peft(Listing.of(path))
     found = load_base(checkpoint, base)

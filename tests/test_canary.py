@@ -19,7 +19,7 @@ from tests.gpt_files import random_state
 DRIVER = """
 import json, sys
 from runner import cli
-import runner.tasks.diagnose, runner.models.lora_layers, transformers  # what imports do is no concern of this test
+import runner.tasks.diagnose, runner.families.lora.model, transformers  # what imports do is no concern of this test
 
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "socket.getaddrinfo",
              "socket.bind", "urllib.Request", "ctypes.dlopen", "os.fork", "pty.spawn", "webbrowser.open")

@@ -200,8 +200,8 @@ def test_other_depths_share_one_reference(run, base, tmp_path):
         write_npt(tmp_path / "r" / f"checkpoint-{step}", npt_tensors(base, layers), base=base, step=step)
     run("-m", f"ckpt={tmp_path / 'r'}", "step=all", "tier=full")
     together = [json.loads(job.read_text())["metrics"] for job in sorted(Path("sweeps").glob("*/*/result.json"))]
-    from runner.bases import _bases
-    from runner.reference import Reference
+    from runner.evaluation.base_models import _bases
+    from runner.evaluation.reference import Reference
 
     for step, metrics in enumerate(together, start=1):
         _bases.clear()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from runner.checkpoints.checkpoint import Listing
-from runner.checkpoints.gpt import FORMATS
+from runner.families.gpt.checkpoint import FORMATS
 from tests.conftest import GOLDEN, ROOT
 from tests.gpt_files import built, opened
 

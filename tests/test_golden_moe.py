@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from runner.models import lora_moe
+from runner.families.lora_moe import model as lora_moe
 from tests.conftest import GOLDEN
 from tests.lora_files import load_moe
 

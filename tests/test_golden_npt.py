@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import runner
-from runner.measures.generation import generate
+from runner.metrics.generation import generate
 from tests.conftest import GOLDEN
 
 EXPECTED = json.loads((GOLDEN / "npt" / "expected.json").read_text()) if GOLDEN.is_dir() else {}

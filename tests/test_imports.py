@@ -40,7 +40,7 @@ def imports(file: Path) -> set[str]:
 
 
 def part(module: str) -> str:
-    """`runner.checkpoints.hf` → `checkpoints`."""
+    """`runner.families.hf.checkpoint` → `checkpoints`."""
     return module.split(".")[1]
 
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from runner import bases
-from runner.bases import load_base
 from runner.checkpoints.detect import open_checkpoint
-from runner.loading import load
-from runner.placement import _moved, follow
+from runner.evaluation import base_models as bases
+from runner.evaluation.base_models import load_base
+from runner.evaluation.build import load
+from runner.evaluation.placement import _moved, follow
 from tests.conftest import GOLDEN
 
 HALVES = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": 0, "model.layers.2": 0, "model.norm": 0, "lm_head": 0}  # fmt: skip
@@ -56,11 +56,11 @@ def test_every_part_of_an_npt_model_moves_what_it_is_given(checkpoint, monkeypat
     token_ids = torch.arange(3, 12)[None]
     expected = plain(token_ids).logits
     bases._bases.clear()
-    monkeypatch.setattr("runner.loading.is_spread", lambda model: True)
+    monkeypatch.setattr("runner.evaluation.build.is_spread", lambda model: True)
     follow(load_base(open_checkpoint(checkpoint), None).model)
     model = load(checkpoint, device="cpu")
     moved = []
-    monkeypatch.setattr("runner.placement._to", lambda value, device: moved.append(device) or value)
+    monkeypatch.setattr("runner.evaluation.placement._to", lambda value, device: moved.append(device) or value)
     assert torch.equal(model(token_ids).logits, expected)
     hooked = [module for module in model.modules() if _moved in module._forward_pre_hooks.values()]
     assert {*model.npt_layers.values(), model.lm_head, model.model.norm, model.model.embed_tokens} <= set(hooked)

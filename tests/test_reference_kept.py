@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runner import bases, reference
-from runner.bases import load_base
-from runner.contents import content_hash
-from runner.kept import Store, name_of, read, write
-from runner.shelves import shelf_of
+from runner.evaluation import base_models as bases
+from runner.evaluation import reference
+from runner.evaluation.base_models import load_base
+from runner.evaluation.cache_key import shelf_of
+from runner.evaluation.tensor_cache import Store, name_of, read, write
+from runner.files.hashes import content_hash
 from tests.conftest import npt_tensors, write_base, write_npt
 
 
@@ -29,7 +30,7 @@ def own(tmp_path: Path) -> Path:
 @pytest.fixture
 def settled(monkeypatch):
     """Files count as settled at once."""
-    monkeypatch.setattr("runner.contents._SETTLED", -1)
+    monkeypatch.setattr("runner.files.hashes._SETTLED", -1)
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ from runner.checkpoints.runs import find_run
 from runner.confdir import config_directory
 from runner.errors import ConfigError
 from runner.overrides import parse
-from runner.plan import Job, Plan, good_result, read_plan, write_plan
 from runner.results import write_json
 from runner.run import _unexpected, setup
-from runner.sweep import expand, steps_of
 from runner.sweeping.launchers import check_launcher, use_own_configs
-from runner.sweeping.launching import Sweep, _Guarded
-from runner.sweeping.sacct import table
+from runner.sweeps.expand import expand, steps_of
+from runner.sweeps.plan import Job, Plan, good_result, read_plan, write_plan
+from runner.sweeps.sacct import table
+from runner.sweeps.sweeper import Sweep, _Guarded
 from tests.conftest import MIXED, npt_tensors, write_npt
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from runner.checkpoints import lora_config
-from runner.checkpoints.adapters import WEIGHT_FILES
+from runner.families.lora import config as lora_config
+from runner.families.lora.adapter import WEIGHT_FILES
 
 
 def save_adapter(directory: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from runner.checkpoints.adapters import AdapterDetails, key
-from runner.checkpoints.tensors import TensorInfo, TensorSource, is_finite
 from runner.errors import CheckpointError, ModelError
+from runner.families.lora.adapter import AdapterDetails, key
+from runner.files.tensors import TensorInfo, TensorSource, is_finite
 
 # Adapters by module: A [r, in], B [out, r], and the scaling of B A x.
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]

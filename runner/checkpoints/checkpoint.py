@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.tensors import TensorSource, open_weights
 from runner.errors import CheckpointError
+from runner.files.tensors import TensorSource, open_weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.checkpoints.inert import Inert
-from runner.checkpoints.tensors import TensorInfo
+from runner.files.stubs import Inert
+from runner.files.tensors import TensorInfo
 
 # Longer lists and texts of a foreign file are cut: inspect shows what is there, not all of it.
 _ITEMS, _CHARACTERS = 200, 2000

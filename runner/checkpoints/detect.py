@@ -10,12 +10,12 @@ from runner.checkpoints.runs import step_in_name
 from runner.errors import CheckpointError, ConfigError
 
 MODULES = (
-    "runner.checkpoints.npt_delta",
-    "runner.checkpoints.npt_full",
-    "runner.checkpoints.gpt",
-    "runner.checkpoints.lora_moe",
-    "runner.checkpoints.peft_adapter",
-    "runner.checkpoints.hf",
+    "runner.families.npt.checkpoint",
+    "runner.families.npt.full",
+    "runner.families.gpt.checkpoint",
+    "runner.families.lora_moe.checkpoint",
+    "runner.families.lora.checkpoint",
+    "runner.families.hf.checkpoint",
 )
 _SUBDIRECTORIES = 200
 

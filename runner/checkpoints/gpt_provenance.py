@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from runner.checkpoints.content import Kind, kind_of
-from runner.checkpoints.pickles import load_pickle
-from runner.checkpoints.strict_json import parse_object
-from runner.checkpoints.tensors import TensorSource
+from runner.files.pickles import load_pickle
+from runner.files.strict_json import parse_object
+from runner.files.tensors import TensorSource
 
 STATE = "model"
 TOP_LEVEL = ("step", "code", "optimizers", "val_loss")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from runner.checkpoints.hf import CONFIG, SINGLE
+from runner.families.hf.checkpoint import CONFIG, SINGLE
 
 
 def save(

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from runner.checkpoints import manifest as manifests
-from runner.checkpoints.renames import aside_name
 from runner.errors import CheckpointError
+from runner.files import manifest as manifests
+from runner.files.atomic import aside_name
 
 PARTIAL = ".partial-"
 REPLACED = ".replaced-"

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.adapters import WEIGHT_FILES, AdapterDetails, key, open_adapter
-from runner.checkpoints.lora_config import FILE_NAME as ADAPTER_CONFIG
-from runner.checkpoints.lora_moe_state import OLDER, Router
-from runner.checkpoints.tensors import TensorSource
 from runner.errors import CheckpointError
+from runner.families.lora.adapter import WEIGHT_FILES, AdapterDetails, key, open_adapter
+from runner.families.lora.config import FILE_NAME as ADAPTER_CONFIG
+from runner.families.lora_moe.state import OLDER, Router
+from runner.files.tensors import TensorSource
 
 ADAPTERS = "peft_adapters"
 

@@ -6,9 +6,9 @@ import torch
 
 from runner.checkpoints.adapter_tensors import Factors, check_fit, read_factors, read_finite
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.checkpoints.lora_moe import MoeDetails
 from runner.checkpoints.lora_moe_experts import weight_name
 from runner.errors import ModelError
+from runner.families.lora_moe.checkpoint import MoeDetails
 
 
 def check_base(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], hidden_size: int, base: object) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from runner.checkpoints.inert import FUNCTIONS, STAND_INS
 from runner.checkpoints.pickle_records import Container, Global, Refused, Tensor
 from runner.checkpoints.pickle_tensors import DTYPES, STORAGES, check_hooks, tensor_v2, tensor_v3
+from runner.files.stubs import FUNCTIONS, STAND_INS
 
 _CONSTANTS = (str, bytes, int, float, bool, type(None))
 _TENSOR_CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter")

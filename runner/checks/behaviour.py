@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from runner.checks.bench import Bench
 from runner.checks.check import Outcome, failed, passed
+from runner.checks.context import Bench
 from runner.checks.inputs import long_ids, prompts, ragged, right_padded
-from runner.forward import device_of, first_non_finite, limits, logit_chunks, logit_count, trace
-from runner.models.gpt import Gpt
-from runner.models.lora_moe import LoraMoeForCausalLM
+from runner.evaluation.forward import device_of, first_non_finite, limits, logit_chunks, logit_count, trace
+from runner.families.gpt.model import Gpt
+from runner.families.lora_moe.model import LoraMoeForCausalLM
 
 BATCH_SIZES = (1, 4, 16)
 # Products of other shapes add up in another order, and a random model amplifies that: to 3e-4 of the logits' size at

@@ -2,16 +2,16 @@
 
 import torch
 
-from runner.checkpoints import gpt_save
-from runner.checkpoints.commit import staged
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.gpt_provenance import provenance
-from runner.checks.bench import Bench
 from runner.checks.check import Outcome, failed, passed
+from runner.checks.context import Bench
 from runner.checks.inputs import prompts
 from runner.checks.saving import gpt_tensors
-from runner.forward import device_of
-from runner.loading import build
+from runner.evaluation.build import build
+from runner.evaluation.forward import device_of
+from runner.families.gpt import save as gpt_save
+from runner.files.staging import staged
 
 
 @torch.inference_mode()

@@ -3,12 +3,12 @@
 import torch
 
 from runner.checkpoints.detect import open_checkpoint
-from runner.checkpoints.lora_moe_state import read_skills
-from runner.checks.bench import Bench
 from runner.checks.check import Outcome, failed, passed, skipped
+from runner.checks.context import Bench
 from runner.checks.inputs import prompts, ragged
-from runner.forward import device_of
-from runner.models.lora_moe import LoraMoeForCausalLM
+from runner.evaluation.forward import device_of
+from runner.families.lora_moe.model import LoraMoeForCausalLM
+from runner.families.lora_moe.state import read_skills
 
 
 def router(bench: Bench) -> Outcome:

@@ -2,12 +2,12 @@
 
 import torch
 
-from runner.checks.bench import Bench
 from runner.checks.check import Outcome, failed, passed
+from runner.checks.context import Bench
 from runner.checks.inputs import prompts
 from runner.checks.subjects import plain_subject
-from runner.forward import device_of
-from runner.models.npt_llama import NptLlamaForCausalLM
+from runner.evaluation.forward import device_of
+from runner.families.npt.model import NptLlamaForCausalLM
 
 
 @torch.inference_mode()

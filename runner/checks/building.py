@@ -5,23 +5,23 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from runner.bases import Base, load_base
-from runner.checkpoints import gpt_save
-from runner.checkpoints.commit import staged
-from runner.checkpoints.gpt_layout import read_details
 from runner.checkpoints.gpt_provenance import Provenance
-from runner.checkpoints.tensors import TensorInfo
-from runner.checks.bench import Bench
 from runner.checks.check import Outcome, passed
+from runner.checks.context import Bench
 from runner.data.world import generate, train_tokenizer
 from runner.errors import ModelError
-from runner.models import gpt
-from runner.models.lora_layers import linear_shapes
-from runner.models.lora_moe import LoraMoeForCausalLM
+from runner.evaluation.base_models import Base, load_base
+from runner.families.gpt import model as gpt
+from runner.families.gpt import save as gpt_save
+from runner.families.gpt.layouts import read_details
+from runner.families.lora.model import linear_shapes
+from runner.families.lora_moe.model import LoraMoeForCausalLM
+from runner.families.npt.save import train_run
+from runner.families.npt.settings import EquivalenceSettings
+from runner.files.staging import staged
+from runner.files.tensors import TensorInfo
 from runner.training.language_model import save_language_model
 from runner.training.moe_save import save_moe
-from runner.training.runs import train_run
-from runner.training.settings import EquivalenceSettings
 
 # The built-in base: large enough that every part of a Llama with grouped queries is there, small enough to be instant.
 HIDDEN, INNER, LAYERS, VOCABULARY, POSITIONS = 64, 160, 3, 512, 512

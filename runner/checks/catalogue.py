@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 from importlib import import_module
 
-from runner.checks.bench import BUILT, Bench
 from runner.checks.check import Check, Outcome
+from runner.checks.context import BUILT, Bench
 from runner.config import did_you_mean
 from runner.errors import ConfigError
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from runner.checks.bench import Bench
+from runner.checks.context import Bench
 from runner.checks.memory import peak_bytes, reset_peak
 from runner.errors import ConfigError, RunnerError, printable
 

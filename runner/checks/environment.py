@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from runner.checks.bench import Bench
 from runner.checks.check import WARNING, Outcome, failed, passed
+from runner.checks.context import Bench
 
 NEEDED = ("torch", "transformers", "safetensors", "peft")
 OPTIONAL = ("wandb",)  # tracker=none does without it

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from runner.checkpoints import safetensors_files
 from runner.checkpoints.content import Kind, kind_of
+from runner.files import safetensors_header as safetensors_files
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -55,7 +55,7 @@ def read_header(path: Path, state_dict_key: str | None = None) -> Header:
         entries = safetensors_files.read_header(path).entries
         found = {name: TensorHeader(shape=e.shape, dtype=e.dtype, itemsize=e.itemsize) for name, e in entries.items()}
         return Header(file=path, tensors=found)
-    from runner.checkpoints.tensors import open_weights
+    from runner.files.tensors import open_weights
 
     source = open_weights(path, state_dict_key=state_dict_key)
     tensors = {

@@ -2,9 +2,9 @@
 
 import torch
 
-from runner.checks.bench import Bench
-from runner.forward import limits
-from runner.tokens import encode, seeded_ids
+from runner.checks.context import Bench
+from runner.evaluation.forward import limits
+from runner.evaluation.tokenizers import encode, seeded_ids
 
 # Tokens that stand for a prompt where there is no tokenizer.
 SEEDED_LENGTH = 64

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runner.checks import structure_gpt
-from runner.checks.bench import Bench
 from runner.checks.check import FAIL, Check, Outcome, failed, passed, run_checks
+from runner.checks.context import Bench
 from runner.config import Family, Format
 from runner.errors import RunnerError
+from runner.families.gpt import checks as structure_gpt
 
 HIDDEN, INNER, LAYERS, VOCABULARY, RANK, EXPERTS = 8, 12, 2, 16, 2, 2
 # What is taken away from each, which the checks must then miss.
@@ -101,7 +101,7 @@ def _adapter(root: Path) -> None:
 
 
 def _model(root: Path, *, full: bool) -> None:
-    from runner.checks.structure_hf import llama_shapes
+    from runner.families.hf.checks import llama_shapes
 
     config = {
         "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS,

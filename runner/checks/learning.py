@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from runner.checkpoints.tensors import is_finite
-from runner.checks.bench import Bench
 from runner.checks.check import Outcome, failed, passed
+from runner.checks.context import Bench
 from runner.checks.inputs import prompts, ragged, right_padded
-from runner.forward import device_of
-from runner.models.lora_moe import LoraForCausalLM
-from runner.models.npt_llama import NptLlamaForCausalLM
+from runner.evaluation.forward import device_of
+from runner.families.lora_moe.model import LoraForCausalLM
+from runner.families.npt.model import NptLlamaForCausalLM
+from runner.files.tensors import is_finite
 
 # By how much of its largest value a step moves a parameter: visible in every precision, whatever the gradient's scale.
 STEP_SIZE = 1e-2

@@ -4,11 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.strict_json import read_object
-from runner.checks import structure_moe, structure_npt
-from runner.checks.adapters import Adapter, hidden_sizes, modules, open_parts
-from runner.checks.bench import Bench
-from runner.checks.structure_hf import bad_sizes, llama_shapes
+from runner.checks.context import Bench
+from runner.families.hf.checks import bad_sizes, llama_shapes
+from runner.families.lora.checks import Adapter, hidden_sizes, modules, open_parts
+from runner.families.lora_moe import checks as structure_moe
+from runner.families.npt import checks as structure_npt
+from runner.files.strict_json import read_object
 
 _LIMIT = 64 << 20
 _LAYER = re.compile(r".*\.layers\.(\d+)\.")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from runner.checks.bench import Bench
+from runner.checks.context import Bench
+from runner.checks.detected import MERGED_MODEL
 from runner.checks.headers import Header, read_header
-from runner.checks.look import MERGED_MODEL
 from runner.checks.memory import available_bytes, resident_bytes
 from runner.checks.structure import base_path
 from runner.errors import ConfigError, RunnerError
@@ -57,7 +57,7 @@ class Estimate:
 
 def require_room(bench: Bench) -> Estimate | None:
     """The estimate for a tier with models; None where headers do not tell. Raises ConfigError where it does not fit."""
-    from runner.bases import torch_device
+    from runner.evaluation.base_models import torch_device
 
     if torch_device(bench.config.device).type != "cpu":
         return None

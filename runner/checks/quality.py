@@ -12,16 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
-from runner.checks.bench import Bench
 from runner.checks.check import PASS, WARNING, Outcome, skipped
+from runner.checks.context import Bench
 from runner.checks.inputs import prompt_ids, prompts
 from runner.checks.subjects import subject_of
 from runner.errors import CheckpointError
-from runner.forward import limits
-from runner.measures import layers as layer_measures
-from runner.measures.fidelity import summarise
-from runner.measures.verdict import judge
-from runner.subject import Subject
+from runner.evaluation.evaluator import Subject
+from runner.evaluation.forward import limits
+from runner.metrics import layers as layer_measures
+from runner.metrics.fidelity import summarise
+from runner.metrics.verdict import judge
 
 TEMPERATURES = (0.1, 0.7, 1.0)
 SCORES = {"PASS": 1.0, "WARNING": 0.5, "FAIL": 0.0}

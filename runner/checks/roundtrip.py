@@ -9,11 +9,11 @@ from torch import nn
 
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
-from runner.checks.bench import Bench
 from runner.checks.check import WARNING, Outcome, failed, passed, skipped
+from runner.checks.context import Bench
 from runner.checks.inputs import prompts, ragged
 from runner.checks.saving import ADAPTER, save_model, writer_of
-from runner.forward import device_of
+from runner.evaluation.forward import device_of
 
 # The largest difference of a logit that counts as the same; nothing but equal bits is expected.
 TOLERANCE = 1e-5

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from runner.checks.bench import Bench
+from runner.checks.context import Bench
 from runner.checks.headers import TensorHeader
 
 CURRICULUM, TRAINING = "multi_layer_state.pt", "training_state.pt"
@@ -39,7 +39,7 @@ def lost(bench: Bench, layers: Iterable[int], tensors: Mapping[str, TensorHeader
 def _state(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
-    from runner.checkpoints.pickles import load_pickle
+    from runner.files.pickles import load_pickle
 
     content = load_pickle(path, tensors="meta")
     return content if isinstance(content, Mapping) else {}

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoints.content import Kind, kind_of
-from runner.checks.bench import Bench
 from runner.checks.check import Outcome, failed, passed, skipped
-from runner.checks.look import BESIDE
+from runner.checks.context import Bench
+from runner.checks.detected import BESIDE
 from runner.errors import CheckpointError, RunnerError
 
 MB = 1_000_000
@@ -42,7 +42,7 @@ def _states(bench: Bench) -> list[str]:
     for path in sorted(bench.look.path.iterdir()):
         if path.name not in BESIDE or path.suffix != ".pt" or path.name.startswith(("optimizer", "scheduler")):
             continue
-        from runner.checkpoints.pickles import load_pickle
+        from runner.files.pickles import load_pickle
 
         try:
             load_pickle(path, tensors="meta")
@@ -108,7 +108,7 @@ def _has_pickles(bench: Bench) -> bool:
 
 def finite(bench: Bench) -> Outcome:
     """No NaN or Inf in any tensor, read one at a time."""
-    from runner.checkpoints.tensors import non_finite
+    from runner.files.tensors import non_finite
 
     bad = [*non_finite(bench.checkpoint.weights), *_broken_skills(bench)]
     if bad:
@@ -122,7 +122,7 @@ def _broken_skills(bench: Bench) -> list[str]:
     skills = getattr(bench.checkpoint.details, "skills", None)
     if skills is None:
         return []
-    from runner.checkpoints.lora_moe_state import read_skills
+    from runner.families.lora_moe.state import read_skills
 
     return [
         f"{skills.file.name}: {name}" for name, tensor in read_skills(skills).items() if not tensor.isfinite().all()
@@ -131,8 +131,9 @@ def _broken_skills(bench: Bench) -> list[str]:
 
 def hashes(bench: Bench) -> Outcome:
     """Every file is as it was written, by the SHA-256 of its manifest, and every record of a .pt by its CRC."""
-    from runner.checkpoints import commit, manifest
-    from runner.checkpoints.archives import verify_crc
+    from runner.files import manifest
+    from runner.files import staging as commit
+    from runner.files.archive import verify_crc
 
     root = bench.look.directory
     with_crcs = [path for path in bench.files if kind_of(path) is Kind.ZIP]
@@ -155,7 +156,7 @@ def base(bench: Bench) -> Outcome:
         path = base_path(bench)
     except RunnerError as error:
         return skipped(f"{error}")
-    from runner.checkpoints.strict_json import read_object
+    from runner.files.strict_json import read_object
 
     values = read_object(path / "config.json", "config.json", 16 << 20)
     if problems := _misfits(bench, values):

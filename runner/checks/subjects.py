@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from runner.bases import load_base
-from runner.checks.bench import Bench
-from runner.forward import logit_count
-from runner.models.npt_llama import NptLlamaForCausalLM
-from runner.reference import Reference
-from runner.subject import Subject
+from runner.checks.context import Bench
+from runner.evaluation.base_models import load_base
+from runner.evaluation.evaluator import Subject
+from runner.evaluation.forward import logit_count
+from runner.evaluation.reference import Reference
+from runner.families.npt.model import NptLlamaForCausalLM
 
 
 def plain_subject(bench: Bench) -> Subject:

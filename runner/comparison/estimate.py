@@ -13,7 +13,7 @@ class Estimate:
 
     `words`: for each threshold of the mse that is not reached yet, or why that cannot be said; `reached`: whether the
     last figure is below all of them. `band`: (step, lower, median, upper) of the mse, empty where nothing was fitted.
-    `details`: the whole estimate (runner/measures/forecast.py) as plain JSON values.
+    `details`: the whole estimate (runner/metrics/forecast.py) as plain JSON values.
     """
 
     words: str
@@ -30,8 +30,8 @@ def estimate(
     `rates`: the learning rate of each point where it is known; only the points since its last change are fitted.
     """
     # scipy, which only a comparison needs.
-    from runner.measures.forecast import forecast
     from runner.measures.forecast_words import sentence
+    from runner.metrics.forecast import forecast
 
     found = forecast(steps, mses, sorted(thresholds().mse.values(), reverse=True), learning_rates=rates)
     open_targets = [target for target in found.targets if target.status != "reached"] or found.targets[-1:]

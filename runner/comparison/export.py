@@ -4,9 +4,9 @@ import csv
 import io
 from typing import Any
 
-from runner.comparison.answers import answers
 from runner.comparison.comparison import Comparison
 from runner.comparison.headline import headline
+from runner.comparison.insights import answers
 from runner.comparison.jobs import Job, finite, flat
 from runner.comparison.series import Series
 

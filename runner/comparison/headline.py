@@ -3,8 +3,8 @@
 from collections import Counter
 
 from runner.comparison.answer import Answer
-from runner.comparison.answers import answers
 from runner.comparison.comparison import Comparison
+from runner.comparison.insights import answers
 from runner.comparison.series import Series
 
 _STATUS_WORDS = {"failed": "failed", "lost": "lost", "never_started": "never started"}

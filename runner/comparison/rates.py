@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from runner.checkpoints.strict_json import read_object
 from runner.comparison.jobs import Job, is_number
 from runner.errors import CheckpointError
+from runner.files.strict_json import read_object
 
 _LARGEST_CONFIG = 1 << 20
 

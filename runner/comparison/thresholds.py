@@ -5,7 +5,7 @@ from functools import cache
 import yaml
 
 from runner.confdir import config_directory
-from runner.measures.verdict import Thresholds
+from runner.metrics.verdict import Thresholds
 
 
 @cache

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runner.measures.forecast_fit import PARAMETERS, Array
+from runner.metrics.forecast_fit import PARAMETERS, Array
 
 # Two recorded learning rates this close are one and the same setting.
 _SAME_RATE = 0.1

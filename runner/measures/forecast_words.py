@@ -2,7 +2,7 @@
 
 import math
 
-from runner.measures.forecast import LEAST_POINTS, Forecast, TargetEstimate
+from runner.metrics.forecast import LEAST_POINTS, Forecast, TargetEstimate
 
 _REFUSALS = {
     "not_falling": "not estimated: the mse is not falling (no falling curve describes it better than a constant)",

@@ -8,9 +8,9 @@ from typing import Any
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
 from runner.errors import RunnerError
-from runner.merging.execute import TensorFile, nbytes
-from runner.merging.pieces import Piece
-from runner.merging.spec import SourceSpec
+from runner.merge.execute import TensorFile, nbytes
+from runner.merge.lazy_tensor import Piece
+from runner.merge.spec import SourceSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,19 +4,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from runner.checkpoints import gpt, lora_moe, npt_delta
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
 from runner.errors import CheckpointError
-from runner.merging.base_models import check_bases, check_layers
-from runner.merging.execute import Content
+from runner.families.gpt import checkpoint as gpt
+from runner.families.gpt.merge import gather_gpt, open_gpt_source
+from runner.families.lora_moe import checkpoint as lora_moe
+from runner.families.lora_moe.merge import gather_moe, open_moe_source
+from runner.families.npt import checkpoint as npt_delta
+from runner.merge.base_models import check_bases, check_layers
+from runner.merge.execute import Content
+from runner.merge.plan import plan_merge
+from runner.merge.sources import open_source
+from runner.merge.spec import MergeSpec
+from runner.merge.training_state import config, multi_layer_state, training_state
 from runner.merging.files import Files
-from runner.merging.gpt import gather_gpt, open_gpt_source
-from runner.merging.moe import gather_moe, open_moe_source
-from runner.merging.plan import plan_merge
-from runner.merging.sources import open_source
-from runner.merging.spec import MergeSpec
-from runner.merging.states import config, multi_layer_state, training_state
 
 
 def gather(spec: MergeSpec, paths: Sequence[Path], base: str | None, output: Path) -> Content | Files:

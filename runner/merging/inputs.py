@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
-from runner.checkpoints.archives import check_archive
 from runner.errors import CheckpointError
+from runner.files.archive import check_archive
 
 # Large, because each step waits for the interpreter's lock, which an import holds most of the time.
 _STEP = 1 << 26

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.lora_moe import TEMPERATURE, TOP_K, MoeDetails
 from runner.checkpoints.lora_moe_experts import expert_name
-from runner.checkpoints.lora_moe_state import MODEL_TYPE
+from runner.families.lora_moe.checkpoint import TEMPERATURE, TOP_K, MoeDetails
+from runner.families.lora_moe.state import MODEL_TYPE
+from runner.merge.sources import rebased
 from runner.merging.files import OpenedSource
-from runner.merging.sources import rebased
 
 # An expert of the output: its source, and its name there.
 Chosen = tuple[OpenedSource, str]

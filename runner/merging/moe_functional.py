@@ -5,15 +5,15 @@ from pathlib import Path
 
 import torch
 
-from runner.bases import Base
 from runner.checkpoints.adapter_tensors import Factors
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.lora_moe_tensors import check_base, read_experts
 from runner.errors import RunnerError
+from runner.evaluation.base_models import Base
+from runner.families.lora.model import linear_shapes
+from runner.families.lora_moe.model import LoraForCausalLM
 from runner.merging.files import Files
-from runner.models.lora_layers import linear_shapes
-from runner.models.lora_moe import LoraForCausalLM
 
 
 def check_experts(written: Path, files: Files, base: Base, prompts: Mapping[str, torch.Tensor]) -> list[int]:

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runner.checkpoints.lora_moe_state import SKILLS, Skills, read_skills
 from runner.errors import CheckpointError
-from runner.merging.execute import TensorFile
+from runner.families.lora_moe.state import SKILLS, Skills, read_skills
+from runner.merge.execute import TensorFile
+from runner.merge.lazy_tensor import Piece, from_tensor, mean
+from runner.merge.spec import MergeSpec
 from runner.merging.files import OpenedSource
-from runner.merging.pieces import Piece, from_tensor, mean
-from runner.merging.spec import MergeSpec
 
 SkillId = int | str
 _Entry = tuple[OpenedSource, SkillId, Piece]  # a skill of one source, its id there, its embedding

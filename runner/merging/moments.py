@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from runner.merging.sources import Source
+from runner.merge.sources import Source
 
 # torch's list of the names that a trainer gave its parameters, one for each index of a group's `params`.
 NAMES = "param_names"

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from runner.checkpoints.inert import Inert, InertArray, InertPath
-from runner.merging import pieces
-from runner.merging.sources import Source
+from runner.files.stubs import Inert, InertArray, InertPath
+from runner.merge import lazy_tensor as pieces
+from runner.merge.sources import Source
 
 _NAMESPACES = ("argparse.Namespace", "types.SimpleNamespace")
 # numpy's codes of the dtypes that torch has, too.

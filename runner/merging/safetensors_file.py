@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 import torch
 
-from runner.checkpoints.safetensors_files import DTYPES, MAX_HEADER_BYTES
 from runner.errors import CheckpointError
-from runner.merging.pieces import Piece, as_bytes
+from runner.files.safetensors_header import DTYPES, MAX_HEADER_BYTES
+from runner.merge.lazy_tensor import Piece, as_bytes
 from runner.merging.sinks import Sink
 
 _NAMES = {getattr(torch, in_torch): name for name, (in_torch, _) in DTYPES.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any
 
-from runner.checkpoints.readback import forget
+from runner.files.readback import forget
 
 # Smaller writes are gathered up to this many bytes.
 BUFFER = 1 << 18

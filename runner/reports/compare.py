@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from runner.comparison.answers import Answers, answers
 from runner.comparison.comparison import Comparison
 from runner.comparison.headline import headline, leading
+from runner.comparison.insights import Answers, answers
 from runner.comparison.jobs import Job
 from runner.comparison.points import checkpoint_name
 from runner.comparison.series import without_shared_ends

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runner.errors import printable
-from runner.reports import diagnose
+from runner.reports import tasks as diagnose
 from runner.reports.cells import Fact, Rows, known, many, size
 
 # Lines of a diagnosis that a merge has lines of its own for.

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.checkpoints.runs import step_in_name
 from runner.overrides import CommandLine, unquoted
-from runner.plan import Job, Plan
+from runner.sweeps.plan import Job, Plan
 
 _LONGEST_TAG = 60
 

@@ -8,16 +8,19 @@ from pathlib import Path
 
 import torch
 
-from runner.checkpoints import gpt_save, hf, npt_delta, npt_full
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.checkpoints.commit import staged
 from runner.checkpoints.content import sha256_of
 from runner.checkpoints.detect import open_checkpoint
-from runner.checkpoints.gpt_layout import GptDetails
 from runner.checkpoints.gpt_provenance import provenance
-from runner.checkpoints.tensors import TensorSource
 from runner.config import Conversion, ConvertConfig
 from runner.errors import ConfigError, RunnerError
+from runner.families.gpt import save as gpt_save
+from runner.families.gpt.layouts import GptDetails
+from runner.families.hf import checkpoint as hf
+from runner.families.npt import checkpoint as npt_delta
+from runner.families.npt import full as npt_full
+from runner.files.staging import staged
+from runner.files.tensors import TensorSource
 from runner.results import Result
 from runner.tasks.context import Context
 from runner.tasks.naming import check_family, checkpoint_path

@@ -3,13 +3,13 @@
 import torch
 
 from runner.config import DiagnoseConfig
-from runner.forward import device_of
-from runner.measures.verdict import judge
+from runner.evaluation.forward import device_of
+from runner.metrics.verdict import judge
 from runner.results import Result
 from runner.tasks.context import Context
 from runner.tasks.measuring import SEEDED_LENGTH, STEPS, Page
 from runner.tasks.measuring import text as measure_text
-from runner.tasks.opening import open_subject
+from runner.tasks.setup import open_subject
 from runner.versions import versions
 
 

@@ -9,7 +9,7 @@ from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.runs import resolve
 from runner.config import DiffConfig
 from runner.errors import CheckpointError, ConfigError
-from runner.merging.difference import differences, match
+from runner.merge.difference import differences, match
 from runner.results import Result
 from runner.tasks.context import Context
 from runner.tasks.naming import check_family, checkpoint_path

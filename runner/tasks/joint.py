@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from runner.bases import Base
 from runner.config import DiagnoseConfig, Family, Format, MergeConfig
+from runner.evaluation.base_models import Base
+from runner.evaluation.tokenizers import encode, load_tokenizer
 from runner.results import Result
 from runner.tasks import diagnose
 from runner.tasks.context import Context
-from runner.tokens import encode, load_tokenizer
 
 # What the measurement has in common with task=diagnose.
 _SHARED = ("seed", "base", "tokenizer", "device", "dtype", "data", "tier", "verdict")

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from runner.checkpoints import npt_full
 from runner.config import DiagnoseConfig
-from runner.forward import device_of
-from runner.measures import layers as layer_measures
-from runner.measures.fidelity import Comparison, perplexities, perplexity, summarise
+from runner.evaluation.forward import device_of
+from runner.evaluation.tokenizers import encode, seeded_ids
+from runner.families.npt import full as npt_full
+from runner.metrics import layers as layer_measures
+from runner.metrics.fidelity import Comparison, perplexities, perplexity, summarise
 from runner.results import Result
 from runner.tasks.context import Context
-from runner.tasks.opening import Opened
-from runner.tokens import encode, seeded_ids
+from runner.tasks.setup import Opened
 
 # Tokens that stand for a prompt where there is no tokenizer.
 SEEDED_LENGTH = 64

@@ -12,15 +12,15 @@ from runner.checkpoints.runs import resolve
 from runner.config import MergeConfig
 from runner.errors import ConfigError
 from runner.imports import importing
+from runner.merge.spec import MergeSpec
 from runner.merging.inputs import Inputs, reading
-from runner.merging.spec import MergeSpec
 from runner.reports.cells import size
 from runner.results import Result
 from runner.tasks.context import Context
 from runner.versions import versions
 
 if TYPE_CHECKING:
-    from runner.merging.execute import Content
+    from runner.merge.execute import Content
 
 # The files that a source is likely to consist of; what else there is, is read once it is known.
 _LIKELY = ("npt_weights.pt", "npt_weights.safetensors", "training_state.pt", "multi_layer_state.pt", "config.json")
@@ -34,7 +34,7 @@ def run(config: MergeConfig, context: Context) -> Result:
     """
     spec: MergeSpec = config.merge
     if spec.demo:
-        from runner.merging.demo import write_demo
+        from runner.merge.demo import write_demo
 
         with context.timed("demo"):
             spec = write_demo(context.directory / "demo", spec, seed=config.seed)
@@ -89,8 +89,8 @@ def _merge(
     config: MergeConfig, spec: MergeSpec, content: "Content", output: Path, context: Context, inputs: Inputs
 ) -> Result:
     """Write, verify, publish."""
-    from runner.merging.states import summary
-    from runner.merging.verify import check_structure
+    from runner.merge.training_state import summary
+    from runner.merge.verify import check_structure
     from runner.tasks.merge_output import write_summary, written
 
     differences = content.training_state.differences if content.training_state else ()
@@ -106,9 +106,9 @@ def _merge(
 
 def _measured(config: MergeConfig, content: "Content", partial: Path, context: Context) -> tuple[Result, list[int]]:
     """All layers together, measured as diagnose does, and the layers that alone give the logits of their source."""
-    from runner.bases import load_base
     from runner.checkpoints.detect import open_checkpoint
-    from runner.merging.functional import check_functions
+    from runner.evaluation.base_models import load_base
+    from runner.merge.functional import check_functions
     from runner.tasks.joint import encoded_prompts, measure
 
     with context.timed("functional"):

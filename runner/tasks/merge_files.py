@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints import lora_moe
 from runner.config import MergeConfig
+from runner.families.lora_moe import checkpoint as lora_moe
+from runner.merge.spec import MergeSpec
 from runner.merging.files import Files, check_written
 from runner.merging.inputs import Inputs
-from runner.merging.spec import MergeSpec
 from runner.reports.cells import size
 from runner.results import Result
 from runner.tasks.context import Context
@@ -57,8 +57,8 @@ def _functional(config: MergeConfig, files: Files, partial: Path, context: Conte
         with context.timed("functional"):
             measured = measure(config, partial, context, first)
         return measured, {"name": "functional", "status": "pass", "details": f"it runs; compared with {first}"}
-    from runner.bases import load_base
     from runner.checkpoints.detect import open_checkpoint
+    from runner.evaluation.base_models import load_base
     from runner.merging.moe_functional import check_experts
 
     with context.timed("functional"):

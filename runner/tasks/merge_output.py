@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.commit import staged
-from runner.checkpoints.npt_delta import MERGE_SUMMARY
-from runner.merging.execute import Content, expected_bytes, write_tensors
+from runner.families.npt.checkpoint import MERGE_SUMMARY
+from runner.files.staging import staged
+from runner.merge.execute import Content, expected_bytes, write_tensors
+from runner.merge.spec import MergeSpec
+from runner.merge.verify import comparisons
 from runner.merging.files import Files
 from runner.merging.inputs import Inputs
 from runner.merging.progress import byte_bar
 from runner.merging.sinks import write_json_files
-from runner.merging.spec import MergeSpec
-from runner.merging.verify import comparisons
 from runner.tasks.context import Context
 
 Check = dict[str, str]
@@ -47,8 +47,8 @@ def size_on_disk(content: Content | Files) -> int:
 
 def check_base(content: Content | Files, base: str | None) -> None:
     """Find the base that the models will run on, before anything is written. Raises CheckpointError without one."""
-    from runner.bases import find_base
-    from runner.checkpoints import gpt
+    from runner.evaluation.base_models import find_base
+    from runner.families.gpt import checkpoint as gpt
 
     if isinstance(content, Files) and content.family == gpt.FAMILY:
         return

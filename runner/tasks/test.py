@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoints.runs import resolve, step_in_name
-from runner.checks.bench import BUILT, Bench, check_base, check_buildable
 from runner.checks.catalogue import PARTS, checks_for
 from runner.checks.check import FAIL, STATUSES, WARNING, Check, run_checks
+from runner.checks.context import BUILT, Bench, check_base, check_buildable
 from runner.config import TestConfig
 from runner.errors import ConfigError
 from runner.results import Result

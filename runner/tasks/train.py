@@ -7,14 +7,14 @@ from dataclasses import fields
 from runner.checkpoints.detect import open_checkpoint
 from runner.config import Family, TrainConfig
 from runner.errors import ConfigError
+from runner.families.lora_moe.settings import MoeTrainSettings
+from runner.families.npt.save import train_run
+from runner.families.npt.settings import EquivalenceSettings, TrainSettings
 from runner.results import Result
 from runner.tasks import training_inputs
 from runner.tasks.context import Context
 from runner.training.batches import document_batches
-from runner.training.moe_settings import MoeTrainSettings
 from runner.training.progress import step_bar
-from runner.training.runs import train_run
-from runner.training.settings import EquivalenceSettings, TrainSettings
 from runner.versions import versions
 
 # A row for the tracker every so many steps, and at the last.

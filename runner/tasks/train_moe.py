@@ -7,12 +7,12 @@ from pathlib import Path
 from runner.checkpoints.detect import open_checkpoint
 from runner.config import Family, TrainConfig
 from runner.errors import ConfigError
+from runner.families.lora_moe.settings import MoeSettings
+from runner.families.lora_moe.skills import world_skills
+from runner.families.lora_moe.training import train_moe
 from runner.results import Result
 from runner.tasks import training_inputs
 from runner.tasks.context import Context
-from runner.training.moe import train_moe
-from runner.training.moe_settings import MoeSettings
-from runner.training.moe_skills import world_skills
 from runner.training.progress import step_bar
 from runner.versions import versions
 

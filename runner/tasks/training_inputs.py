@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.bases import Base, load_base
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.runs import find_run
 from runner.config import TrainConfig
 from runner.data.text import MAX_DOCUMENTS
 from runner.data.world import generate
 from runner.errors import ConfigError
+from runner.evaluation.base_models import Base, load_base
+from runner.evaluation.tokenizers import encode, load_tokenizer
 from runner.tasks.context import Context
 from runner.tasks.naming import demo_run
-from runner.tokens import encode, load_tokenizer
 
 
 def open_base(config: TrainConfig, context: Context, resume_from: Path | None, *, llama: bool) -> tuple[Base, str]:

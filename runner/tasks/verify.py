@@ -3,7 +3,7 @@
 from runner.checkpoints.detect import open_checkpoint
 from runner.config import VerifyConfig
 from runner.errors import CheckpointError
-from runner.merging.checks import check_checkpoint
+from runner.merge.soundness import check_checkpoint
 from runner.results import Result
 from runner.tasks.context import Context
 from runner.tasks.naming import check_family, checkpoint_path

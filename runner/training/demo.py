@@ -14,15 +14,15 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from runner.bases import load_base
-from runner.checkpoints.commit import staged
 from runner.checkpoints.runs import find_run
 from runner.data.world import World, generate, train_tokenizer
+from runner.evaluation.base_models import load_base
+from runner.families.npt.save import train_run
+from runner.families.npt.settings import EquivalenceSettings
+from runner.files.staging import staged
 from runner.training.batches import equal_length_batches, packed_samples, sentence_samples
 from runner.training.language_model import LanguageModelSettings, save_language_model, train_language_model
 from runner.training.progress import step_bar
-from runner.training.runs import train_run
-from runner.training.settings import EquivalenceSettings
 
 # Part of the cache's key: change it with whatever changes the bytes and is neither a setting nor a sentence.
 FORMAT = 2

@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from runner.checkpoints.tensors import is_finite
 from runner.errors import ModelError
-from runner.models.lora_moe import LoraMoeForCausalLM
+from runner.families.lora_moe.model import LoraMoeForCausalLM
+from runner.families.lora_moe.skills import Library
+from runner.files.tensors import is_finite
 from runner.training.moe_save import save_moe
-from runner.training.moe_skills import Library
 
 DIVERGED = "give a smaller train.learning_rate or train.gradient_clip_value"
 

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
-from runner.bases import Base
-from runner.checkpoints import lora_moe
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.checkpoints.lora_moe import MoeDetails
-from runner.checkpoints.lora_moe_state import TRAINER_STATE
 from runner.errors import CheckpointError, ConfigError, ModelError
-from runner.loading import build
-from runner.models.lora_moe import Adapter, LoraMoeForCausalLM
-from runner.training.moe_settings import MoeSettings
+from runner.evaluation.base_models import Base
+from runner.evaluation.build import build
+from runner.families.lora_moe import checkpoint as lora_moe
+from runner.families.lora_moe.checkpoint import MoeDetails
+from runner.families.lora_moe.model import Adapter, LoraMoeForCausalLM
+from runner.families.lora_moe.settings import MoeSettings
+from runner.families.lora_moe.state import TRAINER_STATE
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 # The router starts with hardly a preference: by how much, in units of its logits.
@@ -62,7 +62,7 @@ def reopened_moe(
     """A checkpoint's model, to go on training with `settings`, whose `experts` must be a number.
 
     Raises CheckpointError where it has no state to go on from, ConfigError where its experts are not those of
-    `settings` or nothing is left to train, and what `runner.loading.build` raises.
+    `settings` or nothing is left to train, and what `runner.evaluation.build.build` raises.
     """
     assert isinstance(settings.experts, int), "whoever knows the skills has counted them"
     details: MoeDetails = checkpoint.details
@@ -108,7 +108,7 @@ def _spelled(values: list[Any]) -> str:
 
 def _target_modules(base: Base, settings: MoeSettings) -> dict[str, tuple[int, int]]:
     """The linear modules that `settings` name, with inputs and outputs."""
-    from runner.models.lora_layers import linear_shapes
+    from runner.families.lora.model import linear_shapes
 
     linears = {name: shape for name, shape in linear_shapes(base.model).items() if not name.endswith("lm_head")}
     ends = {name.rpartition(".")[2] for name in linears}

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from runner.checkpoints import lora_moe_save
 from runner.checkpoints.adapter_save import adapter_config
-from runner.checkpoints.adapters import key
-from runner.checkpoints.commit import staged
-from runner.checkpoints.lora_moe import TEMPERATURE
-from runner.models.lora_moe import Adapter, LoraMoeForCausalLM
+from runner.families.lora.adapter import key
+from runner.families.lora_moe import save as lora_moe_save
+from runner.families.lora_moe.checkpoint import TEMPERATURE
+from runner.families.lora_moe.model import Adapter, LoraMoeForCausalLM
+from runner.files.staging import staged
 
 
 def save_moe(
@@ -55,7 +55,7 @@ def save_moe(
 
 def dropout(model: LoraMoeForCausalLM, expert: str) -> float:
     """The dropout of an expert's adapter in training."""
-    from runner.models.lora_layers import RoutedLinear
+    from runner.families.lora.model import RoutedLinear
 
     layers = (layer for layer in model.lm.modules() if isinstance(layer, RoutedLinear))
     found = (layer.lora_dropout[expert] for layer in layers if expert in layer.lora_A)
@@ -94,7 +94,7 @@ def _targets(adapter: Adapter, linears: list[str]) -> set[str]:
 
 def _linears(model: nn.Module) -> list[str]:
     """The linear modules under the names that they have in the base without adapters."""
-    from runner.models.lora_layers import RoutedLinear
+    from runner.families.lora.model import RoutedLinear
 
     return [
         name

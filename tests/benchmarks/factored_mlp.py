@@ -22,7 +22,7 @@ def measure(kind: str, k: int, tokens: int, hidden: int, inner: int, rank: int) 
     """Seconds of one gate update over [tokens, hidden], and the peak memory above that of the inputs, in MiB."""
     import torch
 
-    from runner.models.npt_llama import RankKUpdate
+    from runner.families.npt.model import RankKUpdate
 
     torch.manual_seed(0)
     update = RankKUpdate(torch.randn(k, hidden, rank), torch.randn(k, rank, hidden), torch.randn(k, rank, inner))

@@ -33,8 +33,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from runner.measures.forecast import Forecast, forecast  # noqa: E402
-from runner.measures.forecast_fit import FAMILIES, Array, coordinate, fit, reach, step_at  # noqa: E402
+from runner.metrics.forecast import Forecast, forecast  # noqa: E402
+from runner.metrics.forecast_fit import FAMILIES, Array, coordinate, fit, reach, step_at  # noqa: E402
 
 LAST, TARGET, REACHED = 20_000.0, 0.1, 40_000.0
 POINTS, FLOORS = (6, 8, 12, 20), (0.0, 0.5, 1.1, 1.5)

@@ -28,7 +28,7 @@ HIDDEN, INNER, RANK, COUNT = 2048, 8192, 512, 8
 
 def prepare(directory: Path) -> list[Path]:
     """Two checkpoints of one layer each."""
-    from runner.checkpoints import npt_delta
+    from runner.families.npt import checkpoint as npt_delta
 
     sources = []
     for layer in (11, 13):

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.checkpoints import renames
-from runner.checkpoints.commit import staged, verify
 from runner.checkpoints.content import sha256_of
 from runner.errors import CheckpointError, RunnerError, printable
+from runner.files import atomic as renames
+from runner.files.staging import staged, verify
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -392,7 +392,7 @@ def test_a_full_or_read_only_disk_is_one_line_and_leaves_nothing(disk: str, writ
 import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
-from runner.checkpoints.commit import staged
+from runner.files.staging import staged
 from runner.errors import RunnerError
 folder = Path(sys.argv[1])
 state = {{"a": torch.ones(1 << 20)}}
@@ -421,7 +421,7 @@ except RunnerError as error:
 KILLED = """
 import sys
 from pathlib import Path
-from runner.checkpoints.commit import staged
+from runner.files.staging import staged
 target = Path(sys.argv[1])
 print("ready", flush=True)
 for turn in range(10_000):

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 
 from runner.checkpoints.checkpoint import Listing
 from runner.checkpoints.content import sha256_of
-from runner.checkpoints.gpt import FORMATS, GptDetails
 from runner.checkpoints.gpt_provenance import Provenance, provenance
-from runner.checkpoints.gpt_save import WEIGHT_FILES, cut_vocabulary, save
 from runner.errors import CheckpointError, ConfigError
+from runner.families.gpt.checkpoint import FORMATS, GptDetails
+from runner.families.gpt.save import WEIGHT_FILES, cut_vocabulary, save
 from tests.gpt_files import BY_NAME, built, model, opened, random_state, script_file
 
 DIALECTS = ["small", "medium"]

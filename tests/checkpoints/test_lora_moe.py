@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runner.checkpoints import lora_moe, lora_moe_save
 from runner.checkpoints.checkpoint import Listing
-from runner.checkpoints.lora_moe_state import read_skills
 from runner.errors import CheckpointError, ModelError
+from runner.families.lora_moe import checkpoint as lora_moe
+from runner.families.lora_moe import save as lora_moe_save
+from runner.families.lora_moe.state import read_skills
 from tests.conftest import write_base
 from tests.lora_files import TARGETS, adapter_of, edit_json, hashes, load_moe, older, router_of, write_moe
 

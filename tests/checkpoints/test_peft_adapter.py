@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runner.checkpoints import peft_adapter
 from runner.checkpoints.checkpoint import Listing
-from runner.checkpoints.lora_config import read_settings
 from runner.errors import CheckpointError
+from runner.families.lora import checkpoint as peft_adapter
+from runner.families.lora.config import read_settings
 from tests.lora_files import load_adapter, write_adapter
 
 IDS = torch.tensor([[5, 77, 9, 130]])

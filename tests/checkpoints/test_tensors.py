@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from runner.checkpoints.content import sha256_of
-from runner.checkpoints.tensors import is_finite, non_finite, open_sharded, open_weights
 from runner.errors import CheckpointError
+from runner.files.tensors import is_finite, non_finite, open_sharded, open_weights
 from tests.checkpoints import hostile
 
 REPOSITORY = Path(__file__).parents[2]
@@ -329,7 +329,7 @@ def test_non_finite_names_the_tensors(tmp_path: Path) -> None:
 LIGHT = """
 import sys, time, resource
 from pathlib import Path
-from runner.checkpoints.tensors import open_weights
+from runner.files.tensors import open_weights
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in sys.argv[1:]:
     start = time.perf_counter()

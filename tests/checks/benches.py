@@ -12,9 +12,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
-from runner.checks.bench import Bench
 from runner.checks.catalogue import checks_for
 from runner.checks.check import run_checks
+from runner.checks.context import Bench
 from runner.confdir import config_directory
 from runner.config import TestConfig
 from runner.run import _typed, setup

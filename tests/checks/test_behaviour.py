@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from runner.models import gpt as gpt_model
-from runner.models.lora_layers import RoutedLinear
-from runner.models.npt_llama import NptDecoderLayer, NptLlamaForCausalLM, RankKUpdate
+from runner.families.gpt import model as gpt_model
+from runner.families.lora.model import RoutedLinear
+from runner.families.npt.model import NptDecoderLayer, NptLlamaForCausalLM, RankKUpdate
 from tests.checks.benches import bench_of, failing, rows_of
 from tests.conftest import MIXED, npt_tensors, write_npt
 from tests.gpt_files import random_state, script_file

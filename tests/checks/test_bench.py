@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from runner.checks import roundtrip
+from runner.checks.detected import look
 from runner.checks.headers import read_header
-from runner.checks.look import look
 from runner.checks.preflight import IMPORTS, Estimate, estimate_peak, estimate_seconds
 from tests.checks.benches import bench_of, failing, rows_of, write_npt_full
 from tests.conftest import write_base

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from runner.checks.bench import BUILT
+from runner.checks.context import BUILT
 from tests.checks.benches import MODEL_CHECKS, QUALITY, bench_of, rows_of
 from tests.conftest import GOLDEN
 

@@ -4,9 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runner import loading
-from runner.checkpoints import gpt_save, hf_save, lora_moe_save, npt_delta
+from runner.checkpoints import hf_save
 from runner.checks import roundtrip, saving
+from runner.evaluation import build as loading
+from runner.families.gpt import save as gpt_save
+from runner.families.lora_moe import save as lora_moe_save
+from runner.families.npt import checkpoint as npt_delta
 from tests.checks.benches import bench_of, failing, rows_of, write_npt_full
 from tests.conftest import MIXED, npt_tensors, write_base, write_npt
 from tests.gpt_files import random_state, script_file
@@ -138,7 +141,7 @@ def on_expert(index, change):
 
 
 def on_reload(patch, name, change):
-    """From the second call on, what a function of runner.loading gives is changed: a reader that errs."""
+    """From the second call on, what a function of runner.evaluation.build gives is changed: a reader that errs."""
     real, calls = getattr(loading, name), []
 
     def read(*args, **options):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from runner.comparison.answers import answers
 from runner.comparison.comparison import read
 from runner.comparison.headline import headline
+from runner.comparison.insights import answers
 from tests.comparison.sweeps import result, write_job, write_sweep
 
 

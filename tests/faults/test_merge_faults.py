@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.checkpoints.commit import verify
+from runner.files.staging import verify
 from tests.conftest import ROOT
 from tests.merging.sources import write_source
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from runner.checkpoints.commit import verify
+from runner.files.staging import verify
 from tests.faults.test_merge_faults import EXITS, FAULTS, injected, manifest, names, places, words, zygote
 from tests.merging.moe_sources import write_moe
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.checkpoints.commit import verify
+from runner.files.staging import verify
 from tests.conftest import ROOT
 from tests.merging.sources import ONE, THREE, write_source
 

@@ -14,8 +14,13 @@ from pathlib import Path
 import torch
 
 from runner import cli
-from runner.checkpoints import commit, leftovers  # noqa: F401 - imported here so that no child has to
-from runner.merging import functional, gather, inputs, sinks, verify  # noqa: F401
+from runner.checkpoints import leftovers  # noqa: F401 - imported here so that no child has to
+from runner.files import staging as commit  # noqa: F401 - imported here so that no child has to
+from runner.merge import (
+    functional,  # noqa: F401
+    verify,  # noqa: F401
+)
+from runner.merging import gather, inputs, sinks  # noqa: F401
 from runner.tasks import merge  # noqa: F401
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from runner.measures.fidelity import compare, perplexities, standard_error, summarise
+from runner.metrics.fidelity import compare, perplexities, standard_error, summarise
 
 LN2, LN3 = math.log(2), math.log(3)
 # Two positions, vocabulary of three. Probabilities: p = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2) at the first position;

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from runner.measures import layers
-from runner.measures.generation import agreement, generate, repetition
+from runner.metrics import layers
+from runner.metrics.generation import agreement, generate, repetition
 
 REFERENCE = torch.zeros(2, 4)
 IDS = torch.tensor([0, 1])

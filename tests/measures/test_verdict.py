@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from runner.measures.verdict import Thresholds, cosine_status, judge, mse_status, progress
+from runner.metrics.verdict import Thresholds, cosine_status, judge, mse_status, progress
 from tests.conftest import ROOT
 
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from runner.checkpoints import lora_moe_save
 from runner.checkpoints.adapter_save import adapter_config
+from runner.families.lora_moe import save as lora_moe_save
+from runner.merge.spec import MergeSpec
 from runner.merging.files import Files
 from runner.merging.gather import gather
-from runner.merging.spec import MergeSpec
 from tests.lora_files import TARGETS, adapter_tensors, router_of
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.checkpoints.pickles import file_offset, load_pickle
 from runner.errors import RunnerError
-from runner.merging import torch_file
-from runner.merging.execute import TensorFile, write_tensors
-from runner.merging.pieces import Piece, from_tensor, split
-from runner.merging.verify import Comparison, Expected, comparisons
+from runner.files.pickles import file_offset, load_pickle
+from runner.merge import writer as torch_file
+from runner.merge.execute import TensorFile, write_tensors
+from runner.merge.lazy_tensor import Piece, from_tensor, split
+from runner.merge.verify import Comparison, Expected, comparisons
 
 VALUE = {
     "one": torch.arange(5, dtype=torch.float32),

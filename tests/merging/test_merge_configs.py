@@ -4,7 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from runner.confdir import config_directory
-from runner.merging.spec import RULES, MergeSpec
+from runner.merge.spec import RULES, MergeSpec
 from runner.run import _typed, setup
 
 FILES = sorted((config_directory() / "merge").glob("*.yaml"))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from runner.merge.spec import MergeSpec
 from runner.merging.gather import gather
-from runner.merging.spec import MergeSpec
 from tests.merging.sources import (
     ONE,
     THREE,

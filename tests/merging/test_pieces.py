@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from runner.merging import pieces
-from runner.merging.pieces import from_tensor, linear, mean, slerp, weighted
+from runner.merge import lazy_tensor as pieces
+from runner.merge.lazy_tensor import from_tensor, linear, mean, slerp, weighted
 
 
 def whole(piece):

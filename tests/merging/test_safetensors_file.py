@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runner.checkpoints.tensors import open_weights
 from runner.errors import CheckpointError
-from runner.merging.pieces import from_tensor
+from runner.files.tensors import open_weights
+from runner.merge.lazy_tensor import from_tensor
 from runner.merging.safetensors_file import write_safetensors
 from runner.merging.sinks import new_file
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.checkpoints.archives import check_archive, verify_crc
-from runner.checkpoints.pickles import load_pickle
-from runner.merging import torch_file
-from runner.merging.pieces import Piece, from_tensor, replaced
+from runner.files.archive import check_archive, verify_crc
+from runner.files.pickles import load_pickle
+from runner.merge import writer as torch_file
+from runner.merge.lazy_tensor import Piece, from_tensor, replaced
+from runner.merge.writer import write_torch_file
 from runner.merging.sinks import new_file
-from runner.merging.torch_file import write_torch_file
 from tests.merging.sources import same
 
 TENSORS = {

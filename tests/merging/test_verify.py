@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from runner.checkpoints.npt_delta import MERGE_SUMMARY
-from runner.checkpoints.readback import read_back
 from runner.errors import CheckpointError, RunnerError
-from runner.merging.execute import write_tensors
+from runner.families.npt.checkpoint import MERGE_SUMMARY
+from runner.files.readback import read_back
+from runner.merge.execute import write_tensors
+from runner.merge.spec import MergeSpec
+from runner.merge.training_state import summary
+from runner.merge.verify import check_structure, comparisons
 from runner.merging.gather import gather
 from runner.merging.sinks import write_json_files
-from runner.merging.spec import MergeSpec
-from runner.merging.states import summary
-from runner.merging.verify import check_structure, comparisons
 from tests.merging.sources import ONE, THREE, state_of, weights_in, write_source
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from runner.errors import ModelError
-from runner.models import gpt
+from runner.families.gpt import model as gpt
 from tests.gpt_files import model, random_state
 
 IDS = [5, 17, 9, 0, 23, 17, 2]

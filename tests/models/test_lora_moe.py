@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
-from runner.bases import load_base
 from runner.errors import ConfigError
-from runner.measures.generation import generate
+from runner.evaluation.base_models import load_base
+from runner.families.lora_moe.model import LoraMoeForCausalLM
+from runner.metrics.generation import generate
 from runner.models import routing
-from runner.models.lora_moe import LoraMoeForCausalLM
 from tests.lora_files import load_moe, router_of, write_moe
 
 IDS = torch.tensor([5, 77, 9, 130, 41, 41, 8, 200])

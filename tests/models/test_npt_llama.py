@@ -5,10 +5,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 import runner
-from runner.checkpoints.npt_delta import key
-from runner.loading import npt_tensors as saved_tensors
-from runner.measures.generation import generate
-from runner.models.npt_llama import RankKUpdate, run_layers
+from runner.evaluation.build import npt_tensors as saved_tensors
+from runner.families.npt.checkpoint import key
+from runner.families.npt.model import RankKUpdate, run_layers
+from runner.metrics.generation import generate
 from tests.conftest import MIXED, npt_tensors, write_base, write_npt
 
 
@@ -113,7 +113,7 @@ def test_starting_at_a_later_layer_gives_the_same_bits(model):
 
 
 def test_hidden_states_are_recorded_once_for_base_and_model(model, base):
-    from runner.bases import load_base
+    from runner.evaluation.base_models import load_base
 
     shared = load_base(None, base).model
     for each in (shared, model, shared, model):
@@ -121,7 +121,7 @@ def test_hidden_states_are_recorded_once_for_base_and_model(model, base):
 
 
 def test_model_shares_the_base_weights(model, base):
-    from runner.bases import load_base
+    from runner.evaluation.base_models import load_base
 
     theirs = {p.data_ptr() for p in load_base(None, base).model.parameters()}
     own = {name for name, p in model.named_parameters() if p.data_ptr() not in theirs}
@@ -130,7 +130,7 @@ def test_model_shares_the_base_weights(model, base):
 
 
 def test_standard_mode_is_the_base(model, base):
-    from runner.bases import load_base
+    from runner.evaluation.base_models import load_base
 
     with torch.inference_mode(), model.npt_mode(set()):
         assert torch.equal(model(IDS[None]).logits, load_base(None, base).model(IDS[None]).logits)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import runner
-from runner.checkpoints.commit import verify
 from runner.checkpoints.detect import open_checkpoint
+from runner.files.staging import verify
 from tests.conftest import MIXED, npt_tensors
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runner.checkpoints.commit import verify
+from runner.files.staging import verify
 from runner.tracking.rows import eval_row, summary
 from tests.conftest import npt_tensors, write_npt
 from tests.merging.sources import (
@@ -251,7 +251,7 @@ def test_the_base_is_found_from_the_output(run, base, tmp_path):
 
 def test_functional_verification_finds_a_layer_that_computes_something_else(run, base, tmp_path, monkeypatch):
     """The byte comparison is switched off, and a wrong layer slips in: its logits give it away."""
-    from runner.merging import pieces
+    from runner.merge import lazy_tensor as pieces
 
     for name, layer in (("a", 1), ("b", 2)):
         write_npt(tmp_path / name, npt_tensors(base, {layer: ("dual", 2, 2)}, seed=layer), base=base)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runner.checkpoints.commit import verify
 from runner.errors import CheckpointError, ConfigError
+from runner.files.staging import verify
 from runner.tracking.rows import eval_row, summary
 from tests.gpt_files import opened, random_state, script_file
 from tests.merging.moe_sources import gathered
@@ -176,12 +176,12 @@ def test_refusals(run, pair):
 
 def test_another_byte_is_found(run, pair, monkeypatch):
     """One element of what is computed for the file differs from what is computed for the comparison."""
-    from runner.merging import execute
+    from runner.merge import execute
 
     original = execute.write_torch_file
 
     def wrong(sink, folder, value):
-        from runner.merging.pieces import Piece
+        from runner.merge.lazy_tensor import Piece
 
         piece = value["model"]["scalars"]
         other = Piece(origin="", dtype=piece.dtype, shape=piece.shape, parts=lambda: (p + 1e-3 for p in piece.parts()))

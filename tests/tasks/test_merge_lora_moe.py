@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runner.checkpoints.commit import verify
 from runner.errors import CheckpointError
+from runner.files.staging import verify
 from runner.tracking.rows import summary
 from tests.conftest import write_base
 from tests.lora_files import adapter_of, load_moe, older
@@ -100,8 +100,8 @@ def test_the_joint_model_is_that_of_all_experts(run, pair, base):
     """Put together in memory from the sources' own models, it gives the same logits as the file."""
     merge(run, "a", "b")
     a, b, joint = load_moe(Path("a")), load_moe(Path("b")), load_moe(Path("out"))
-    from runner.bases import load_base
-    from runner.models.lora_moe import LoraMoeForCausalLM
+    from runner.evaluation.base_models import load_base
+    from runner.families.lora_moe.model import LoraMoeForCausalLM
 
     gates = tuple(torch.cat([getattr(m.router, name) for m in (a, b)]) for name in ("weight", "bias"))
     model = LoraMoeForCausalLM(load_base(None, base).model, (*a.adapters(), *b.adapters()), gates)
@@ -233,12 +233,12 @@ def test_dry_run_writes_nothing(run, pair):
 
 def test_another_byte_is_found(run, pair, monkeypatch):
     """What is written differs from what was read: by the comparison of bytes, and where that is off by the logits."""
-    from runner.merging import execute
+    from runner.merge import execute
 
     original = execute.write_safetensors
 
     def wrong(sink, value, metadata):
-        from runner.merging.pieces import Piece
+        from runner.merge.lazy_tensor import Piece
 
         name = next((name for name in value if "layers.1" in name and "lora_B" in name), None)
         if name is not None and value[name].origin.startswith("b: experts.expert_1"):

@@ -9,11 +9,11 @@ from rich.console import Console
 from runner.config import TrainConfig
 from runner.data.text import Data
 from runner.errors import ConfigError, ModelError
-from runner.loading import load
+from runner.evaluation.build import load
+from runner.families.npt.settings import TrainSettings
 from runner.tasks import train
 from runner.tasks.context import Context
 from runner.training.demo import ensure_demo
-from runner.training.settings import TrainSettings
 from tests.training.test_demo import SETTINGS
 
 

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from runner.config import Family, TrainConfig
 from runner.data.text import Data
+from runner.families.lora_moe.settings import MoeTrainSettings
 from runner.tasks import train
 from runner.tasks.context import Context
-from runner.training.moe_settings import MoeTrainSettings
 
 TINY = ("train.max_steps=12", "train.save_every=6", "train.warmup_steps=2", "train.lora_r=2", "train.batch_size=4")
 

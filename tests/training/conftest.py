@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from runner.models.npt_llama import NptLlamaForCausalLM
-from runner.training.equivalence import initial_updates
-from runner.training.settings import EquivalenceSettings
+from runner.families.npt.model import NptLlamaForCausalLM
+from runner.families.npt.settings import EquivalenceSettings
+from runner.families.npt.training import initial_updates
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 
 from runner.checkpoints.runs import find_run
-from runner.loading import load
+from runner.evaluation.build import load
+from runner.families.npt.settings import EquivalenceSettings
 from runner.training import demo
 from runner.training.demo import DemoSettings, ensure_demo
 from runner.training.language_model import LanguageModelSettings
-from runner.training.settings import EquivalenceSettings
 from tests.conftest import ROOT
 
 SETTINGS = DemoSettings(

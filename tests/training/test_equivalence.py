@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from runner.errors import ModelError
-from runner.loading import npt_tensors
-from runner.models.npt_llama import NptLlamaForCausalLM
-from runner.training.equivalence import initial_updates, train_equivalence
-from runner.training.losses import losses, reference
-from runner.training.settings import PROJECTIONS, EquivalenceSettings
+from runner.evaluation.build import npt_tensors
+from runner.families.npt.losses import losses, reference
+from runner.families.npt.model import NptLlamaForCausalLM
+from runner.families.npt.settings import PROJECTIONS, EquivalenceSettings
+from runner.families.npt.training import initial_updates, train_equivalence
 
 
 def test_the_logits_come_close_to_the_bases(base, batches):

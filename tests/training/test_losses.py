@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from runner.models.npt_llama import NptLlamaForCausalLM
-from runner.training import losses as training_losses
-from runner.training.equivalence import initial_updates
-from runner.training.losses import kept_references, losses, reference
-from runner.training.settings import EquivalenceSettings
+from runner.families.npt import losses as training_losses
+from runner.families.npt.losses import kept_references, losses, reference
+from runner.families.npt.model import NptLlamaForCausalLM
+from runner.families.npt.settings import EquivalenceSettings
+from runner.families.npt.training import initial_updates
 
 
 @pytest.fixture(params=[(0, 2), (1,), (1, 2)], ids=str)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runner.bases import load_base
-from runner.checkpoints import commit
 from runner.errors import CheckpointError, ConfigError, ModelError, RunnerError
-from runner.loading import load
-from runner.training.moe import train_moe
-from runner.training.moe_settings import MoeSettings
+from runner.evaluation.base_models import load_base
+from runner.evaluation.build import load
+from runner.families.lora_moe.settings import MoeSettings
+from runner.families.lora_moe.training import train_moe
+from runner.files import staging as commit
 from tests.conftest import write_base
 from tests.lora_files import edit_json, hashes
 

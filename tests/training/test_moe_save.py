@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from runner.checkpoints import commit
 from runner.errors import CheckpointError
-from runner.loading import load
+from runner.evaluation.build import load
+from runner.files import staging as commit
 from runner.training.moe_save import save_moe
 from tests.conftest import write_base
 from tests.lora_files import adapter_of, load_moe, write_adapter, write_moe

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from runner.errors import ModelError
-from runner.loading import npt_tensors
-from runner.training.equivalence import train_equivalence
-from runner.training.moments import flat_optimizer_state, stacked_optimizer_state
+from runner.evaluation.build import npt_tensors
+from runner.families.npt.optimizer_state import flat_optimizer_state, stacked_optimizer_state
+from runner.families.npt.training import train_equivalence
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.bases import load_base
-from runner.checkpoints.commit import verify
 from runner.errors import CheckpointError, ConfigError
-from runner.training.runs import train_run
-from runner.training.settings import EquivalenceSettings
+from runner.evaluation.base_models import load_base
+from runner.families.npt.save import train_run
+from runner.families.npt.settings import EquivalenceSettings
+from runner.files.staging import verify
 
 
 @pytest.fixture

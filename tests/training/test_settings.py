@@ -1,8 +1,8 @@
 import pytest
 
 from runner.errors import ConfigError
+from runner.families.npt.settings import EquivalenceSettings, TrainSettings
 from runner.training.language_model import LanguageModelSettings
-from runner.training.settings import EquivalenceSettings, TrainSettings
 
 
 @pytest.mark.parametrize(

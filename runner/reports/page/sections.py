@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from runner.comparison.answers import Answers, answers
 from runner.comparison.comparison import Comparison
 from runner.comparison.differences import spelled
 from runner.comparison.headline import leading
+from runner.comparison.insights import Answers, answers
 from runner.comparison.jobs import Job
 from runner.comparison.points import checkpoint_name
 from runner.results import FILE_NAME

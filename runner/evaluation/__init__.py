@@ -1,0 +1,1 @@
+"""From a checkpoint to figures: base model, placement, forward passes, reference."""

@@ -1,0 +1,1 @@
+"""What is special about each kind of model: one folder a family, the same file names in each."""

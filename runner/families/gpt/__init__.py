@@ -1,0 +1,1 @@
+"""GPTs as modded-nanogpt trains them."""

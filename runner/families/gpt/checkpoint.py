@@ -1,0 +1,161 @@
+"""`gpt_small` and `gpt_medium`: modded-nanogpt training checkpoints (spec/formats.md §3).
+
+One file {'step', 'code', 'model': state dict, 'optimizers', 'val_loss'}, or a bare state dict, or our own safetensors
+of the same names. The dialect, and every size, is read from names and shapes.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
+from runner.checkpoints.content import Kind, kind_of
+from runner.checkpoints.describing import components
+from runner.checkpoints.gpt_provenance import METADATA, STATE, TOP_LEVEL, optimizer_summaries, provenance
+from runner.errors import CheckpointError
+from runner.families.gpt.layouts import MEDIUM_DEPTH, SCALARS, Dialect, GptDetails, component, read_details
+from runner.files.tensors import TensorSource, open_weights
+
+__all__ = ["FORMATS", "GptDetails"]
+
+FAMILY = "gpt"
+SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+# What no other architecture calls its attention, with the wrapper prefixes that a file may have.
+_MARKS: Mapping[Dialect, re.Pattern[str]] = {
+    "small": re.compile(r"(?:_orig_mod\.|module\.)*blocks\.[0-9]+\.attn\.qkv_w"),
+    "medium": re.compile(r"(?:_orig_mod\.|module\.)*blocks\.[0-9]+\.attn\.qkvo_w"),
+}
+
+
+def _matches(dialect: Dialect, listing: Listing) -> str | None:
+    """Evidence: the dialect's attention tensors. Raises CheckpointError where a file named itself cannot be opened."""
+    found = _recognised(dialect, listing)[0]
+    return "; ".join(f"{name}: {dialect} attention in {count} blocks" for name, count in found.items()) or None
+
+
+def _recognised(dialect: Dialect, listing: Listing) -> tuple[dict[str, int], list[str]]:
+    """Of the dialect's files the number of attention blocks, and why other files could not be opened."""
+    if not listing.path.is_dir():
+        count = _count_marks(dialect, listing, listing.path.name)
+        return ({listing.path.name: count} if count else {}), []
+    found, unreadable = {}, []
+    for name in listing.entries:
+        if not name.endswith(SUFFIXES) or listing.file(name).is_dir():
+            continue
+        try:
+            count = _count_marks(dialect, listing, name)
+        except CheckpointError as error:
+            unreadable.append(str(error))
+            continue
+        if count:
+            found[name] = count
+    return found, unreadable
+
+
+def _count_marks(dialect: Dialect, listing: Listing, name: str) -> int:
+    nested = _nested(listing, name)
+    names: Iterable[Any] = listing.weights(name).infos if nested is None else nested
+    return sum(isinstance(key, str) and _MARKS[dialect].fullmatch(key) is not None for key in names)
+
+
+def _nested(listing: Listing, name: str) -> Mapping[Any, Any] | None:
+    """The state dict inside a training script's dict; None for a file whose tensors stand at its top."""
+    state = listing.weights(name).extras.get(STATE)
+    return state if isinstance(state, Mapping) else None
+
+
+def _open(dialect: Dialect, listing: Listing) -> Checkpoint:
+    """The checkpoint. Raises CheckpointError where no file or several could be meant, and for one that does not fit."""
+    name = _file(dialect, listing)
+    nested = _nested(listing, name) is not None
+    weights = open_weights(listing.file(name), state_dict_key=STATE if nested else None)
+    foreign, findings = _other_entries(weights, nested)
+    details = read_details(weights.infos, dialect, weights.path, foreign)
+    if dialect == "medium" and details.num_layers != MEDIUM_DEPTH:
+        findings.append(f"its skip connections are only defined for {MEDIUM_DEPTH} blocks: it cannot be run")
+    origin = provenance(weights)
+    return Checkpoint(
+        path=listing.path,
+        format=f"gpt_{dialect}",
+        family=FAMILY,
+        evidence=_matches(dialect, listing) or f"format=gpt_{dialect}",
+        weights=weights,
+        details=details,
+        step=origin.step,
+        training={**origin.describe(), "optimizers": optimizer_summaries(weights.extras.get("optimizers"))},
+        findings=tuple(findings),
+    )
+
+
+def _file(dialect: Dialect, listing: Listing) -> str:
+    """The name of the one file that is meant."""
+    found, unreadable = _recognised(dialect, listing)
+    if len(found) > 1:
+        raise CheckpointError(f"{listing.path}: several files could be meant: {', '.join(found)}; name one as ckpt=")
+    if found:
+        return next(iter(found))
+    other: Dialect = "medium" if dialect == "small" else "small"
+    if theirs := _recognised(other, listing)[0]:
+        raise CheckpointError(f"{listing.path}: {', '.join(theirs)}: its keys are those of format=gpt_{other}")
+    if listing.path.is_dir():
+        reasons = "".join(f"; {reason}" for reason in unreadable)
+        raise CheckpointError(f"{listing.path}: no file in it has the keys of format=gpt_{dialect}{reasons}")
+    return listing.path.name
+
+
+def _other_entries(weights: TensorSource, nested: bool) -> tuple[list[str], list[str]]:
+    """Entries of the state dict that are no tensors, and findings about what stands beside it."""
+    if not nested and kind_of(weights.path) is not Kind.SAFETENSORS:
+        return list(weights.extras), []
+    inside = f"{STATE}."
+    foreign = [name.removeprefix(inside) for name in weights.extras if name.startswith(inside)]
+    unread = sorted(
+        set(weights.extras) - set(TOP_LEVEL if nested else (METADATA, "format")) - {inside + name for name in foreign}
+    )
+    return foreign, [f"beside the weights it holds {', '.join(unread)}, which nothing reads"] if unread else []
+
+
+def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Sizes, tensors by component, scalars by what they are, and where the checkpoint comes from."""
+    details: GptDetails = checkpoint.details
+    return {
+        "dialect": details.dialect,
+        "vocab_size": details.vocab_size,
+        "padded_vocab_size": details.head_rows,
+        "smallest_vocab_size": details.smallest_vocab_size,
+        "num_layers": details.num_layers,
+        "num_heads": details.num_heads,
+        "model_dim": details.model_dim,
+        "components": components(checkpoint, component),
+        "scalars": _scalars(checkpoint),
+        **checkpoint.training,
+    }
+
+
+def _scalars(checkpoint: Checkpoint) -> dict[str, Any]:
+    details: GptDetails = checkpoint.details
+    values = checkpoint.weights.read(SCALARS).tolist()
+    groups = {name: [values[i] for i in indices] for name, indices in details.scalar_groups().items()}
+    return {
+        "count": details.num_scalars,
+        "used": details.used_scalars,
+        "padding": details.num_scalars - details.used_scalars,
+        "values": {
+            name: {"min": min(group), "mean": sum(group) / len(group), "max": max(group)}
+            for name, group in groups.items()
+        },
+    }
+
+
+def _format(dialect: Dialect) -> CheckpointFormat:
+    return CheckpointFormat(
+        name=f"gpt_{dialect}",
+        family=FAMILY,
+        matches=partial(_matches, dialect),
+        open=partial(_open, dialect),
+        describe=_describe,
+    )
+
+
+FORMATS: tuple[CheckpointFormat, ...] = (_format("small"), _format("medium"))

@@ -1,0 +1,80 @@
+"""Writing GPT checkpoints, as .pt in the training script's layout or as safetensors, and cutting their vocabulary."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from runner.checkpoints.gpt_provenance import STATE, Provenance, metadata
+from runner.errors import ConfigError
+from runner.families.gpt.layouts import (
+    EMBEDDING,
+    HEAD,
+    VALUE_EMBEDDINGS,
+    VOCABULARY_MULTIPLE,
+    GptDetails,
+    read_details,
+)
+from runner.files.tensors import TensorInfo
+
+WEIGHT_FILES = ("model.pt", "model.safetensors")
+
+
+def save(
+    directory: Path,
+    tensors: Mapping[str, torch.Tensor],
+    details: GptDetails,
+    *,
+    provenance: Provenance,
+    weights_file: str = WEIGHT_FILES[0],
+) -> Path:
+    """Write one weights file into `directory` (a staged one: see commit.py); its path.
+
+    A name that ends in .safetensors chooses that layout, where the provenance stands in the metadata; any
+    other is the training script's. dtypes are kept; optimizers are not written. Raises CheckpointError for tensors
+    that do not make the model which `details` describe.
+    """
+    path = directory / weights_file
+    infos = {name: TensorInfo(name=name, shape=tuple(t.shape), dtype=t.dtype) for name, t in tensors.items()}
+    found = read_details(infos, details.dialect, path)
+    assert replace(found, keys=details.keys) == details, "the tensors have other sizes than the details"
+    if weights_file.endswith(".safetensors"):
+        from safetensors.torch import save_file
+
+        save_file(_own(tensors), path, metadata=metadata(provenance))
+    else:
+        beside = {name: value for name, value in asdict(provenance).items() if value is not None}
+        torch.save({**beside, STATE: _own(tensors)}, path)
+    return path
+
+
+def cut_vocabulary(
+    tensors: Mapping[str, torch.Tensor], details: GptDetails, vocab_size: int
+) -> tuple[dict[str, torch.Tensor], GptDetails]:
+    """The tensors with `vocab_size` rows in the embeddings and the head (views), and their details.
+
+    Only padding is cut: rows up to the next multiple of 128. Raises ConfigError for any other number.
+    """
+    if not details.smallest_vocab_size <= vocab_size <= details.vocab_size:
+        raise ConfigError(
+            f"vocab_size={vocab_size}: the checkpoint has {details.vocab_size} rows, and only padding to a multiple of "
+            f"{VOCABULARY_MULTIPLE} can be cut: give {details.smallest_vocab_size} to {details.vocab_size}"
+        )
+    tables = (EMBEDDING, *VALUE_EMBEDDINGS, HEAD[details.dialect])
+    cut = {name: tensor[:vocab_size] if name in tables else tensor for name, tensor in tensors.items()}
+    return cut, replace(details, vocab_size=vocab_size, head_rows=vocab_size)
+
+
+def _own(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU, each with a storage of its own and no larger than itself; copied only where needed."""
+    owned: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu()
+        storage = plain.untyped_storage()
+        if storage.nbytes() != plain.nbytes or storage.data_ptr() in seen or not plain.is_contiguous():
+            plain = plain.clone(memory_format=torch.contiguous_format)
+        seen.add(plain.untyped_storage().data_ptr())
+        owned[name] = plain
+    return owned

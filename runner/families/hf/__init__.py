@@ -1,0 +1,1 @@
+"""Plain causal language models in Hugging Face directories."""

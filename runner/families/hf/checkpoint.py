@@ -1,0 +1,100 @@
+"""`hf`: a plain Hugging Face causal LM directory: config.json and weights, single or sharded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
+from runner.errors import CheckpointError
+from runner.files.strict_json import read_object
+from runner.files.tensors import TensorSource, open_sharded, open_weights
+
+NAME = "hf"
+FAMILY = "hf"
+CONFIG = "config.json"
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+SHARDED = tuple(f"{name}.index.json" for name in SINGLE)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+# What inspect shows of a config.json.
+SHOWN = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings",
+)  # fmt: skip
+# Model types of other formats, whose directories may hold weights as pollution.
+_OTHERS = ("dylora-moe",)
+_OTHER_PARTS = ("peft_adapters", "dylo_moe_state", "adapter_config.json")
+_CONFIG_LIMIT = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfDetails:
+    """`config`: config.json as it was read."""
+
+    config: Mapping[str, Any]
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json as a dict. Raises CheckpointError where it is missing or no JSON object."""
+    path = directory / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: has no config.json, so it is no Hugging Face model directory")
+    return read_object(path, "config.json", _CONFIG_LIMIT)
+
+
+def open_model_weights(directory: Path) -> TensorSource:
+    """The weights of the directory, headers only. Raises CheckpointError where none or several candidates lie there."""
+    found = [name for name in (*SINGLE, *SHARDED) if (directory / name).exists()]
+    if not found:
+        raise CheckpointError(f"{directory}: holds no weights ({', '.join((*SINGLE, *SHARDED))})")
+    if len(found) > 1:
+        raise CheckpointError(f"{directory}: holds {' and '.join(found)}; keep the one that is meant")
+    path = directory / found[0]
+    return open_sharded(path) if found[0] in SHARDED else open_weights(path)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether tokenizer files lie in the directory."""
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
+def is_model_directory(listing: Listing) -> bool:
+    """Whether it holds a config.json with a model type of its own, and weights beside it."""
+    if not listing.path.is_dir() or CONFIG not in listing.entries:
+        return False
+    if not any(name in listing.entries for name in (*SINGLE, *SHARDED)) or set(_OTHER_PARTS) & set(listing.entries):
+        return False
+    model_type = read_config(listing.path).get("model_type")
+    return isinstance(model_type, str) and model_type not in _OTHERS
+
+
+def matches(listing: Listing) -> str | None:
+    """Evidence: config.json with a model type, and weights without NPT adapters."""
+    if not is_model_directory(listing):
+        return None
+    weights = open_model_weights(listing.path)
+    if any(".adapter.A_proj." in name for name in weights.infos):
+        return None
+    return f"config.json of a {read_config(listing.path)['model_type']} with {len(weights.infos)} tensors"
+
+
+def open_hf(listing: Listing) -> Checkpoint:
+    """The checkpoint. Raises CheckpointError where config or weights are missing."""
+    config = read_config(listing.path)
+    return Checkpoint(
+        path=listing.path,
+        format=NAME,
+        family=FAMILY,
+        evidence=matches(listing) or "config.json",
+        weights=open_model_weights(listing.path),
+        details=HfDetails(config=config),
+    )
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The architecture, as config.json gives it."""
+    config = checkpoint.details.config
+    return {"architecture": {name: config[name] for name in SHOWN if name in config}}
+
+
+FORMATS = (CheckpointFormat(name=NAME, family=FAMILY, matches=matches, open=open_hf, describe=describe),)

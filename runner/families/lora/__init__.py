@@ -1,0 +1,1 @@
+"""One LoRA adapter, as PEFT saves it."""

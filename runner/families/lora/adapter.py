@@ -1,0 +1,206 @@
+"""One PEFT LoRA adapter directory: adapter_config.json beside adapter_model.safetensors or adapter_model.bin."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.checkpoints.content import Kind, kind_of
+from runner.errors import CheckpointError
+from runner.families.lora import config as lora_config
+from runner.families.lora.config import LoraSettings, read_settings
+from runner.files.tensors import TensorInfo, TensorSource, open_weights
+
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+
+_KEY = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
+_INTO_HIDDEN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+_OUT_OF_HIDDEN = ("o_proj", "down_proj")
+_LLAMA_MODULE = re.compile(r"(model\.layers\.)(\d+)(\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj))")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraModule:
+    """One module's adapter: B A x · scaling. `key_a` names A [r, in], `key_b` names B [out, r]."""
+
+    name: str
+    r: int
+    alpha: float
+    scaling: float
+    in_features: int
+    out_features: int
+    key_a: str
+    key_b: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterDetails:
+    """One adapter, as its config and the header of its weights describe it; `modules` are the complete ones.
+
+    `missing` and `unknown`: keys that the config asks for and that are not there, and keys that it does not know. PEFT
+    would load the rest without an error.
+    """
+
+    directory: Path
+    weights_file: Path
+    settings: LoraSettings
+    modules: tuple[LoraModule, ...]
+    parameters: int
+    nbytes: int
+    dtypes: tuple[str, ...]
+    hidden_size: int | None  # where a module's name tells
+    missing: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def key(module: str, matrix: str) -> str:
+    """The name under which PEFT saves matrix "A" [r, in] or "B" [out, r] of `module`."""
+    return f"{PREFIX}{module}.lora_{matrix}.weight"
+
+
+def open_adapter(directory: Path) -> tuple[AdapterDetails, TensorSource]:
+    """The adapter in `directory`, from headers. Raises CheckpointError where there is none, or shapes contradict it."""
+    settings = read_settings(directory)
+    found = [name for name in WEIGHT_FILES if (directory / name).exists()]
+    if not found:
+        raise CheckpointError(f"{directory}: has no weights: neither {' nor '.join(WEIGHT_FILES)}")
+    if len(found) > 1:
+        raise CheckpointError(f"{directory}: holds {' and '.join(found)}; keep the one that is meant")
+    path = directory / found[0]
+    source = open_weights(path)
+    strange = [] if kind_of(path) is Kind.SAFETENSORS else list(source.extras)
+    pairs, missing, unknown = _pairs(path, source.infos, settings)
+    modules = tuple(_module(path, name, pair["A"], pair["B"], settings) for name, pair in sorted(pairs.items()))
+    infos = source.infos.values()
+    return AdapterDetails(
+        directory=directory,
+        weights_file=path,
+        settings=settings,
+        modules=modules,
+        parameters=sum(info.numel for info in infos),
+        nbytes=sum(info.nbytes for info in infos),
+        dtypes=tuple(sorted({str(info.dtype).removeprefix("torch.") for info in infos})),
+        hidden_size=_hidden_size(path, modules),
+        missing=tuple(missing),
+        unknown=(*unknown, *strange),
+    ), source
+
+
+def _pairs(
+    path: Path, infos: Mapping[str, TensorInfo], settings: LoraSettings
+) -> tuple[dict[str, dict[str, TensorInfo]], list[str], list[str]]:
+    """A and B by module where both are there; the missing and the unknown keys, sorted."""
+    found: dict[str, dict[str, TensorInfo]] = {}
+    unknown = []
+    for name, info in infos.items():
+        match = _KEY.fullmatch(name)
+        if match is None or (settings.targets is not None and settings.target_of(match["module"]) is None):
+            unknown.append(name)
+            continue
+        found.setdefault(match["module"], {})[match["matrix"]] = info
+    if not found:
+        raise CheckpointError(_nothing_found(path, infos))
+    missing = {key(module, matrix) for module in found for matrix in "AB" if matrix not in found[module]}
+    missing |= {key(module, matrix) for module in _other_layers(found, settings) for matrix in "AB"}
+    if settings.targets is not None and settings.targets != (lora_config.ALL_LINEAR,):
+        used = {settings.target_of(module) for module in found}
+        missing |= {key(f"….{target}", matrix) for target in set(settings.targets) - used for matrix in "AB"}
+    complete = {module: pair for module, pair in found.items() if len(pair) == 2}
+    return complete, sorted(missing), sorted(unknown)
+
+
+def _nothing_found(path: Path, infos: Mapping[str, TensorInfo]) -> str:
+    if not infos:
+        return f"{path}: holds no tensors, so the adapter has no weights"
+    names = sorted(infos)
+    shown = f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+    return (
+        f"{path}: none of its {len(names)} keys is {key('<module>', 'A')} of a module in target_modules "
+        f"(they are {shown}), so PEFT would load nothing"
+    )
+
+
+def _other_layers(found: Iterable[str], settings: LoraSettings) -> set[str]:
+    """Modules that the config asks for in layers where the file has none of their keys, in a Llama's naming."""
+    if settings.targets is None:
+        return set()
+    matches = [match for match in map(_LLAMA_MODULE.fullmatch, found) if match]
+    depth = 1 + max((int(match[2]) for match in matches), default=-1)
+    if depth > 4 * max(1, len(matches)):  # a wild layer number is no reason to list thousands of names
+        return set()
+    kinds = {(match[1], match[3]) for match in matches}
+    wanted = {f"{front}{layer}{back}" for front, back in kinds for layer in range(depth)}
+    return {module for module in wanted - set(found) if settings.target_of(module) is not None}
+
+
+def _module(path: Path, name: str, a: TensorInfo, b: TensorInfo, settings: LoraSettings) -> LoraModule:
+    rank = settings.rank(name)
+    for info in (a, b):
+        if len(info.shape) != 2 or not info.dtype.is_floating_point or 0 in info.shape:
+            raise CheckpointError(
+                f"{path}: {info.name} is {str(info.dtype)[6:]} {list(info.shape)}, not a floating-point matrix"
+            )
+    if a.shape[0] != rank or b.shape[1] != rank:
+        raise CheckpointError(
+            f"{path}: {a.name} is {list(a.shape)} and {b.name} {list(b.shape)}, but adapter_config.json gives this "
+            f"module rank {rank}: A must be [{rank}, in] and B [out, {rank}]"
+        )
+    return LoraModule(
+        name=name,
+        r=rank,
+        alpha=settings.alpha_of(name),
+        scaling=settings.scaling(name),
+        in_features=a.shape[1],
+        out_features=b.shape[0],
+        key_a=a.name,
+        key_b=b.name,
+    )
+
+
+def _hidden_size(path: Path, modules: Iterable[LoraModule]) -> int | None:
+    sizes: dict[int, str] = {}
+    for module in modules:
+        last = module.name.rpartition(".")[2]
+        if last in _INTO_HIDDEN:
+            sizes.setdefault(module.in_features, module.name)
+        elif last in _OUT_OF_HIDDEN:
+            sizes.setdefault(module.out_features, module.name)
+    if len(sizes) > 1:
+        raise CheckpointError(
+            f"{path}: its modules contradict each other on the hidden size: "
+            + ", ".join(f"{size} by {name}" for size, name in sorted(sizes.items()))
+        )
+    return next(iter(sizes), None)
+
+
+def describe_adapter(adapter: AdapterDetails) -> dict[str, Any]:
+    """The adapter's fields in a result: ranks, scaling, modules, sizes."""
+    settings, modules = adapter.settings, adapter.modules
+    return {
+        "r": settings.r,
+        "lora_alpha": settings.alpha,
+        "scaling": settings.alpha / (settings.r**0.5 if settings.use_rslora else settings.r),
+        "use_rslora": settings.use_rslora,
+        "lora_dropout": settings.dropout,
+        "target_modules": settings.raw["target_modules"],
+        "modules": len(modules),
+        "ranks": sorted({module.r for module in modules}),
+        "parameters": adapter.parameters,
+        "bytes": adapter.nbytes,
+        "dtypes": list(adapter.dtypes),
+        "base_model": settings.base_name,
+        "peft_version": settings.raw.get("peft_version"),
+    }
+
+
+def settings_findings(adapter: AdapterDetails, name: str) -> list[str]:
+    """What the reader of a result should know of how the adapter was read."""
+    findings = []
+    if adapter.settings.targets is None:
+        findings.append(
+            f"{name}: target_modules is a regular expression, which is not evaluated: the modules are those of the "
+            "file's keys, and whether some are missing was not checked"
+        )
+    return findings

@@ -1,0 +1,268 @@
+"""A causal language model with LoRA adapters, and one whose router mixes them token by token (spec/formats.md §4).
+
+features = hidden states of the last layer (after the final norm), all experts on and unweighted
+router logits = gate(features)
+every LoRA layer: y = W x + Σ_e w_e · scaling_e · B_e A_e x, with w for each token
+evaluation: the top k of the router's logits, softmax over those, 0 for the others
+training: w = softmax(logits / temperature), and a balance loss, the MSE between the mean w and 1/E
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
+
+from runner.errors import ConfigError
+from runner.models.routing import balance_loss, dense_weights, top_k_weights
+
+ROUTER_FEATURES = ("all_experts", "base", "expert_0")
+# One adapter by module: A [r, in], B [out, r], and the scaling of B A x.
+Adapter = Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeCache:
+    """The keys and values of both passes: the experts change them, and each pass has its own experts."""
+
+    features: DynamicCache
+    routed: DynamicCache
+
+    def fits(self, experts_on: bool) -> bool:
+        """Whether both passes have seen the same positions, or the first none where the experts are off."""
+        return self.features.get_seq_length() == (self.routed.get_seq_length() if experts_on else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOutput:
+    """`logits` [B, T, V]. With a router: `router_logits` and `expert_weights` [B, T, E]; `balance_loss` in training."""
+
+    logits: torch.Tensor
+    past_key_values: Any = None
+    router_logits: torch.Tensor | None = None
+    expert_weights: torch.Tensor | None = None
+    balance_loss: torch.Tensor | None = None
+
+
+class LoraForCausalLM(nn.Module):
+    """A causal language model with LoRA adapters, all on and unweighted.
+
+    It shares every weight with `base`, which stays usable by itself. `adapters` in the order of their names
+    expert_0, expert_1, …; `dropout` is that of the adapters in training.
+    """
+
+    def __init__(self, base: PreTrainedModel, adapters: Sequence[Adapter], *, dropout: float = 0.0) -> None:
+        super().__init__()
+        from runner.families.lora.model import add_adapters  # imports peft
+
+        self.lm = _sharing_copy(base)
+        self.names = tuple(f"expert_{i}" for i in range(len(adapters)))
+        self.routing = add_adapters(self.lm, dict(zip(self.names, adapters, strict=True)), dropout)
+        self.experts_on = True
+        self.train(base.training)
+
+    @property
+    def config(self) -> Any:
+        """The base's config."""
+        return self.lm.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.lm.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.lm.dtype
+
+    @property
+    def head(self) -> nn.Module:
+        """What makes logits of `hidden`."""
+        return self.lm.lm_head if isinstance(self.lm, LlamaForCausalLM) else nn.Identity()
+
+    @contextmanager
+    def experts(self, on: bool) -> Iterator[None]:
+        """Within the block the experts are on or off; off is the base, bit for bit."""
+        before = self.experts_on
+        self.experts_on = on
+        try:
+            yield
+        finally:
+            self.experts_on = before
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+    ) -> LoraOutput:
+        """`input_ids` [B, T] → logits [B, T, V].
+
+        `attention_mask` [B, P + T] covers the P cached positions too; `past_key_values` is that of an earlier output.
+        """
+        self._set_all()
+        output = self.lm(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+        return LoraOutput(logits=output.logits, past_key_values=output.past_key_values)
+
+    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The input of `head`: [B, T, d], or the logits [B, T, V] of an architecture that does more than that."""
+        self._set_all()
+        return self._final(input_ids, attention_mask)
+
+    def adapters(self) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, float]], ...]:
+        """The adapters as they are now, in the form in which they were given."""
+        from runner.families.lora.model import RoutedLinear
+
+        layers = [(name, layer) for name, layer in self.lm.named_modules() if isinstance(layer, RoutedLinear)]
+        return tuple(
+            {name: layer.factors(adapter) for name, layer in layers if adapter in layer.lora_A}
+            for adapter in self.names
+        )
+
+    def idle(self) -> tuple[str, ...]:
+        """The experts that change nothing, since every B is zero: they were never trained."""
+        return tuple(
+            name
+            for name, adapter in zip(self.names, self.adapters(), strict=True)
+            if not any(bool(b.any()) for _, b, _ in adapter.values())
+        )
+
+    def _set_all(self) -> None:
+        self.routing.active = tuple((name, None) for name in self.names) if self.experts_on else ()
+
+    def _final(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        if isinstance(self.lm, LlamaForCausalLM):
+            return self.lm.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return self.lm(input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+class LoraMoeForCausalLM(LoraForCausalLM):
+    """LoRA experts and a router that weights them token by token, in two passes.
+
+    `router`: weight [E, d] and bias [E]. The first pass, which makes the router's features, has all experts on, none
+    (`base`), or the first (`expert_0`), and no gradient: the router and the experts learn through the second.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        adapters: Sequence[Adapter],
+        router: tuple[torch.Tensor, torch.Tensor],
+        *,
+        top_k: int = 1,
+        temperature: float = 2.0,
+        router_features: str = "all_experts",
+        dropout: float = 0.0,
+    ) -> None:
+        if not 1 <= top_k <= len(adapters):
+            raise ConfigError(f"top_k={top_k}: with {len(adapters)} experts it is a number from 1 to {len(adapters)}")
+        if router_features not in ROUTER_FEATURES:
+            raise ConfigError(f"router_features={router_features} is unknown; choose {', '.join(ROUTER_FEATURES)}")
+        super().__init__(base, adapters, dropout=dropout)
+        with torch.device("meta"):
+            self.router = nn.Linear(router[0].shape[1], router[0].shape[0])
+        self.router.weight = nn.Parameter(router[0], requires_grad=False)
+        self.router.bias = nn.Parameter(router[1], requires_grad=False)
+        self.top_k, self.temperature, self.router_features = top_k, temperature, router_features
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+    ) -> LoraOutput:
+        """As `LoraForCausalLM.forward`; with the experts off there is no routing in the output.
+
+        Raises ValueError for a cache that was filled with the experts off, or by another model.
+        """
+        cache = past_key_values
+        if cache is not None and not (isinstance(cache, MoeCache) and cache.fits(self.experts_on)):
+            raise ValueError("past_key_values must be the cache of this model's own output, with the experts as now")
+        if use_cache and cache is None:
+            cache = MoeCache(features=DynamicCache(config=self.config), routed=DynamicCache(config=self.config))
+        routed = self._route(input_ids, attention_mask, position_ids, cache.features if cache else None)
+        output = self.lm(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache.routed if cache else None,
+            use_cache=cache is not None,
+        )
+        if routed is None:
+            return LoraOutput(logits=output.logits, past_key_values=cache)
+        router_logits, weights = routed
+        return LoraOutput(
+            logits=output.logits,
+            past_key_values=cache,
+            router_logits=router_logits,
+            expert_weights=weights,
+            balance_loss=balance_loss(weights, attention_mask) if self.training else None,
+        )
+
+    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """As `LoraForCausalLM.hidden`."""
+        self._route(input_ids, attention_mask, None, None)
+        return self._final(input_ids, attention_mask)
+
+    def _route(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: DynamicCache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The first pass: sets what the LoRA layers apply in the second; router logits and weights [B, T, E].
+
+        The setting stays after the pass, so that gradient checkpointing, which runs layers again, finds it.
+        """
+        if not self.experts_on:
+            self.routing.active = ()
+            return None
+        first = {"all_experts": self.names, "base": (), "expert_0": self.names[:1]}[self.router_features]
+        self.routing.active = tuple((name, None) for name in first)
+        with torch.no_grad():
+            features = self.lm.base_model(
+                input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+        logits = self.router(features)
+        if self.training:
+            weights = dense_weights(logits, self.temperature)
+            used = [True] * len(self.names)
+        else:
+            weights = top_k_weights(logits, self.top_k)
+            used = weights.flatten(0, -2).any(0).tolist()  # an expert without a token adds nothing
+        parts = zip(self.names, weights.split(1, dim=-1), used, strict=True)
+        self.routing.active = tuple((name, weight) for name, weight, is_used in parts if is_used)
+        return logits, weights
+
+
+def _sharing_copy(base: PreTrainedModel) -> PreTrainedModel:
+    """Modules of its own over the base's tensors: layers are replaced in the copy only."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    shared |= {id(each): each for each in (base.config, base.generation_config) if each is not None}
+    model = copy.deepcopy(base, shared)
+    for module in model.modules():
+        module._forward_hooks.clear()
+        vars(module).pop("_output_capturing_hooks_installed", None)
+    return model

@@ -1,0 +1,1 @@
+"""NPT: a Llama whose attention modulates the weights of its MLPs."""

@@ -1,0 +1,195 @@
+"""Writing an output directory so that it is absent or complete and verified, whatever moment the process dies.
+
+lock → stage in a hidden directory beside the target → sync → MANIFEST.json → read back → rename → sync the parent.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from runner.checkpoints.leftovers import PARTIAL, REPLACED, hidden, locked, retire, sweep
+from runner.checkpoints.outputs import check_output
+from runner.errors import CheckpointError, RunnerError, printable
+from runner.files import manifest as manifests
+from runner.files.atomic import rename_new, swap, sync
+from runner.files.readback import Watcher, forget, read_back, unwatched
+
+
+@contextmanager
+def staged(
+    target: Path,
+    *,
+    replace: bool = False,
+    inputs: Sequence[Path] = (),
+    expected_bytes: int = 0,
+    manifest: Mapping[str, Any] | None = None,
+    hashes: Mapping[str, str] | None = None,
+    watchers: Callable[[Path], Mapping[str, Watcher]] = lambda partial: {},
+) -> Iterator[Path]:
+    """A directory to write into that becomes `target`, whole and verified, when the block ends without an exception.
+
+    `manifest` is added to MANIFEST.json (recipe, hashes of inputs) and must not depend on the time. `hashes`: the
+    SHA-256 of files by name, where whoever wrote them knows it; what is read back is held against it.
+    `watchers(partial)` gives checks of the writer's own, by the name of the file whose content they get as it is read
+    back; they raise RunnerError where it is not as it should be.
+    With `replace` an existing `target` is swapped out; it is deleted only if this runner wrote it and nothing was added
+    since, else it stays beside as `NAME.old-<id>`. Raises CheckpointError where the output is refused or another
+    process writes it, RunnerError where the disk fails.
+    """
+    target = Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow the link that must be refused
+    check_output(target, replace=replace, inputs=inputs, expected_bytes=expected_bytes)
+    with _disk_errors(target):
+        _make_parents(target.parent)
+        with locked(target):
+            check_output(target, replace=replace, inputs=inputs, expected_bytes=expected_bytes)
+            sweep(target)
+            partial = hidden(target, PARTIAL)
+            partial.mkdir()
+            identity = _identity(partial)
+            try:
+                yield partial
+                _seal(partial, manifest or {}, hashes or {}, watchers)
+                _publish(partial, target, replace=replace)
+            finally:
+                # After a swap this name may belong to the old output.
+                if _identity(partial) == identity:
+                    shutil.rmtree(partial)
+
+
+def verify(directory: Path, watchers: Mapping[str, Watcher] | None = None) -> list[str]:
+    """What is wrong with an output, one line a problem; empty when every byte is as it was written.
+
+    With `watchers` the files are read from the disk, and those that have a watcher are shown to it.
+    Raises CheckpointError where there is no such directory.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
+    try:
+        listed = manifests.read(directory)["files"]
+        present = manifests.list_files(directory)
+    except CheckpointError as error:
+        return [str(error)]
+    present.pop(manifests.FILE_NAME)
+    problems = [f"{directory}: {name} is missing" for name in listed if name not in present]
+    problems += [f"{directory}: {name} is not in the manifest" for name in present if name not in listed]
+    for name in sorted(set(listed) & set(present)):
+        try:
+            if watchers is None:
+                found = manifests.describe(present[name])
+            else:
+                found = read_back(present[name], watchers.get(name, unwatched))
+        except OSError as error:
+            problems.append(f"{directory}: {name} cannot be read: {error.strerror}")
+            continue
+        if found["size"] != listed[name].get("size"):
+            problems.append(f"{directory}: {name} has {found['size']} bytes instead of {listed[name].get('size')}")
+        elif found != listed[name]:
+            problems.append(f"{directory}: {name} was changed: its SHA-256 differs")
+    return [printable(problem) for problem in problems]
+
+
+def _seal(
+    partial: Path,
+    extra: Mapping[str, Any],
+    hashes: Mapping[str, str],
+    watchers: Callable[[Path], Mapping[str, Watcher]],
+) -> None:
+    """Sync every file, write the manifest last, and read everything back from the disk."""
+    files = manifests.list_files(partial)
+    assert files, "an output without files"
+    assert manifests.FILE_NAME not in files, "the manifest is written here"
+    reserved = {"files", "versions", "digest"} & set(extra)
+    assert not reserved, f"names of the manifest itself: {reserved}"
+    content = {**extra, "files": {name: _synced(path, hashes.get(name)) for name, path in files.items()}}
+    path = partial / manifests.FILE_NAME
+    path.write_bytes(manifests.render({**content, "versions": manifests.versions()}))
+    sync(path)
+    with path.open("rb") as file:
+        forget(file.fileno())
+    for folder, _, _ in os.walk(partial):
+        sync(Path(folder))
+    try:
+        problems = verify(partial, watchers(partial))
+    except RunnerError:
+        # A file that does not read back as it was written is the cause, where there is one.
+        if not (problems := verify(partial, {})):
+            raise
+    if problems:
+        raise RunnerError(f"what was read back is not what was written: {problems[0]}")
+
+
+def _synced(path: Path, known: str | None) -> dict[str, Any]:
+    """A file's entry in the manifest; hashed while the disk takes it, where its hash is not known."""
+    if known is not None:
+        sync(path)
+        return {"size": path.stat().st_size, "sha256": known}
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        synced = pool.submit(sync, path)
+        entry = manifests.describe(path)
+        synced.result()
+    return entry
+
+
+def _publish(partial: Path, target: Path, *, replace: bool) -> None:
+    if replace and target.exists():
+        # Under this name a sweep knows that it may find the old output here.
+        replaced = hidden(target, REPLACED)
+        partial.rename(replaced)
+        old = swap(replaced, target)
+        _confirm(target)
+        retire(old, target)
+    else:
+        try:
+            rename_new(partial, target)
+        except FileExistsError as error:
+            raise CheckpointError(f"{target}: appeared while it was being written: left as it is") from error
+    _confirm(target)
+
+
+def _confirm(target: Path) -> None:
+    try:
+        sync(target.parent)
+    except OSError as error:
+        raise RunnerError(
+            f"{target}: complete and verified, but the disk did not confirm its name ({error.strerror}): "
+            "verify it once more after a restart"
+        ) from error
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """Say what the disk said, in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunnerError(f"{target}: not written: {error}; nothing is left of it") from error
+    except RuntimeError as error:
+        # torch.save's writer reports a failing disk as a RuntimeError of its own.
+        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+            raise
+        raise RunnerError(f"{target}: not written: the disk failed or is full; nothing is left of it") from error
+
+
+def _make_parents(folder: Path) -> None:
+    if folder.exists():
+        return
+    _make_parents(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync(folder.parent)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.lstat()
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return None
+    return status.st_dev, status.st_ino

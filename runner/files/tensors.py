@@ -1,0 +1,194 @@
+"""Weights behind one interface: names, shapes and dtypes from headers; tensors one at a time from mapped files."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from runner.checkpoints.content import Kind, kind_of
+from runner.errors import CheckpointError
+from runner.files.pickles import load_pickle
+from runner.files.safetensors_header import read_header
+from runner.files.shards import check_keys, read_index
+
+_PREFIXES = ("_orig_mod.", "module.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """What a header says of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSource:
+    """The tensors of one checkpoint, whatever files they lie in. Nothing but headers is read until `read`.
+
+    `path` is what the user named, `files` the weight files, `infos` the tensors in file order, `extras` what a .pt
+    holds beside its tensors (nested tensors on meta, foreign objects as `Inert`) or the metadata of a safetensors
+    file, `stripped_prefix` what was removed from the front of every name.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    infos: Mapping[str, TensorInfo]
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    stripped_prefix: str = ""
+    reader: Callable[[str], torch.Tensor] = field(repr=False)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, a view of the mapped file where its layout allows. Raises CheckpointError."""
+        info = self.infos.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.path}: no tensor named {name}")
+        tensor = self.reader(self.stripped_prefix + name)
+        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+            raise CheckpointError(f"{self.path}: {name}: changed since it was opened")
+        return tensor
+
+
+def open_weights(path: Path, *, state_dict_key: str | None = None) -> TensorSource:
+    """One weights file (torch.save, either layout, or safetensors), told by its content.
+
+    With `state_dict_key` the tensors stand in the dict under that key of the pickle and all else goes to `extras`;
+    a bare state dict is accepted too, where that key is absent. Raises CheckpointError.
+    """
+    return _without_prefix(_open_file(path, state_dict_key))
+
+
+def open_sharded(index: Path) -> TensorSource:
+    """The tensors of a sharded checkpoint, from `model.safetensors.index.json` or `pytorch_model.bin.index.json`.
+
+    Raises CheckpointError unless every shard is a plain file beside the index, every listed tensor is in the shard
+    that the index names and in no other, and no shard is left out.
+    """
+    listed = read_index(index)
+    sources = {name: _open_file(index.parent / name, None) for name in dict.fromkeys(listed.values())}
+    check_keys(index, listed, {shard: source.infos for shard, source in sources.items()})
+    infos = {name: info for source in sources.values() for name, info in source.infos.items()}
+    files = tuple(source.path for source in sources.values())
+    return _without_prefix(
+        TensorSource(path=index, files=files, infos=infos, reader=lambda name: sources[listed[name]].read(name))
+    )
+
+
+def _open_file(path: Path, state_dict_key: str | None) -> TensorSource:
+    """One weights file with its names as they stand in it."""
+    if kind_of(path) is Kind.SAFETENSORS:
+        return _open_safetensors(path)
+    content = _mapping(path, load_pickle(path, tensors="meta"))
+    nested = state_dict_key if state_dict_key in content else None
+    extras = {str(key): value for key, value in content.items() if key != nested} if nested else {}
+    state = _mapping(path, content[nested]) if nested else content
+    tensors = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    at = f"{nested}." if nested else ""
+    extras |= {f"{at}{key}": value for key, value in state.items() if key not in tensors}
+    infos = {key: TensorInfo(name=key, shape=tuple(t.shape), dtype=t.dtype) for key, t in tensors.items()}
+    reader = _PickleReader(path, nested).read
+    return TensorSource(path=path, files=(path,), infos=infos, extras=extras, reader=reader)
+
+
+def _open_safetensors(path: Path) -> TensorSource:
+    header = read_header(path)
+    infos = {
+        name: TensorInfo(name=name, shape=entry.shape, dtype=getattr(torch, entry.dtype))
+        for name, entry in header.entries.items()
+    }
+    reader = _SafetensorsReader(path).read
+    return TensorSource(path=path, files=(path,), infos=infos, extras=dict(header.metadata), reader=reader)
+
+
+def _without_prefix(source: TensorSource) -> TensorSource:
+    """`source` without the wrapper prefixes (torch.compile's, DataParallel's) that all of its names have."""
+    prefix = ""
+    names = list(source.infos)
+    while names:
+        found = next((p for p in _PREFIXES if all(name.startswith(prefix + p) for name in names)), None)
+        if found is None:
+            break
+        prefix += found
+    short = {name: name.removeprefix(prefix) for name in names}
+    infos = {short[name]: replace(info, name=short[name]) for name, info in source.infos.items()}
+    return replace(source, infos=infos, stripped_prefix=prefix)
+
+
+def _mapping(path: Path, value: Any) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(value).__name__}, not a dict of tensors")
+    return value
+
+
+class _PickleReader:
+    """Reads tensors of one torch.save file, loaded (mapped) on the first read."""
+
+    def __init__(self, path: Path, nested: str | None) -> None:
+        self._path = path
+        self._nested = nested
+
+    @cached_property
+    def _state(self) -> Mapping[Any, Any]:
+        content = _mapping(self._path, load_pickle(self._path, tensors="mmap"))
+        return _mapping(self._path, content.get(self._nested)) if self._nested else content
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self._state.get(name)
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{self._path}: {name}: changed since it was opened")
+        return tensor.detach()
+
+
+class _SafetensorsReader:
+    """Reads tensors of one safetensors file, mapped on the first read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @cached_property
+    def _file(self) -> Any:
+        return safe_open(self._path, framework="pt", device="cpu")
+
+    def read(self, name: str) -> torch.Tensor:
+        try:
+            return self._file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._path}: {name}: cannot be read ({error})") from error
+
+
+def non_finite(source: TensorSource, names: Iterable[str] | None = None) -> list[str]:
+    """The names of the tensors (all, or those of `names`) that hold NaN or Inf, read one at a time."""
+    chosen = source.infos if names is None else names
+    return [name for name in chosen if not is_finite(source.read(name))]
+
+
+def is_finite(tensor: torch.Tensor, chunk: int = 1 << 22) -> bool:
+    """Whether no element is NaN or Inf, looked at `chunk` elements at a time; whole numbers always are."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    flat = tensor.detach().reshape(-1)
+    if flat.dtype.is_complex:
+        flat = torch.view_as_real(flat).reshape(-1)
+    for start in range(0, flat.numel(), chunk):
+        part = flat[start : start + chunk]
+        part = part.float() if part.dtype.itemsize == 1 else part
+        # The extremes carry any NaN or Inf, in one pass and without a mask of the tensor's size.
+        if not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(part)):
+            return False
+    return True

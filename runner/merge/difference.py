@@ -1,0 +1,83 @@
+"""What differs between the tensors of two checkpoints, measured in parts, so that no two are in memory whole."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from runner.checkpoints.checkpoint import Checkpoint
+from runner.checkpoints.describing import dtype_name
+from runner.families.npt import checkpoint as npt_delta
+from runner.files.tensors import TensorInfo
+from runner.merge.lazy_tensor import from_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """The tensors of two checkpoints by what they have in common: `common[name]` are the names in each."""
+
+    only_in_first: list[str]
+    only_in_second: list[str]
+    common: Mapping[str, tuple[str, str]]
+
+
+def match(first: Checkpoint, second: Checkpoint) -> Names:
+    """Pair the tensors of one name; of two npt_delta checkpoints by layer and matrix, whatever their spelling."""
+    a, b = _names(first), _names(second)
+    return Names(
+        only_in_first=[name for name in a if name not in b],
+        only_in_second=[name for name in b if name not in a],
+        common={name: (a[name], b[name]) for name in a if name in b},
+    )
+
+
+def _names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Name → the name in the file."""
+    own = {name: name for name in checkpoint.weights.infos}
+    if checkpoint.format != npt_delta.NAME:
+        return own
+    for layer in checkpoint.layers:
+        for projection, matrices in layer.keys.items():
+            for matrix, names in matrices.items():
+                for rank, name in enumerate(names):
+                    del own[name]
+                    own[npt_delta.key(layer.layer, layer.modulation, projection, matrix, rank, layer.num_ranks)] = name
+    return own
+
+
+def differences(first: Checkpoint, second: Checkpoint, names: Names) -> Iterator[dict[str, Any]]:
+    """One row a common tensor: shapes and dtypes where they differ, else mse, cosine and the largest difference.
+
+    `equal`: bit for bit. Figures in float64: `relative` is the norm of the difference over that of the second; NaN or
+    Inf where a tensor holds such.
+    """
+    for name, (ours, theirs) in names.common.items():
+        a, b = first.weights.infos[ours], second.weights.infos[theirs]
+        row: dict[str, Any] = {"name": name, "shape": list(a.shape), "dtype": dtype_name(a.dtype)}
+        if a.dtype != b.dtype:
+            row["reference_dtype"] = dtype_name(b.dtype)
+        if a.shape != b.shape:
+            yield {**row, "reference_shape": list(b.shape), "equal": False}
+        else:
+            yield {**row, **_figures(first, a, second, b)}
+
+
+def _figures(first: Checkpoint, a: TensorInfo, second: Checkpoint, b: TensorInfo) -> dict[str, Any]:
+    squares = dot = length_a = length_b = largest = 0.0
+    equal = a.dtype == b.dtype
+    for ours, theirs in zip(from_source(first.weights, a).parts(), from_source(second.weights, b).parts(), strict=True):
+        equal = equal and torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+        x, y = ours.double(), theirs.double()
+        change = x - y
+        squares, largest = squares + float(change @ change), max(largest, float(change.abs().max()))
+        dot, length_a, length_b = dot + float(x @ y), length_a + float(x @ x), length_b + float(y @ y)
+    norm = math.sqrt(length_a) * math.sqrt(length_b)
+    return {
+        "equal": equal,
+        "mse": squares / max(a.numel, 1),
+        "cosine": dot / norm if norm else (1.0 if length_a == length_b else 0.0),
+        "max_abs": largest if math.isfinite(squares) else math.nan,  # max() passes over NaN
+        "relative": math.sqrt(squares / length_b) if length_b else (0.0 if not squares else math.inf),
+    }

@@ -1,0 +1,187 @@
+"""Tensors that will be written: known by dtype and shape, read or computed in parts as they are asked for."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+
+from runner.files.tensors import TensorInfo, TensorSource
+
+# Elements of one part: small enough for the processor's cache, large enough that a part's overhead vanishes.
+PART = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One tensor of an output: `parts()` gives its elements in order, as 1-D tensors of at most PART elements.
+
+    `origin` says where it comes from, for messages. It can be asked for its parts any number of times.
+    """
+
+    origin: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterator[torch.Tensor]]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+def from_tensor(tensor: torch.Tensor, origin: str) -> Piece:
+    """A tensor as it is, which may be a view of a mapped file."""
+    return Piece(origin=origin, dtype=tensor.dtype, shape=tuple(tensor.shape), parts=lambda: split(tensor))
+
+
+def from_source(source: TensorSource, info: TensorInfo) -> Piece:
+    """The tensor `info` of a checkpoint, read when its parts are asked for."""
+    return Piece(
+        origin=f"{source.path}: {info.name}",
+        dtype=info.dtype,
+        shape=info.shape,
+        parts=lambda: split(source.read(info.name)),
+    )
+
+
+def replaced(value: Any, change: Callable[[Piece], Piece]) -> Any:
+    """Plain containers with every `Piece` in them changed."""
+    if isinstance(value, Piece):
+        return change(value)
+    if isinstance(value, OrderedDict):
+        return OrderedDict((key, replaced(item, change)) for key, item in value.items())
+    if isinstance(value, dict):
+        return {key: replaced(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(replaced(item, change) for item in value)
+    return value
+
+
+def contained(value: Any) -> list[Piece]:
+    """Every `Piece` inside plain containers, in order."""
+    found: list[Piece] = []
+
+    def keep(piece: Piece) -> Piece:
+        found.append(piece)
+        return piece
+
+    replaced(value, keep)
+    return found
+
+
+def split(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The elements of `tensor` in order, PART at a time; only one that is not contiguous is copied."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    for start in range(0, flat.numel(), PART):
+        yield flat[start : start + PART]
+
+
+def as_bytes(part: torch.Tensor) -> memoryview:
+    """The bytes of a 1-D contiguous tensor, not copied."""
+    return part.view(torch.uint8).numpy().data
+
+
+def mean(pieces: Sequence[Piece]) -> Piece:
+    """The mean of tensors of one shape, computed in float64: equal ones give themselves."""
+    return _elementwise(pieces, lambda parts: reduce(torch.add, parts) / len(parts))
+
+
+def average(pieces: Sequence[Piece], weights: Sequence[float]) -> Piece:
+    """The mean of `pieces` by `weights`, which sum to 1; equal weights give exactly what `mean` gives."""
+    return mean(pieces) if len(set(weights)) == 1 else weighted(pieces, weights)
+
+
+def rows(parts: Sequence[tuple[Piece, Sequence[int]]]) -> Piece:
+    """Rows of several tensors that agree in all but the first dimension, one below the other; computed at once."""
+    found = [piece for piece, _ in parts]
+    dtype = _dtype(found)
+
+    def stacked() -> Iterator[torch.Tensor]:
+        whole = [torch.cat(list(piece.parts())).reshape(piece.shape)[list(chosen)].to(dtype) for piece, chosen in parts]
+        yield from split(torch.cat(whole))
+
+    count = sum(len(chosen) for _, chosen in parts)
+    return Piece(origin=_origins(found), dtype=dtype, shape=(count, *found[0].shape[1:]), parts=stacked)
+
+
+def linear(first: Piece, second: Piece, t: float) -> Piece:
+    """(1 - t)·first + t·second, computed in float64: t = 0 gives the first, t = 1 the second."""
+    return weighted((first, second), (1 - t, t))
+
+
+def weighted(pieces: Sequence[Piece], weights: Sequence[float]) -> Piece:
+    """The sum of `weights[i]`·`pieces[i]`, computed in float64; a piece of weight 0 does not count."""
+    chosen = [(piece, weight) for piece, weight in zip(pieces, weights, strict=True) if weight]
+    return _elementwise(
+        [piece for piece, _ in chosen],
+        lambda parts: reduce(torch.add, [part * w for part, (_, w) in zip(parts, chosen, strict=True)]),
+        like=pieces,
+    )
+
+
+def slerp(first: Piece, second: Piece, t: float) -> Piece:
+    """Spherical interpolation: each tensor as one vector, along the arc between the two (Shoemake 1985).
+
+    Where one is zero or they point (almost) the same or opposite way, which has no arc, it is linear.
+    """
+
+    def parts() -> Iterator[torch.Tensor]:
+        yield from weighted((first, second), _slerp_weights(first, second, t)).parts()
+
+    return Piece(origin=_origins((first, second)), dtype=_dtype((first, second)), shape=first.shape, parts=parts)
+
+
+# Above this |cosine| the arc is too short for its sine: linear interpolation is the limit.
+_PARALLEL = 0.9995
+
+
+def _slerp_weights(first: Piece, second: Piece, t: float) -> tuple[float, float]:
+    dot = length_a = length_b = 0.0
+    for a, b in zip(first.parts(), second.parts(), strict=True):
+        a, b = a.double(), b.double()
+        dot, length_a, length_b = dot + float(a @ b), length_a + float(a @ a), length_b + float(b @ b)
+    norm = math.sqrt(length_a) * math.sqrt(length_b)
+    cosine = dot / norm if norm else 1.0
+    if abs(cosine) > _PARALLEL or not math.isfinite(cosine):
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def _elementwise(
+    pieces: Sequence[Piece],
+    combine: Callable[[list[torch.Tensor]], torch.Tensor],
+    like: Sequence[Piece] | None = None,
+) -> Piece:
+    dtype = _dtype(like or pieces)
+
+    def parts() -> Iterator[torch.Tensor]:
+        for group in zip(*(piece.parts() for piece in pieces), strict=True):
+            yield combine([part.double() for part in group]).to(dtype)
+
+    return Piece(origin=_origins(like or pieces), dtype=dtype, shape=pieces[0].shape, parts=parts)
+
+
+def _dtype(pieces: Sequence[Piece]) -> torch.dtype:
+    return reduce(_promoted, (piece.dtype for piece in pieces))
+
+
+def _promoted(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """A dtype that holds all values of both. torch refuses to choose one where float8 is among them."""
+    small, large = sorted((a, b), key=lambda dtype: dtype.itemsize)
+    if a == b or not (small.itemsize == 1 and small.is_floating_point):
+        return torch.promote_types(a, b)
+    return large if large.is_floating_point and large.itemsize > 1 else torch.float32
+
+
+def _origins(pieces: Sequence[Piece]) -> str:
+    return " with ".join(piece.origin for piece in pieces)

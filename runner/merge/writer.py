@@ -1,0 +1,145 @@
+"""torch.save's file format, written piece by piece: the same values give the same bytes, whatever wrote them.
+
+A zip archive of stored records: `data.pkl`, in which each storage is a persistent id, then a record for each storage,
+its bytes at a multiple of 64 so that it can be mapped. `torch.load(weights_only=True, mmap=True)` reads it.
+"""
+
+import codecs
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import _utils
+
+from runner.merge.lazy_tensor import Piece, as_bytes
+from runner.merging.sinks import Sink
+
+ALIGNMENT = 64
+# What a record costs beside its bytes: local header and padding, data descriptor, directory entry, and its pickle.
+RECORD_BYTES = 512
+_LIMIT = zipfile.ZIP64_LIMIT
+_STORAGES = {
+    torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage, torch.int64: torch.LongStorage, torch.int32: torch.IntStorage,
+    torch.int16: torch.ShortStorage, torch.int8: torch.CharStorage, torch.uint8: torch.ByteStorage,
+    torch.bool: torch.BoolStorage, torch.complex128: torch.ComplexDoubleStorage,
+    torch.complex64: torch.ComplexFloatStorage,
+}  # fmt: skip
+
+# What rebuilds tensors, and bytes under the pickle protocol that torch reads.
+_FUNCTIONS = (_utils._rebuild_tensor_v2, _utils._rebuild_tensor_v3, codecs.encode)
+
+
+def write_torch_file(sink: Sink, folder: str, value: Any) -> None:
+    """Write `value`, plain containers of plain values and `Piece`s, as torch.save would; `folder` is the archive's.
+
+    Raises OSError, TypeError for other values, and what the pieces raise.
+    """
+    pieces: list[Piece] = []
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in _records(value, pieces):
+            _write_bytes(archive, f"{folder}/{name}", content)
+        for number, piece in enumerate(pieces):
+            _write_piece(archive, f"{folder}/data/{number}", piece)
+        _write_bytes(archive, f"{folder}/version", b"3\n")
+
+
+def _records(value: Any, pieces: list[Piece]) -> Iterator[tuple[str, bytes]]:
+    """The records before the storages; `pieces` receives what the pickle refers to, in order."""
+    pickled = io.BytesIO()
+    _Pickler(pickled, pieces).dump(value)
+    yield "data.pkl", pickled.getvalue()
+    # No `.format_version`, which promises that records follow each other as miniz lays them out: zipfile's are larger
+    # by some bytes where one is empty or lies beyond 2 or 4 GB, and torch would calculate offsets instead of reading.
+    yield "byteorder", b"little"
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """The storage of one piece, which the pickle names and does not hold."""
+
+    identity: tuple[Any, ...]
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles a `Piece` as torch pickles a tensor over a storage of its own."""
+
+    def __init__(self, file: io.BytesIO, pieces: list[Piece]) -> None:
+        super().__init__(file, protocol=2)
+        # Without it the bytes would depend on which equal strings happen to be one object.
+        self.fast = True
+        self._pieces = pieces
+
+    def persistent_id(self, value: Any) -> Any:
+        return value.identity if isinstance(value, _Storage) else None
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Piece):
+            return self._reduce_piece(value)
+        if isinstance(value, (type, torch.dtype, OrderedDict, complex)) or value in _FUNCTIONS:
+            return NotImplemented
+        raise TypeError(f"a {type(value).__name__} cannot be written into a checkpoint")
+
+    def _reduce_piece(self, piece: Piece) -> Any:
+        key = str(len(self._pieces))
+        self._pieces.append(piece)
+        kind = _STORAGES.get(piece.dtype)
+        count = piece.numel if kind else piece.nbytes
+        storage = _Storage(("storage", kind or torch.UntypedStorage, key, "cpu", count))
+        arguments: tuple[Any, ...] = (storage, 0, piece.shape, _strides(piece.shape), False, OrderedDict())
+        if kind:
+            return _utils._rebuild_tensor_v2, arguments
+        return _utils._rebuild_tensor_v3, (*arguments, piece.dtype)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * max(size, 1))
+    return tuple(strides) if shape else ()
+
+
+def _write_bytes(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    with archive.open(_entry(archive, name, len(content)), "w") as record:
+        record.write(content)
+
+
+def _write_piece(archive: zipfile.ZipFile, name: str, piece: Piece) -> None:
+    entry = _entry(archive, name, piece.nbytes)
+    with archive.open(entry, "w", force_zip64=_is_large(piece.nbytes)) as record:
+        for part in piece.parts():
+            record.write(as_bytes(part))
+    assert entry.file_size == piece.nbytes, f"{piece.origin}: {entry.file_size} bytes instead of {piece.nbytes}"
+
+
+def _entry(archive: zipfile.ZipFile, name: str, size: int) -> zipfile.ZipInfo:
+    """A record's entry whose padding puts the content at a multiple of ALIGNMENT, as torch pads."""
+    entry = _Entry(name, date_time=(1980, 1, 1, 0, 0, 0))
+    entry.create_system = 0  # else it would tell on which system it was written
+    entry.file_size = size
+    start = archive.fp.tell() + 30 + len(name.encode()) + (20 if _is_large(size) else 0) + 4  # type: ignore[union-attr]
+    padding = -start % ALIGNMENT
+    entry.padding = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    return entry
+
+
+def _is_large(size: int) -> bool:
+    """Whether a record needs the zip64 form, by zipfile's own measure."""
+    return size * 1.05 > _LIMIT
+
+
+class _Entry(zipfile.ZipInfo):
+    """An entry whose padding stands in its local header alone, and not in the archive's directory."""
+
+    padding = b""
+
+    def FileHeader(self, zip64: bool | None = None) -> bytes:
+        self.extra = self.padding
+        header = super().FileHeader(zip64)
+        self.extra = b""
+        return header

@@ -1,0 +1,1 @@
+"""Sweeps while they run: their jobs, launchers, progress, and how one goes on after it was cut off."""
