@@ -20,17 +20,22 @@ a verdict was not given. Floats have full precision; a number that is not finite
     timing, versions    seconds by phase; versions of the libraries that computed this
 
 Other fields belong to one task and stand in that task's page (`details` here, top level in the file).
+
+The versions of what computed a result.
 """
 
 import json
 import math
 import os
+import platform
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import runner
 from runner.errors import RunnerError
 
 FILE_NAME = "result.json"
@@ -116,3 +121,17 @@ def write_whole(path: Path, content: bytes) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A `result.json` as it was written."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+PACKAGES = ("torch", "transformers", "safetensors", "peft", "hydra-core", "omegaconf", "wandb")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions by package name, read from metadata: nothing is imported."""
+    found = {"runner": runner.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -21,16 +21,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
-from runner.confdir import config_directory
-from runner.config import TASKS, CommonConfig, did_you_mean, register, translated, unknown_key
+from runner.config import TASKS, CommonConfig, config_directory, did_you_mean, register, translated, unknown_key
 from runner.errors import ConfigError, RunnerError
 from runner.imports import uncollected
 from runner.overrides import quoted
 from runner.reports.console import print_result
 from runner.results import FILE_NAME, Result, write_json
 from runner.tasks.context import Context
-from runner.tracking.base import RunIdentity, Tracker
-from runner.tracking.null import NullTracker
+from runner.tracking.base import NullTracker, RunIdentity, Tracker
 
 log = logging.getLogger(__name__)
 # The exit code of the last job that ran in this process: Hydra gives no way to return one.

@@ -7,15 +7,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from runner.checkpoints.adapter_save import adapter_config, save_adapter
-from runner.checkpoints.adapter_tensors import check_fit, read_factors
 from runner.checkpoints.checkpoint import Listing
-from runner.checkpoints.lora_moe_tensors import check_base, read_experts, read_router
 from runner.evaluation.base_models import load_base
 from runner.families.lora import checkpoint as peft_adapter
-from runner.families.lora.adapter import key
+from runner.families.lora.adapter import adapter_config, check_fit, key, read_factors, save_adapter
 from runner.families.lora_moe import checkpoint as lora_moe
 from runner.families.lora_moe import save as lora_moe_save
+from runner.families.lora_moe.checkpoint import check_base, read_experts, read_router
 from runner.families.lora_moe.model import LoraForCausalLM, LoraMoeForCausalLM
 
 TARGETS = ("q_proj", "v_proj", "down_proj")

@@ -6,8 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from runner.confdir import config_directory
-from runner.config import PATH_KEYS, TASKS, Tier, did_you_mean, unknown_key
+from runner.config import PATH_KEYS, TASKS, Tier, config_directory, did_you_mean, unknown_key
 from runner.errors import ConfigError
 from runner.run import _components, _typed, setup
 

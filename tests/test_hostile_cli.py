@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from runner.__main__ import start
-from runner.checkpoints.content import sha256_of
+from runner.files.file_type import sha256_of
 from tests.checkpoints.test_pickles import BOMBS, DAMAGED
 from tests.checkpoints.test_tensors import INDEXES, SAFETENSORS
 from tests.conftest import ROOT

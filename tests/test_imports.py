@@ -9,21 +9,43 @@ import pytest
 
 from tests.conftest import ROOT
 
-# Lower imports nothing above it; modules of one rank may import each other unless FORBIDDEN says otherwise.
-RANKS = {
-    "errors": 0,
-    "confdir": 1, "imports": 1,
-    "checkpoints": 1, "models": 1, "measures": 1, "data": 1,
-    "results": 2, "plan": 2, "config": 2, "versions": 2,
-    "bases": 2, "placement": 2, "hub": 2, "forward": 2, "loading": 2, "contents": 2, "kept": 2, "shelves": 2, "reference": 2, "subject": 2, "tokens": 2, "training": 2,
-    "checks": 3, "comparison": 3, "merging": 3, "reports": 3, "tracking": 3,
-    "tasks": 4,
-    "overrides": 5, "run": 5, "sweep": 5, "sweeping": 5, "help": 5,
-    "cli": 6,
-    "__main__": 7,
+# Which folders and modules each may import; the arrows run one way, engines never import a family.
+GROUND = {"errors", "imports"}
+KNOWLEDGE = GROUND | {"config", "results", "files", "metrics", "data", "checkpoints"}
+ENGINES = {"evaluation", "generation", "checks", "merge", "training"}
+PAGES = {"comparison", "reports", "tracking"}
+MAY_IMPORT = {
+    "errors": set(),
+    "imports": set(),
+    "config": GROUND,
+    "results": GROUND,
+    "files": GROUND,
+    "metrics": GROUND,
+    "data": GROUND | {"files"},
+    "checkpoints": GROUND | {"files"},
+    "evaluation": KNOWLEDGE,
+    "generation": KNOWLEDGE | {"evaluation"},
+    "checks": KNOWLEDGE | {"evaluation"},
+    "merge": KNOWLEDGE | {"evaluation"},
+    "training": KNOWLEDGE | {"evaluation"},
+    "families": KNOWLEDGE | ENGINES,
+    "comparison": KNOWLEDGE,
+    "reports": KNOWLEDGE | {"comparison"},
+    "tracking": KNOWLEDGE | {"comparison"},
+    "tasks": KNOWLEDGE | ENGINES | PAGES | {"families"},
+    "overrides": KNOWLEDGE,
+    "run": KNOWLEDGE | PAGES | {"tasks", "overrides"},
+    "sweeps": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "checks"},
+    "cli": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "sweeps"},
+    "__main__": {"cli"},
+    "__init__": {"run", "evaluation"},
+}
+# Arrows that still point the wrong way. Nothing is added here.
+STILL = {
+    ("checks", "families"), ("evaluation", "families"), ("merge", "families"), ("training", "families"),
+    ("files", "results"), ("metrics", "config"), ("checks", "training"), ("merge", "training"),
 }  # fmt: skip
-FORBIDDEN = {("checkpoints", "models"), ("models", "checkpoints")}
-HYDRA = {"cli", "run", "sweep", "sweeping", "config"}
+HYDRA = {"cli", "run", "sweeps", "config"}
 
 
 def imports(file: Path) -> set[str]:
@@ -48,17 +70,33 @@ FILES = sorted((ROOT / "runner").rglob("*.py"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
-def test_imports_run_downwards(file):
-    relative = file.relative_to(ROOT).with_suffix("").parts
-    if relative == ("runner", "__init__"):
-        return
-    own = relative[1]
+def test_imports_run_one_way(file):
+    own = file.relative_to(ROOT).with_suffix("").parts[1]
     for name in imports(file):
-        if not name.startswith("runner.") or part(name) not in RANKS:
-            continue
-        other = part(name)
-        assert RANKS[other] <= RANKS[own], f"{file.name} imports {name}, which stands above it"
-        assert (own, other) not in FORBIDDEN, f"{own} must not import {other}: loading joins them"
+        if name.startswith("runner.") and part(name) in MAY_IMPORT and part(name) != own and own != "__init__":
+            assert part(name) in MAY_IMPORT[own] or (own, part(name)) in STILL, f"{own} must not import {name}"
+
+
+@pytest.mark.xfail(strict=True, reason="checks: the engine still calls what stands on it")
+def test_no_modules_import_each_other_in_a_circle():
+    modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}
+    arrows = {name: imports(file) & set(modules) for name, file in modules.items()}
+    seen: dict[str, int] = {}
+    path: list[str] = []
+
+    def visit(name):
+        if seen.get(name) == 1:
+            pytest.fail(" → ".join([*path[path.index(name) :], name]))
+        if name not in seen:
+            seen[name] = 1
+            path.append(name)
+            for other in sorted(arrows[name]):
+                visit(other)
+            path.pop()
+            seen[name] = 2
+
+    for name in sorted(modules):
+        visit(name)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
@@ -68,9 +106,9 @@ def test_only_the_outermost_modules_know_hydra(file):
         assert not {name.split(".")[0] for name in imports(file)} & {"hydra", "omegaconf"}
 
 
-def test_every_part_has_a_rank():
-    parts = {file.relative_to(ROOT / "runner").with_suffix("").parts[0] for file in FILES} - {"__init__"}
-    assert parts <= set(RANKS), f"give {parts - set(RANKS)} a rank"
+def test_every_folder_has_its_place():
+    parts = {file.relative_to(ROOT / "runner").with_suffix("").parts[0] for file in FILES}
+    assert parts <= set(MAY_IMPORT), f"say what {parts - set(MAY_IMPORT)} may import"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--cfg", "job"]])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import runner
-from runner.checkpoints.describing import plain
+from runner.checkpoints.checkpoint import plain
 from tests.conftest import MIXED, ROOT, npt_tensors, write_npt
 
 

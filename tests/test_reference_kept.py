@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from runner.evaluation import base_models as bases
 from runner.evaluation import reference
 from runner.evaluation.base_models import load_base
-from runner.evaluation.cache_key import shelf_of
-from runner.evaluation.tensor_cache import Store, name_of, read, write
-from runner.files.hashes import content_hash
+from runner.evaluation.tensor_cache import Store, name_of, read, shelf_of, write
+from runner.files.manifest import content_hash
 from tests.conftest import npt_tensors, write_base, write_npt
 
 
@@ -30,7 +29,7 @@ def own(tmp_path: Path) -> Path:
 @pytest.fixture
 def settled(monkeypatch):
     """Files count as settled at once."""
-    monkeypatch.setattr("runner.files.hashes._SETTLED", -1)
+    monkeypatch.setattr("runner.files.manifest._SETTLED", -1)
 
 
 @pytest.fixture

@@ -10,16 +10,15 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 
 from runner.checkpoints.runs import find_run
-from runner.confdir import config_directory
+from runner.config import config_directory
 from runner.errors import ConfigError
 from runner.overrides import parse
 from runner.results import write_json
 from runner.run import _unexpected, setup
-from runner.sweeping.launchers import check_launcher, use_own_configs
+from runner.sweeps.cluster import table
 from runner.sweeps.expand import expand, steps_of
 from runner.sweeps.plan import Job, Plan, good_result, read_plan, write_plan
-from runner.sweeps.sacct import table
-from runner.sweeps.sweeper import Sweep, _Guarded
+from runner.sweeps.sweeper import Sweep, _Guarded, check_launcher, use_own_configs
 from tests.conftest import MIXED, npt_tensors, write_npt
 
 
@@ -353,7 +352,7 @@ def test_a_job_without_a_checkpoint_has_a_name(run):
 
 
 def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch):
-    monkeypatch.setattr("runner.sweeping.launchers.find_spec", lambda name: None)
+    monkeypatch.setattr("runner.sweeps.sweeper.find_spec", lambda name: None)
     for name, extra in {"joblib": "launchers", "submitit_slurm": "launchers", "ray": "ray"}.items():
         with pytest.raises(ConfigError, match=rf"pip install -e '.\[{extra}\]'"):
             check_launcher(parse([f"hydra/launcher={name}"]), config_directory())

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from runner.checkpoints.gpt_provenance import Provenance
 from runner.checks.check import Outcome, passed
 from runner.checks.context import Bench
 from runner.data.world import generate, train_tokenizer
@@ -13,15 +12,16 @@ from runner.errors import ModelError
 from runner.evaluation.base_models import Base, load_base
 from runner.families.gpt import model as gpt
 from runner.families.gpt import save as gpt_save
+from runner.families.gpt.checkpoint import Provenance
 from runner.families.gpt.layouts import read_details
 from runner.families.lora.model import linear_shapes
 from runner.families.lora_moe.model import LoraMoeForCausalLM
+from runner.families.lora_moe.trained import save_moe
 from runner.families.npt.save import train_run
 from runner.families.npt.settings import EquivalenceSettings
 from runner.files.staging import staged
 from runner.files.tensors import TensorInfo
 from runner.training.language_model import save_language_model
-from runner.training.moe_save import save_moe
 
 # The built-in base: large enough that every part of a Llama with grouped queries is there, small enough to be instant.
 HIDDEN, INNER, LAYERS, VOCABULARY, POSITIONS = 64, 160, 3, 512, 512

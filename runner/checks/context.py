@@ -197,7 +197,7 @@ def check_base(given: str) -> None:
     """Raise ConfigError where the directory that base= names is none of a model; a hub name is for whoever loads it."""
     path = Path(given).expanduser()
     if not path.is_dir():
-        from runner.hub import is_hub_name
+        from runner.evaluation.base_models import is_hub_name
 
         if path.exists() or not is_hub_name(given):
             raise ConfigError(f"base={given}: no such directory; a base model is a directory with config.json in it")

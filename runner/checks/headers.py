@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from runner.checkpoints.content import Kind, kind_of
 from runner.files import safetensors_header as safetensors_files
+from runner.files.file_type import Kind, kind_of
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 

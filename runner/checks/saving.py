@@ -7,24 +7,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from runner.checkpoints import hf_save
-from runner.checkpoints.adapter_save import save_adapter
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.checkpoints.gpt_provenance import provenance
 from runner.evaluation.build import npt_tensors
 from runner.families.gpt import save as gpt_save
+from runner.families.gpt.checkpoint import provenance
 from runner.families.gpt.layouts import GptDetails
+from runner.families.hf import checkpoint as hf_save
 from runner.families.hf.checkpoint import HfDetails
-from runner.families.lora.adapter import AdapterDetails, key
+from runner.families.lora.adapter import AdapterDetails, key, save_adapter
 from runner.families.lora_moe.checkpoint import MoeDetails
 from runner.families.lora_moe.model import LoraForCausalLM, LoraMoeForCausalLM
 from runner.families.lora_moe.state import read_skills
+from runner.families.lora_moe.trained import save_moe
 from runner.families.npt import checkpoint as npt_delta
 from runner.families.npt import full as npt_full
 from runner.families.npt.full import NptFullDetails
 from runner.families.npt.model import NptLlamaForCausalLM
 from runner.files.staging import staged
-from runner.training.moe_save import save_moe
 
 # An adapter lies in a directory of its own below the one that is written.
 ADAPTER = "adapter"

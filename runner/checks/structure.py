@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.content import Kind, kind_of
 from runner.checks.check import Outcome, failed, passed, skipped
 from runner.checks.context import Bench
 from runner.checks.detected import BESIDE
 from runner.errors import CheckpointError, RunnerError
+from runner.files.file_type import Kind, kind_of
 
 MB = 1_000_000
 # What a weights file may hold beside its tensors' bytes: a share, something a tensor (its name and place), and a rest.
@@ -42,7 +42,7 @@ def _states(bench: Bench) -> list[str]:
     for path in sorted(bench.look.path.iterdir()):
         if path.name not in BESIDE or path.suffix != ".pt" or path.name.startswith(("optimizer", "scheduler")):
             continue
-        from runner.files.pickles import load_pickle
+        from runner.files.tensors import load_pickle
 
         try:
             load_pickle(path, tensors="meta")

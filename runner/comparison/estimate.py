@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from runner.comparison.thresholds import thresholds
+from runner.metrics.verdict import thresholds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ def estimate(
     `rates`: the learning rate of each point where it is known; only the points since its last change are fitted.
     """
     # scipy, which only a comparison needs.
-    from runner.measures.forecast_words import sentence
     from runner.metrics.forecast import forecast
+    from runner.metrics.forecast_words import sentence
 
     found = forecast(steps, mses, sorted(thresholds().mse.values(), reverse=True), learning_rates=rates)
     open_targets = [target for target in found.targets if target.status != "reached"] or found.targets[-1:]

@@ -5,8 +5,7 @@ import io
 from typing import Any
 
 from runner.comparison.comparison import Comparison
-from runner.comparison.headline import headline
-from runner.comparison.insights import answers
+from runner.comparison.insights import answers, headline
 from runner.comparison.jobs import Job, finite, flat
 from runner.comparison.series import Series
 

@@ -10,10 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from runner.checkpoints.adapter_tensors import check_fit, read_factors
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
-from runner.checkpoints.lora_moe_tensors import check_base, read_experts, read_router
 from runner.checkpoints.runs import resolve
 from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.evaluation.base_models import Base, build_plain, load_base, torch_device, torch_dtype
@@ -21,8 +19,8 @@ from runner.evaluation.placement import DeviceMap, follow, is_spread
 from runner.families.gpt import model as gpt
 from runner.families.gpt.layouts import GptDetails
 from runner.families.hf.checkpoint import HfDetails
-from runner.families.lora.adapter import AdapterDetails
-from runner.families.lora_moe.checkpoint import MoeDetails
+from runner.families.lora.adapter import AdapterDetails, check_fit, read_factors
+from runner.families.lora_moe.checkpoint import MoeDetails, check_base, read_experts, read_router
 from runner.families.npt import checkpoint as npt_delta
 from runner.families.npt.full import NptFullDetails
 from runner.families.npt.model import NptDecoderLayer, NptLlamaForCausalLM, RankKUpdate

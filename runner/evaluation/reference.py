@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from runner.evaluation.cache_key import Shelf
 from runner.evaluation.forward import Trace, chunk_size, device_of, has_cache, logit_chunks, logit_count, trace
-from runner.evaluation.tensor_cache import name_of, read, write
+from runner.evaluation.tensor_cache import Shelf, name_of, read, write
 from runner.metrics.generation import generate
 
 MODELS_KEPT = 2

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from runner.errors import CheckpointError, ConfigError, ModelError
+from runner.evaluation.base_models import TOKENIZER_PATTERNS, is_hub_name, snapshot
 from runner.families.hf import checkpoint as hf
-from runner.hub import TOKENIZER_PATTERNS, is_hub_name, snapshot
 
 
 def load_tokenizer(option: str | None, directories: Sequence[Path]) -> Any:

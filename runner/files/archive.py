@@ -1,4 +1,9 @@
-"""The zip archive that torch.save writes: checked before torch sees it, since torch's own reader checks little."""
+"""The zip archive that torch.save writes: checked before torch sees it, since torch's own reader checks little.
+
+What a file is, told by its first bytes and never by its name.
+
+The layout that torch.save wrote before zip: four pickles, the list of storage keys, then the raw storages.
+"""
 
 import copy
 import struct
@@ -6,10 +11,14 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
-from runner.checkpoints.content import Kind, kind_of
-from runner.checkpoints.pickle_limits import MAX_PICKLE_BYTES
 from runner.errors import CheckpointError
+from runner.files.file_type import LEGACY_MAGIC, Kind, kind_of
+from runner.files.pickle_check import MAX_PICKLE_BYTES, Container, scan
+
+# torch.save's legacy layout starts with its magic number as a pickle of protocol 2 (or an older one).
+
 
 MAX_ENTRIES = 500_000
 _END = struct.Struct("<4s4H2LH")
@@ -162,3 +171,55 @@ def _check_members(path: Path, entries: Mapping[str, zipfile.ZipInfo]) -> None:
         raise CheckpointError(f"{path}: data.pkl is larger than {MAX_PICKLE_BYTES >> 20} MB")
     if "byteorder" in entries and entries["byteorder"].file_size > 16:
         raise CheckpointError(f"{path}: the byteorder record is not a byte order")
+
+
+_PROTOCOL = 1001
+_COUNT = struct.Struct("<q")
+
+
+def check_legacy(path: Path) -> None:
+    """Check a non-zip torch.save file: its pickles, and each storage's size against the file's. No data is read."""
+    with path.open("rb") as file:
+        magic = scan(file, path).value
+        version = scan(file, path).value
+        if magic != LEGACY_MAGIC or version != _PROTOCOL:
+            raise CheckpointError(f"{path}: damaged torch.save file (its magic number or protocol version is wrong)")
+        system = scan(file, path).value
+        if not _little_endian(system):
+            raise CheckpointError(f"{path}: only little-endian checkpoints are read")
+        storages = scan(file, path).storages
+        keys = scan(file, path).value
+        if not isinstance(keys, Container) or not all(isinstance(key, str) for key in keys.items):
+            raise CheckpointError(f"{path}: damaged torch.save file (no list of storages)")
+        if sorted(keys.items) != sorted(storages):
+            raise CheckpointError(f"{path}: damaged torch.save file (its storages are not those that its tensors use)")
+        for key in keys.items:
+            _check_storage(path, file, key, storages[key].record_bytes // storages[key].item_bytes)
+            file.seek(storages[key].record_bytes, 1)
+        _check_size(path, file.tell())
+
+
+def _little_endian(system: Any) -> bool:
+    if not isinstance(system, Container):
+        return True
+    values = system.items[1::2]
+    pairs = dict(zip(system.items[: 2 * len(values) : 2], values, strict=True))
+    return pairs.get("little_endian", True) is True
+
+
+def _check_storage(path: Path, file: BinaryIO, key: str, count: int) -> None:
+    stored = file.read(_COUNT.size)
+    if len(stored) < _COUNT.size:
+        _check_size(path, file.tell() - len(stored) + _COUNT.size)
+    if _COUNT.unpack(stored)[0] != count:
+        raise CheckpointError(f"{path}: storage {key} is said to hold {count} elements, the file says otherwise")
+
+
+def _check_size(path: Path, needed: int) -> None:
+    size = path.stat().st_size
+    if size < needed:
+        raise CheckpointError(
+            f"{path}: truncated at byte {size}: its tensors reach at least byte {needed}; copy or download it again"
+        )
+    if size > needed:
+        raise CheckpointError(f"{path}: {size - needed} bytes after the last tensor: damaged file")

@@ -1,25 +1,156 @@
 """Writing an output directory so that it is absent or complete and verified, whatever moment the process dies.
 
 lock → stage in a hidden directory beside the target → sync → MANIFEST.json → read back → rename → sync the parent.
+
+What stands beside an output while it is written: its lock, the staged directory, the old output on its way out.
+
+Where an output may be written: asked before the first byte is.
 """
 
 import errno
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from runner.checkpoints.leftovers import PARTIAL, REPLACED, hidden, locked, retire, sweep
-from runner.checkpoints.outputs import check_output
 from runner.errors import CheckpointError, RunnerError, printable
 from runner.files import manifest as manifests
-from runner.files.atomic import rename_new, swap, sync
+from runner.files.atomic import aside_name, rename_new, swap, sync
 from runner.files.readback import Watcher, forget, read_back, unwatched
+
+PARTIAL = ".partial-"
+REPLACED = ".replaced-"
+_LEFTOVER = re.compile(r"\.(?P<target>.+)\.(partial|replaced)-[0-9a-f]{8}", re.DOTALL)
+
+
+def hidden(target: Path, mark: str) -> Path:
+    """A free name beside `target` that a later sweep recognises."""
+    return target.with_name(f".{target.name}{mark}{uuid.uuid4().hex[:8]}")
+
+
+def retire(old: Path, target: Path) -> None:
+    """Delete an output of this runner that nothing was added to; keep anything else beside, under a visible name."""
+    try:
+        known = {*manifests.read(old)["files"], manifests.FILE_NAME}
+        ours = set(manifests.list_files(old)) <= known
+    except CheckpointError:
+        ours = False
+    if ours or not any(old.iterdir()):
+        # Under a name that a sweep deletes: half deleted, it would look like someone else's.
+        doomed = hidden(target, PARTIAL)
+        old.rename(doomed)
+        shutil.rmtree(doomed)
+    elif old.name.startswith("."):
+        old.rename(aside_name(target))
+
+
+def sweep(target: Path) -> None:
+    """Remove what killed processes left beside `target`: its own leftovers, and others' that no live lock holds."""
+    for path in sorted(target.parent.iterdir()):
+        found = _LEFTOVER.fullmatch(path.name)
+        if not found or path.is_symlink() or not path.is_dir():
+            continue
+        if found["target"] == target.name:
+            _remove_leftover(path, target)
+        elif path.stat().st_uid == os.getuid():
+            _sweep_other(path, target.with_name(found["target"]))
+
+
+def _sweep_other(path: Path, other: Path) -> None:
+    try:
+        with locked(other):
+            if path.exists():
+                _remove_leftover(path, other)
+    except CheckpointError:
+        return  # a live process writes it
+
+
+def _remove_leftover(path: Path, target: Path) -> None:
+    if REPLACED in path.name:
+        retire(path, target)
+    else:
+        shutil.rmtree(path)
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Hold the one lock of `target`, for which nobody waits."""
+    path = target.with_name(f".{target.name}.lock")
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise CheckpointError(f"{target}: another process is writing it: wait for it, or choose another") from error
+    try:
+        yield
+    finally:
+        # Unlinked while held: whoever opened the old file finds it without a name, and opens a new one.
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+# For the manifest and the file system's own records.
+_MARGIN = 1 << 20
+
+
+def check_output(target: Path, *, replace: bool = False, inputs: Sequence[Path] = (), expected_bytes: int = 0) -> None:
+    """Raises CheckpointError unless the directory `target` can be written.
+
+    It must not be a link, a file, or (without `replace`) there already; not equal to, inside or around an input,
+    by file identity and not by name; and its file system must have `expected_bytes` to spare.
+    """
+    try:
+        target.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be an output: {error.strerror}: choose another output") from error
+    if target.is_symlink():
+        raise CheckpointError(f"{target}: a symbolic link cannot be an output: give the directory itself")
+    if target.exists():
+        if not target.is_dir():
+            raise CheckpointError(f"{target}: a file stands where the output directory should be")
+        if target.is_mount():
+            raise CheckpointError(f"{target}: a mount point cannot be an output: give a directory inside it")
+        if not replace:
+            raise CheckpointError(
+                f"{target}: exists already: choose another output, or replace it: merge.force=true (convert.force=true)"
+            )
+    for source in inputs:
+        _check_input(target, source)
+    existing = next(folder for folder in target.parents if folder.exists())
+    if not existing.is_dir():
+        raise CheckpointError(f"{target}: {existing} is not a directory")
+    free = shutil.disk_usage(existing).free
+    if expected_bytes and free < expected_bytes + _MARGIN:
+        raise CheckpointError(
+            f"{target}: needs {_megabytes(expected_bytes + _MARGIN)}, {existing} has {_megabytes(free)} free"
+        )
+
+
+def _check_input(target: Path, source: Path) -> None:
+    if not source.exists():
+        raise CheckpointError(f"{source}: no such input")
+    if _any_same((target, *target.parents), source):
+        raise CheckpointError(f"{target}: the output is equal to or inside the input {source}: choose another output")
+    if target.exists() and _any_same(source.resolve().parents, target):
+        raise CheckpointError(f"{target}: the output holds the input {source}: choose another output")
+
+
+def _any_same(folders: Iterable[Path], other: Path) -> bool:
+    return any(folder.exists() and folder.samefile(other) for folder in folders)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"
 
 
 @contextmanager

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from runner.checkpoints.checkpoint import Checkpoint
-from runner.checkpoints.describing import dtype_name
+from runner.checkpoints.checkpoint import Checkpoint, dtype_name
 from runner.families.npt import checkpoint as npt_delta
 from runner.files.tensors import TensorInfo
 from runner.merge.lazy_tensor import from_source

@@ -15,9 +15,7 @@ from runner.merge.lazy_tensor import Piece, contained, replaced
 from runner.merge.plan import Plan
 from runner.merge.sources import Source
 from runner.merge.training_state import State
-from runner.merge.writer import RECORD_BYTES, write_torch_file
-from runner.merging.safetensors_file import write_safetensors
-from runner.merging.sinks import new_file
+from runner.merge.writer import RECORD_BYTES, new_file, write_safetensors, write_torch_file
 
 # Bytes allowed for config.json, merge_summary.json, MANIFEST.json and the like, each.
 SMALL_FILE = 1 << 16

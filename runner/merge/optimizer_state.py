@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from runner.merge import lazy_tensor as pieces
+from runner.merge.moments import NAMES, Moments
+from runner.merge.plain_values import same
 from runner.merge.plan import Plan, PlannedTensor
 from runner.merge.sources import Source
-from runner.merging.moments import NAMES, Moments
-from runner.merging.plain_values import same
 
 # What a parameter group says of its parameters one by one; all else is a setting.
 _OF_PARAMETERS = ("params", NAMES)

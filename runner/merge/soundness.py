@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.checkpoints.content import Kind, kind_of
 from runner.checkpoints.detect import open_checkpoint
 from runner.errors import CheckpointError
 from runner.files import manifest
 from runner.files import staging as commit
 from runner.files.archive import verify_crc
+from runner.files.file_type import Kind, kind_of
 from runner.files.tensors import non_finite
 
 Check = dict[str, str]

@@ -8,12 +8,12 @@ from typing import Any
 
 from runner.errors import CheckpointError
 from runner.families.npt import checkpoint as npt_delta
-from runner.files.pickles import load_pickle
+from runner.files.tensors import load_pickle
+from runner.merge.moments import Moments, read_moments
 from runner.merge.optimizer_state import unite
+from runner.merge.plain_values import same, writable
 from runner.merge.plan import Plan, layer_sources, layer_steps, merged_from
 from runner.merge.sources import Source, furthest, rebased
-from runner.merging.moments import Moments, read_moments
-from runner.merging.plain_values import same, writable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ import torch
 from runner.checkpoints.detect import open_checkpoint
 from runner.errors import RunnerError
 from runner.families.npt import checkpoint as npt_delta
-from runner.files.pickles import file_offset, load_pickle
 from runner.files.safetensors_header import read_header
+from runner.files.tensors import file_offset, load_pickle
 from runner.merge.execute import Content, TensorFile
 from runner.merge.lazy_tensor import Piece, as_bytes
 

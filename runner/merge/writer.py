@@ -2,22 +2,122 @@
 
 A zip archive of stored records: `data.pkl`, in which each storage is a persistent id, then a record for each storage,
 its bytes at a multiple of 64 so that it can be mapped. `torch.load(weights_only=True, mmap=True)` reads it.
+
+Output files that are only appended to, so that they can be written from tensors that never are in memory at once.
+
+A safetensors file, written piece by piece; the order of its header is that of the pieces.
 """
 
 import codecs
+import hashlib
 import io
+import json
+import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any
 
 import torch
 from torch import _utils
 
+from runner.errors import CheckpointError
+from runner.files.readback import forget
+from runner.files.safetensors_header import DTYPES, MAX_HEADER_BYTES
 from runner.merge.lazy_tensor import Piece, as_bytes
-from runner.merging.sinks import Sink
+
+# Smaller writes are gathered up to this many bytes.
+BUFFER = 1 << 18
+# Writes that may wait for the hash: each holds at most one part of a tensor.
+_WAITING = 8
+# After so many bytes the disk is told to begin, and the system to let go of what the disk has.
+_BEHIND = 1 << 23
+
+
+class Sink:
+    """A new file. `write` takes any buffer and returns only when all of it is taken, or raises OSError.
+
+    What is written is hashed beside the writing, so a buffer must not change afterwards.
+    """
+
+    def __init__(self, descriptor: int, on_bytes: Callable[[int], None], hashing: ThreadPoolExecutor) -> None:
+        self._descriptor = descriptor
+        self._on_bytes = on_bytes
+        self._waiting = bytearray()
+        self._hashing = hashing
+        self._digest = hashlib.sha256()
+        self._room = BoundedSemaphore(_WAITING)
+        self._size = self._begun = self._gone = 0
+
+    def write(self, data: "bytes | bytearray | memoryview") -> int:
+        """Append `data`; its size in bytes."""
+        view = memoryview(data).cast("B")
+        if len(self._waiting) + len(view) > BUFFER:
+            self.flush()
+        if len(view) > BUFFER:
+            self._write(view)
+        else:
+            self._waiting += view
+        return len(view)
+
+    def close(self) -> None:
+        """Nothing: whoever opened the file closes it."""
+
+    def flush(self) -> None:
+        """Hand everything to the system."""
+        waiting, self._waiting = self._waiting, bytearray()
+        self._write(memoryview(waiting))
+
+    def sha256(self) -> str:
+        """The hash of all that was written so far, in hexadecimal."""
+        self.flush()
+        return self._hashing.submit(self._digest.hexdigest).result()
+
+    def _write(self, view: memoryview) -> None:
+        self._room.acquire()
+        self._hashing.submit(self._hash, view)
+        while view:
+            written = os.write(self._descriptor, view)
+            view = view[written:]
+            self._size += written
+            self._on_bytes(written)
+        if self._size - self._begun >= _BEHIND:
+            # What the disk begins with now can be let go at the next call.
+            forget(self._descriptor, self._gone, self._size - self._gone)
+            self._gone, self._begun = self._begun, self._size
+
+    def _hash(self, view: memoryview) -> None:
+        self._digest.update(view)
+        self._room.release()
+
+
+@contextmanager
+def new_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> Iterator[Sink]:
+    """Create `path`, which must not exist, and give it to be written; `on_bytes` hears how many bytes it took."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hashing") as hashing:
+            sink = Sink(descriptor, on_bytes, hashing)
+            yield sink
+            sink.flush()
+    finally:
+        os.close(descriptor)
+
+
+def write_json_files(directory: Path, texts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write new JSON files into `directory` by their names. Raises OSError where the disk fails."""
+    for name, values in texts.items():
+        with new_file(directory / name) as sink:
+            text = json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n"
+            # Half a surrogate pair, as of a path that is no UTF-8, stands in JSON as its escape.
+            sink.write(text.encode(errors="backslashreplace"))
+
 
 ALIGNMENT = 64
 # What a record costs beside its bytes: local header and padding, data descriptor, directory entry, and its pickle.
@@ -143,3 +243,42 @@ class _Entry(zipfile.ZipInfo):
         header = super().FileHeader(zip64)
         self.extra = b""
         return header
+
+
+_NAMES = {getattr(torch, in_torch): name for name, (in_torch, _) in DTYPES.items()}
+
+
+def write_safetensors(sink: Sink, pieces: Mapping[str, Piece], metadata: Mapping[str, str] | None = None) -> None:
+    """Write `pieces` under their names, with `metadata` in the header.
+
+    Raises OSError, CheckpointError for a dtype that safetensors does not have.
+    """
+    header, order = _header(pieces, metadata or {})
+    sink.write(len(header).to_bytes(8, "little") + header)
+    for name in order:
+        for part in pieces[name].parts():
+            sink.write(as_bytes(part))
+
+
+def _header(pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """The header, padded to a multiple of 8, and the names in the order of their bytes."""
+    for name, piece in pieces.items():
+        if piece.dtype not in _NAMES:
+            raise CheckpointError(f"{piece.origin}: safetensors has no {piece.dtype}; give merge.format=pt for {name}")
+    # Wide elements first, so that each tensor starts at a multiple of its element's size.
+    order = sorted(pieces, key=lambda name: -pieces[name].dtype.itemsize)
+    begin, offsets = 0, {}
+    for name in order:
+        offsets[name] = [begin, begin + pieces[name].nbytes]
+        begin += pieces[name].nbytes
+    entries = {
+        name: {"dtype": _NAMES[piece.dtype], "shape": list(piece.shape), "data_offsets": offsets[name]}
+        for name, piece in pieces.items()
+    }
+    text = json.dumps({"__metadata__": {"format": "pt", **metadata}, **entries}, separators=(",", ":")).encode()
+    padded = text + b" " * (-len(text) % 8)
+    if len(padded) > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{len(pieces)} tensors need a safetensors header of {len(padded)} bytes; the limit is 16 MB"
+        )
+    return padded, order

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import fdtri
 
-from runner.measures.forecast_series import Series, reached, series_of
 from runner.metrics.forecast import LEAST_POINTS, Forecast, TargetEstimate, forecast
 from runner.metrics.forecast_fit import PARAMETERS
+from runner.metrics.forecast_series import Series, reached, series_of
 
 _LEAST_HELD = 2
 

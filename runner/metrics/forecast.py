@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import fdtri
 
-from runner.measures.forecast_series import Series, local_noise, reached, rejection_ratio, series_of
 from runner.metrics.forecast_fit import (
     FAMILIES,
     LEAST_NOISE,
@@ -25,6 +24,7 @@ from runner.metrics.forecast_fit import (
     reach,
     step_at,
 )
+from runner.metrics.forecast_series import Series, local_noise, reached, rejection_ratio, series_of
 
 LEAST_POINTS = 6
 # An upper end beyond this many times the last step is none.

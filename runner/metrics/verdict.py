@@ -2,11 +2,18 @@
 
 The thresholds stand in conf/verdict.yaml. Progress and remaining work are a rule of thumb from the field; an
 estimate from a series of steps is another thing.
+
+The thresholds behind the verdicts, as conf/verdict.yaml has them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+import yaml
+
+from runner.config import config_directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,3 +147,10 @@ def _recommendation(
     if mse >= thresholds.close_mse and cosine > thresholds.cosine["good"]:
         return "Direction right, magnitude wrong: more steps, and look at the learning rate."
     return "Continue training."
+
+
+@cache
+def thresholds() -> Thresholds:
+    """The bounds of mse and cosine and the other fixed numbers."""
+    values = yaml.safe_load((config_directory() / "verdict.yaml").read_text(encoding="utf-8"))
+    return Thresholds(**{key: value for key, value in values.items() if key != "_target_"})

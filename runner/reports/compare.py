@@ -1,23 +1,65 @@
-"""The report of `task=compare`, and what a sweep prints when its jobs are done."""
+"""The report of `task=compare`, and what a sweep prints when its jobs are done.
 
+What a comparison leaves: the page, a table, everything as JSON, and the main plot as pictures.
+"""
+
+import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from runner.comparison.comparison import Comparison
-from runner.comparison.headline import headline, leading
-from runner.comparison.insights import Answers, answers
+from runner.comparison.export import to_csv, to_dict
+from runner.comparison.insights import Answers, answers, headline, leading
 from runner.comparison.jobs import Job
 from runner.comparison.points import checkpoint_name
 from runner.comparison.series import without_shared_ends
 from runner.errors import printable
-from runner.reports.cells import Fact, Rows, known, percent, short
-from runner.reports.comparison_files import Written
-from runner.reports.console import print_rows
+from runner.reports.console import Fact, Rows, known, percent, print_rows, short
+from runner.reports.page.build import page
+from runner.reports.picture import pictures
+from runner.results import write_whole
+
+PAGE_NAME = "comparison.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """`files`: those that were written, by kind (html, csv, json, png, svg); `problem`: why not all, in one line."""
+
+    files: dict[str, Path]
+    problem: str | None = None
+
+
+def write_files(comparison: Comparison, directory: Path) -> Written:
+    """Write `comparison.*` into `directory`, each file whole or not at all; the first that fails ends it.
+
+    Nothing that a job left is touched.
+    """
+    drawn = pictures(comparison)
+    contents: dict[str, Callable[[], bytes]] = {
+        "json": lambda: (
+            json.dumps(to_dict(comparison), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        ).encode(),
+        "csv": lambda: to_csv(comparison).encode(),
+        **{kind: lambda kind=kind: drawn[kind] for kind in drawn},  # type: ignore[misc]
+        "html": lambda: page(comparison, directory, picture=bool(drawn)).encode(),
+    }
+    files: dict[str, Path] = {}
+    for kind, content in contents.items():
+        path = directory / f"comparison.{kind}"
+        try:
+            write_whole(path, content())
+        except OSError as error:
+            return Written(files=files, problem=f"{path}: cannot be written: {error.strerror or error}")
+        files[kind] = path
+    return Written(files=files)
+
 
 _LEVEL_WORDS = {"good": "good", "warn": "fair", "bad": "poor"}
 _QUESTIONS = {"working": "Training", "ready": "Readiness", "layer": "Layers", "best": "Best Checkpoint"}
@@ -86,7 +128,7 @@ def _test_row(job: Job) -> dict[str, Any]:
     }
 
 
-def facts(result: Mapping[str, Any]) -> list[Fact]:
+def compare_facts(result: Mapping[str, Any]) -> list[Fact]:
     """Every line of the report, in order; failures first."""
     said, jobs = result["headline"], result["jobs"]
     rows: list[tuple[str, Any, str]] = [(status.title(), text, "poor") for status, text in failures(result["failures"])]
@@ -119,7 +161,7 @@ def _answer_lines(said: Mapping[str, Mapping[str, str]]) -> list[tuple[str, Any,
     ]
 
 
-def tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Rows]]:
+def compare_tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Rows]]:
     """The checkpoints as rows of finished cells, as many columns as the terminal has room for."""
     width = shutil.get_terminal_size().columns - _FRAME if sys.stdout.isatty() and not verbose else None
     rows = fitting(checkpoint_rows(result["checkpoints"], drawn=sys.stdout.isatty()), width, gap=2)

@@ -1,6 +1,9 @@
-"""What a person reads in a terminal, and what grep reads in a pipe."""
+"""What a person reads in a terminal, and what grep reads in a pipe.
 
-from collections.abc import Mapping, Sequence
+Figures as people read them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,70 @@ from rich.table import Table
 from rich.text import Text
 
 from runner.errors import printable
-from runner.reports.cells import short
+
+# (label, value, word that decides the colour)
+Fact = tuple[str, str, str]
+# A title and rows of finished cells, all with the same names.
+Rows = list[dict[str, Any]]
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A figure for reading: `–` where there is none."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return (
+            f"{value:.{digits}g}"
+            if value != 0 and (abs(value) < 0.001 or abs(value) >= 10000)
+            else f"{value:.{digits}f}"
+        )
+    return str(value)
+
+
+def cell(name: str, value: Any) -> str:
+    """One finished cell of the column `name`."""
+    if name in ("top1", "top5", "agreement", "repetition"):
+        return percent(value)
+    if name in ("prompt", "text", "reference_text"):
+        return printable(str(value).replace("\n", " "))
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return short(value)
+
+
+def short(value: Any) -> str:
+    """A figure with four digits."""
+    return number(value, 4)
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage."""
+    return "–" if value is None else f"{value:.1%}"
+
+
+def chosen(items: Iterable[Mapping[str, Any]], names: Sequence[str]) -> Rows:
+    """Rows of finished cells: those of `names` that an item has."""
+    return [{name: cell(name, item[name]) for name in names if name in item} for item in items]
+
+
+def known(rows: Iterable[tuple[str, Any, str]]) -> list[Fact]:
+    """The facts that have a value, as harmless text."""
+    return [(label, printable(value), word) for label, value, word in rows if value is not None]
+
+
+def size(count: float) -> str:
+    """Bytes in binary units: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def many(count: int) -> str:
+    """A number with thin groups: 1,234,567."""
+    return f"{count:,}"
+
 
 COLOURS = {
     "excellent": "bold green", "good": "green", "fair": "yellow", "moderate": "yellow", "poor": "bold red",
@@ -38,19 +104,19 @@ def print_result(
     result: Mapping[str, Any], console: Console, *, verbose: bool, directory: Path, tracked: str | None = None
 ) -> None:
     """The whole report: a panel in a terminal, plain unwrapped lines in a pipe; last, where it lies."""
-    report = import_module(f"runner.reports.{result['task']}")
+    facts, tables = _report(result["task"])
     left = [f"Result: {printable(directory)}/result.json", *([f"W&B: {printable(tracked)}"] if tracked else [])]
     if not console.is_terminal:
-        _print_plain(result, report, verbose)
+        _print_plain(result, facts(result), tables(result, verbose))
         print("\n".join(left))
         return
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
-    for label, value, word in report.facts(result):
+    for label, value, word in facts(result):
         grid.add_row(label, Text(value, style=COLOURS.get(word, "")))
     parts: list[Any] = [grid]
-    for title, rows in report.tables(result, verbose):
+    for title, rows in tables(result, verbose):
         parts += ["", _table(title, rows)]
     if result.get("findings"):
         parts.append("")
@@ -107,10 +173,16 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]], gap: int = 2) -> Table
     return table
 
 
-def _print_plain(result: Mapping[str, Any], report: Any, verbose: bool) -> None:
-    for label, value, _ in report.facts(result):
+def _report(task: str) -> tuple[Callable[..., list[Fact]], Callable[..., list[tuple[str, Rows]]]]:
+    """The lines and the tables of a task's report, imported when it is printed."""
+    module = import_module(f"runner.reports.{'compare' if task == 'compare' else 'tasks'}")
+    return getattr(module, f"{task}_facts"), getattr(module, f"{task}_tables")
+
+
+def _print_plain(result: Mapping[str, Any], facts: list[Fact], tables: list[tuple[str, Rows]]) -> None:
+    for label, value, _ in facts:
         print(f"{label}: {value}")
-    for title, rows in report.tables(result, verbose):
+    for title, rows in tables:
         print(f"\n{title}")
         _print_columns(rows)
     for finding in result.get("findings", []):

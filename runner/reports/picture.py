@@ -6,8 +6,8 @@ import math
 
 from runner.comparison.comparison import Comparison
 from runner.comparison.series import Series
-from runner.comparison.thresholds import thresholds
 from runner.errors import printable
+from runner.metrics.verdict import thresholds
 
 _COLOURS = ("#2563c9", "#c2570c", "#12855f", "#8a3ffc", "#b8286a", "#0b7a94", "#7a6a00", "#596273")
 _BANDS = {"excellent": "#e2f0e8", "good": "#edf5e9", "fair": "#fbf4e4", "poor": "#fceeec"}

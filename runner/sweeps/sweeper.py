@@ -1,30 +1,90 @@
 """Around Hydra's launchers, whichever is chosen: the plan is written first, a job that takes its launcher down does not
-take the other jobs along, and whatever a launcher says of a job that left no result is kept."""
+take the other jobs along, and whatever a launcher says of a job that left no result is kept.
+
+Which launchers there are, and what each needs.
+"""
 
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from runner.config import did_you_mean
 from runner.errors import ConfigError, printable
 from runner.overrides import CommandLine, quoted, unquoted
 from runner.reports.junit import is_directory
 from runner.results import FILE_NAME
-from runner.sweeping.jobs import plan_of
-from runner.sweeping.launchers import check_values
-from runner.sweeps.plan import PLAN_NAME, Job, Plan, good_result, write_plan
+from runner.sweeps.plan import PLAN_NAME, Job, Plan, good_result, plan_of, write_plan
 from runner.sweeps.progress import watched
+
+KEY = "hydra/launcher"
+# Of the launchers in conf/: processes or jobs at a time, and a job's time in minutes.
+_COUNTS = ("n_jobs", "jobs_at_once", "array_parallelism", "timeout_min")
+# The package that a launcher comes from, and the extra of ours that brings it.
+_NEEDS = {
+    "joblib": ("hydra_joblib_launcher", "launchers"),
+    "submitit_local": ("hydra_submitit_launcher", "launchers"),
+    "submitit_slurm": ("hydra_submitit_launcher", "launchers"),
+    "ray": ("hydra_ray_launcher", "ray"),
+}
+
+
+def check_values(launcher: DictConfig) -> None:
+    """Raise ConfigError for a number of processes or minutes in `launcher` with which no job would ever run."""
+    for key in _COUNTS:
+        value = launcher.get(key)
+        if value is None:
+            continue
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value == 0 or (value < 0 and key != "n_jobs"):
+            alternative = ", or -1 for as many as there are cores" if key == "n_jobs" else ""
+            raise ConfigError(f"hydra.launcher.{key}={value}: give a whole number of at least 1{alternative}")
+
+
+def use_own_configs(conf: Path) -> None:
+    """Let the launchers that lie in `conf` stand for those of the same names that Hydra's plugins bring: a file of the
+    same name would be merged into the plugin's, which Hydra has deprecated."""
+    Plugins.instance()  # the plugins put their configs into the store when they are found
+    stored = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
+    for file in (conf / KEY).glob("*.yaml"):
+        stored.pop(file.name, None)
+
+
+def check_launcher(line: CommandLine, conf: Path) -> None:
+    """Raise ConfigError where the chosen launcher is unknown, or needs what this installation or machine lacks; and
+    for a sweeper of Hydra's instead of our own expansion."""
+    given = {key.lstrip("+~") for key, _ in line.overrides}
+    if any(key == "hydra/sweeper" or key.startswith("hydra.sweeper.params") for key in given):
+        raise ConfigError("hydra.sweeper.params and other sweepers are not supported; give the values as key=a,b,c")
+    name = line.get(KEY)
+    if name is None or name == "basic":
+        return
+    if name not in _NEEDS:
+        known = ["basic", *sorted(file.stem for file in (conf / KEY).glob("*.yaml"))]
+        store = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
+        if f"{name}.yaml" not in store and name not in known:
+            raise ConfigError(f"{KEY}={name} is no launcher{did_you_mean(name, known)}")
+        return
+    package, extra = _NEEDS[name]
+    if find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.{package}") is None:
+        raise ConfigError(f"{KEY}={name} needs another package: pip install -e '.[{extra}]' in runner's checkout")
+    if name == "submitit_slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
+        raise ConfigError(f"{KEY}={name}: there is no sbatch and srun here; start it on a login node of the cluster")
+
 
 # Held by the process that runs the sweep; the system lets go of it when that process dies.
 LOCK_NAME = ".lock"

@@ -8,12 +8,10 @@ from runner.comparison.comparison import Comparison, read
 from runner.comparison.export import series_to_dict
 from runner.config import SweepConfig
 from runner.errors import ConfigError
-from runner.reports.compare import print_comparison, summary
-from runner.reports.comparison_files import write_files
-from runner.results import Result
+from runner.reports.compare import print_comparison, summary, write_files
+from runner.results import Result, versions
 from runner.tasks.context import Context
 from runner.tracking.compare import log_comparison
-from runner.versions import versions
 
 
 def run(config: SweepConfig, context: Context) -> Result:

@@ -9,22 +9,21 @@ from pathlib import Path
 import torch
 
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.checkpoints.content import sha256_of
 from runner.checkpoints.detect import open_checkpoint
-from runner.checkpoints.gpt_provenance import provenance
 from runner.config import Conversion, ConvertConfig
 from runner.errors import ConfigError, RunnerError
 from runner.families.gpt import save as gpt_save
+from runner.families.gpt.checkpoint import provenance
 from runner.families.gpt.layouts import GptDetails
 from runner.families.hf import checkpoint as hf
 from runner.families.npt import checkpoint as npt_delta
 from runner.families.npt import full as npt_full
+from runner.files.file_type import sha256_of
 from runner.files.staging import staged
 from runner.files.tensors import TensorSource
-from runner.results import Result
+from runner.results import Result, versions
 from runner.tasks.context import Context
 from runner.tasks.naming import check_family, checkpoint_path
-from runner.versions import versions
 
 # What is copied beside converted NPT weights, and beside a base taken out of an npt_full.
 _NPT_FILES = (npt_delta.TRAINING_STATE, npt_delta.MULTI_LAYER_STATE, npt_delta.MERGE_SUMMARY)

@@ -10,10 +10,9 @@ from runner.checkpoints.runs import resolve
 from runner.config import DiffConfig
 from runner.errors import CheckpointError, ConfigError
 from runner.merge.difference import differences, match
-from runner.results import Result
+from runner.results import Result, versions
 from runner.tasks.context import Context
 from runner.tasks.naming import check_family, checkpoint_path
-from runner.versions import versions
 
 
 def run(config: DiffConfig, context: Context) -> Result:

@@ -4,16 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.checkpoint import Checkpoint
-from runner.checkpoints.describing import components, dtype_name, totals
+from runner.checkpoints.checkpoint import Checkpoint, components, dtype_name, totals
 from runner.checkpoints.detect import formats, open_checkpoint
 from runner.checkpoints.runs import Run, find_run
 from runner.config import InspectConfig
 from runner.errors import RunnerError
-from runner.results import Result
+from runner.results import Result, versions
 from runner.tasks.context import Context
 from runner.tasks.naming import DEMO, check_family, checkpoint_path
-from runner.versions import versions
 
 # The part of a name that says which component a tensor belongs to: up to the first number, or the first two words.
 _GROUP = re.compile(r"^((?:[^.]*\.)??[^.]*?\d+[^.]*|[^.]+(?:\.[^.\d]+)?)")

@@ -1,26 +1,43 @@
 """`task=merge`: several checkpoints in one, verified against its sources before it gets its name.
 
 Nothing heavy is imported at the top: the sources' bytes are being checked while torch is imported.
+
+`task=merge` of lora_moe and GPT checkpoints: written file by file, verified, and only then given its name.
+
+The frame of every merge: sources checked, tensors written, everything read back and compared, then its name.
+
+What a merge measures of its output before it gets its name: all of it together, as `task=diagnose` does.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from runner.checkpoints.runs import resolve
-from runner.config import MergeConfig
+from runner.config import DiagnoseConfig, Family, Format, MergeConfig
 from runner.errors import ConfigError
+from runner.evaluation.base_models import Base
+from runner.evaluation.tokenizers import encode, load_tokenizer
+from runner.families.lora_moe import checkpoint as lora_moe
+from runner.families.npt.checkpoint import MERGE_SUMMARY
+from runner.files.staging import staged
 from runner.imports import importing
+from runner.merge.execute import Content, expected_bytes, write_tensors
+from runner.merge.files import Files, check_written
+from runner.merge.inputs import Inputs, reading
 from runner.merge.spec import MergeSpec
-from runner.merging.inputs import Inputs, reading
-from runner.reports.cells import size
-from runner.results import Result
+from runner.merge.verify import comparisons
+from runner.merge.writer import write_json_files
+from runner.reports.console import size
+from runner.results import Result, versions
+from runner.tasks import diagnose
 from runner.tasks.context import Context
-from runner.versions import versions
-
-if TYPE_CHECKING:
-    from runner.merge.execute import Content
+from runner.training.progress import byte_bar
 
 # The files that a source is likely to consist of; what else there is, is read once it is known.
 _LIKELY = ("npt_weights.pt", "npt_weights.safetensors", "training_state.pt", "multi_layer_state.pt", "config.json")
@@ -41,10 +58,9 @@ def run(config: MergeConfig, context: Context) -> Result:
     output, paths = _output(spec), _paths(spec)
     with reading(_likely(paths)) as inputs:
         with importing():
-            from runner.checkpoints.outputs import check_output
-            from runner.merging.files import Files
-            from runner.merging.gather import gather
-            from runner.tasks.merge_output import check_base, size_on_disk
+            from runner.files.staging import check_output
+            from runner.merge.files import Files
+            from runner.merge.gather import gather
 
         with context.timed("plan"):
             content = gather(spec, paths, config.base, output)
@@ -52,7 +68,7 @@ def run(config: MergeConfig, context: Context) -> Result:
             if spec.verify == "functional":
                 check_base(content, config.base)
         if isinstance(content, Files):
-            from runner.tasks import merge_files
+            from runner.tasks import merge as merge_files
 
             if spec.dry_run:
                 return merge_files.planned(content, spec, context, output)
@@ -91,7 +107,6 @@ def _merge(
     """Write, verify, publish."""
     from runner.merge.training_state import summary
     from runner.merge.verify import check_structure
-    from runner.tasks.merge_output import write_summary, written
 
     differences = content.training_state.differences if content.training_state else ()
     with written(spec, content, output, context, inputs) as made:
@@ -109,7 +124,6 @@ def _measured(config: MergeConfig, content: "Content", partial: Path, context: C
     from runner.checkpoints.detect import open_checkpoint
     from runner.evaluation.base_models import load_base
     from runner.merge.functional import check_functions
-    from runner.tasks.joint import encoded_prompts, measure
 
     with context.timed("functional"):
         base = load_base(open_checkpoint(partial), config.base, device=config.device, dtype=config.dtype, llama=True)
@@ -187,7 +201,6 @@ def _named(sources: Sequence[Any]) -> Any:
 
 def _checks(content: "Content", found: Sequence[int] | None, checked: Sequence[int] | None) -> list[dict[str, str]]:
     """What was verified, row by row. A merge that fails a verification leaves an error and no output."""
-    from runner.tasks.merge_output import not_asked, not_written
 
     if found is None:
         return not_written()
@@ -205,3 +218,217 @@ def _checks(content: "Content", found: Sequence[int] | None, checked: Sequence[i
 
 def _layers(numbers: Sequence[int]) -> str:
     return f"layer{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"
+
+
+Check = dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """The tensors of a merge in their staged directory, the inputs' hashes by path, and what the user should know."""
+
+    partial: Path
+    input_hashes: dict[str, str]
+    said: list[str]
+
+
+def not_written() -> list[Check]:
+    """What was verified where nothing was written."""
+    skipped = {"status": "skipped", "details": "nothing was written (merge.dry_run)"}
+    return [{"name": name, **skipped} for name in ("structure", "bytes", "functional")]
+
+
+def not_asked() -> Check:
+    """The functional check where nobody asked for it."""
+    return {"name": "functional", "status": "skipped", "details": "not asked for: merge.verify=functional"}
+
+
+def size_on_disk(content: Content | Files) -> int:
+    """About how many bytes the output takes, never less."""
+    return expected_bytes(content.tensor_files, small=len(content.texts) + 2)  # the summary, the manifest
+
+
+def check_base(content: Content | Files, base: str | None) -> None:
+    """Find the base that the models will run on, before anything is written. Raises CheckpointError without one."""
+    from runner.evaluation.base_models import find_base
+    from runner.families.gpt import checkpoint as gpt
+
+    if isinstance(content, Files) and content.family == gpt.FAMILY:
+        return
+    sources = [source.checkpoint for source in content.sources]
+    find_base(next((each for each in sources if each.base_name), sources[0]), base)
+
+
+@contextmanager
+def written(
+    spec: MergeSpec, content: Content | Files, output: Path, context: Context, inputs: Inputs
+) -> Iterator[Written]:
+    """The block writes what else belongs to the output; when it ends, `output` is there, compared with the sources.
+
+    Raises CheckpointError or RunnerError where a source is damaged, the disk fails or a byte differs; then there is
+    no output.
+    """
+    read = list(dict.fromkeys(file for source in content.sources for file in source.files))
+    with context.timed("check"):
+        inputs.start(read)
+        for file in read:
+            inputs.check(file)
+    manifest: dict[str, Any] = {"recipe": spec.recipe()}
+    hashes: dict[str, str] = {}
+    total = content.nbytes
+    before = _set_aside(output)
+    with (
+        context.timed("commit"),
+        ExitStack() as bars,
+        staged(
+            output,
+            manifest=manifest,
+            replace=spec.force,
+            inputs=[source.path for source in content.sources],
+            expected_bytes=size_on_disk(content),
+            hashes=hashes,
+            watchers=lambda partial: comparisons(
+                partial,
+                content.tensor_files,
+                bars.enter_context(byte_bar(context.progress, "comparing with the sources", total)),
+            ),
+        ) as partial,
+    ):
+        with context.timed("write"), byte_bar(context.progress, "merging", total) as on_bytes:
+            said = write_tensors(partial, content.tensor_files, on_bytes, hashes)
+        with context.timed("hash"):
+            manifest["inputs"] = {str(file): inputs.sha256(file) for file in read}
+        yield Written(partial=partial, input_hashes=manifest["inputs"], said=said)
+    said += [f"what stood at {output} before is kept as {path.name}" for path in sorted(_set_aside(output) - before)]
+
+
+def _set_aside(output: Path) -> set[Path]:
+    """What earlier swaps could not delete, because this runner had not written all of it."""
+    if not output.parent.is_dir():
+        return set()
+    return {path for path in output.parent.iterdir() if path.name.startswith(f"{output.name}.old-")}
+
+
+def write_summary(made: Written, content: Content | Files, summary: Mapping[str, Any]) -> None:
+    """Write the JSON files of the output, merge_summary.json among them. Raises OSError where the disk fails."""
+    write_json_files(made.partial, {**content.texts, MERGE_SUMMARY: summary})
+
+
+def planned(files: Files, spec: MergeSpec, context: Context, output: Path) -> Result:
+    """What would be done, where merge.dry_run is given."""
+    return _result_merge_files(files, spec, context, output, not_written(), None, Result(task="diagnose"))
+
+
+def merge(config: MergeConfig, spec: MergeSpec, files: Files, output: Path, context: Context, inputs: Inputs) -> Result:
+    """Write, verify, publish. Raises CheckpointError or RunnerError; then there is no output."""
+    with written(spec, files, output, context, inputs) as made:
+        write_summary(made, files, {**files.summary, "conflicts": list(files.conflicts), "sha256": made.input_hashes})
+        with context.timed("verify"):
+            checkpoint = check_written(made.partial, files)
+        found = _found(checkpoint, files)
+        measured, functional = Result(task="diagnose"), not_asked()
+        if spec.verify == "functional":
+            measured, functional = _functional(config, files, made.partial, context)
+    what = f"the {files.details['how']} of what the sources hold" if files.computed else "what the sources hold"
+    checks = [
+        {"name": "structure", "status": "pass", "details": f"reads back as planned: {checkpoint.evidence}"},
+        {"name": "bytes", "status": "pass", "details": f"{size(files.nbytes)} equal to {what}"},
+        functional,
+    ]
+    result = _result_merge_files(files, spec, context, output, checks, found, measured)
+    result.findings += made.said
+    return result
+
+
+def _found(written: Any, files: Files) -> dict[str, list[int]]:
+    """What a reader of the output finds."""
+    if files.format == lora_moe.NAME:
+        return {"found_experts": list(range(written.details.num_experts))}
+    return {"found_layers": list(range(written.details.num_layers))}
+
+
+def _functional(config: MergeConfig, files: Files, partial: Path, context: Context) -> tuple[Result, Check]:
+    """Each expert alone against its source; then all of it together, against its base or the first source."""
+
+    if files.format != lora_moe.NAME:
+        first = files.sources[0].path
+        with context.timed("functional"):
+            measured = measure(config, partial, context, first)
+        return measured, {"name": "functional", "status": "pass", "details": f"it runs; compared with {first}"}
+    from runner.checkpoints.detect import open_checkpoint
+    from runner.evaluation.base_models import load_base
+    from runner.families.lora_moe.merge import check_experts
+
+    with context.timed("functional"):
+        base = load_base(open_checkpoint(partial), config.base, device=config.device, dtype=config.dtype)
+        prompts = encoded_prompts(config, [source.checkpoint.directory for source in files.sources], base)
+        checked = check_experts(partial, files, base, prompts)
+        measured = measure(config, partial, context)
+    words = f"experts {', '.join(map(str, checked))}, each alone: the logits of their sources, bit for bit"
+    return measured, {"name": "functional", "status": "pass", "details": words}
+
+
+def _result_merge_files(
+    files: Files,
+    spec: MergeSpec,
+    context: Context,
+    output: Path,
+    checks: list[Check],
+    found: dict[str, list[int]] | None,
+    measured: Result,
+) -> Result:
+    """What was merged; without `found`, what would be."""
+    return Result(
+        task="merge",
+        ckpt=None if found is None else str(output),
+        base=measured.base,
+        reference=measured.reference,
+        step=files.step,
+        family=files.family,
+        format=files.format,
+        tier=measured.tier,
+        metrics=measured.metrics,
+        per_prompt=measured.per_prompt,
+        generation=measured.generation,
+        checks=checks,
+        verdict=measured.verdict,
+        findings=[*files.findings, *measured.findings],
+        timing=context.timing,
+        versions=versions(),
+        details={
+            "output": str(output),
+            "dry_run": spec.dry_run,
+            **files.details,
+            **(found or {}),
+            "keys": len(files.weights),
+            "parameters": files.parameters,
+            "bytes": files.nbytes,
+            "conflicts": list(files.conflicts),
+            "verification": {check["name"]: check["status"] for check in checks},
+        },
+    )
+
+
+# What the measurement has in common with task=diagnose.
+_SHARED = ("seed", "base", "tokenizer", "device", "dtype", "data", "tier", "verdict")
+
+
+def measure(config: MergeConfig, partial: Path, context: Context, reference: Path | None = None) -> Result:
+    """The diagnosis of the written checkpoint, against its base or against `reference`. Raises its errors."""
+    options = {name: getattr(config, name) for name in _SHARED}
+    asked = DiagnoseConfig(
+        task="diagnose",
+        ckpt=str(partial),
+        family=Family(name="auto"),
+        format=Format(name="auto"),
+        reference=None if reference is None else str(reference),
+        **options,
+    )
+    return diagnose.run(asked, replace(context, timing={}))
+
+
+def encoded_prompts(config: MergeConfig, directories: list[Path], base: Base) -> dict[str, torch.Tensor]:
+    """The prompts and their token ids [T], by the tokenizer of the first directory that has one, else the base's."""
+    tokenizer = load_tokenizer(config.tokenizer, [*directories, base.path])
+    size = base.model.config.vocab_size
+    return {text: encode(tokenizer, text, size) for text in config.data.prompts}

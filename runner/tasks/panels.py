@@ -6,11 +6,9 @@ from typing import Any
 from runner.comparison.comparison import read
 from runner.config import SweepConfig
 from runner.errors import ConfigError
-from runner.results import Result
+from runner.results import Result, versions
 from runner.tasks.context import Context
-from runner.tracking.panels import check_installed
-from runner.tracking.panels_file import FILE_NAME, keep
-from runner.versions import versions
+from runner.tracking.panels import FILE_NAME, check_installed, keep
 
 
 def run(config: SweepConfig, context: Context) -> Result:

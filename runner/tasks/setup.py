@@ -1,4 +1,9 @@
-"""From `ckpt`, `step`, `base` and `reference` of a config to models in memory."""
+"""From `ckpt`, `step`, `base` and `reference` of a config to models in memory.
+
+From `ckpt` and `step` of a config to the one checkpoint that they name. No model is imported here.
+
+What a task may use beside its config: where its files go, who is told, and how long work is shown.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +20,10 @@ from runner.config import DiagnoseConfig
 from runner.errors import ModelError
 from runner.evaluation.base_models import Base, find_base, load_base
 from runner.evaluation.build import build, own_base
-from runner.evaluation.cache_key import shelf_of
 from runner.evaluation.evaluator import Subject
 from runner.evaluation.forward import limits, logit_count
 from runner.evaluation.reference import Reference
+from runner.evaluation.tensor_cache import shelf_of
 from runner.evaluation.tokenizers import load_tokenizer
 from runner.families.hf import checkpoint as hf
 from runner.families.lora_moe.model import LoraForCausalLM

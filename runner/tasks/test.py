@@ -14,9 +14,8 @@ from runner.checks.check import FAIL, STATUSES, WARNING, Check, run_checks
 from runner.checks.context import BUILT, Bench, check_base, check_buildable
 from runner.config import TestConfig
 from runner.errors import ConfigError
-from runner.results import Result
+from runner.results import Result, versions
 from runner.tasks.context import Context
-from runner.versions import versions
 
 # Mean score of the quality checks → what the checkpoint is, by the fixed thresholds of the comprehensive test.
 READINESS = ((0.8, "READY"), (0.6, "PARTIALLY_READY"))

@@ -4,10 +4,9 @@ from runner.checkpoints.detect import open_checkpoint
 from runner.config import VerifyConfig
 from runner.errors import CheckpointError
 from runner.merge.soundness import check_checkpoint
-from runner.results import Result
+from runner.results import Result, versions
 from runner.tasks.context import Context
 from runner.tasks.naming import check_family, checkpoint_path
-from runner.versions import versions
 
 
 def run(config: VerifyConfig, context: Context) -> Result:

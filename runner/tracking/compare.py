@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runner.comparison.comparison import Comparison
-from runner.comparison.headline import headline
-from runner.comparison.insights import answers
+from runner.comparison.insights import answers, headline
 from runner.comparison.jobs import Job
 from runner.comparison.series import Series
 from runner.tracking.base import RunIdentity, Tracker

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.checkpoints.content import sha256_of
 from runner.errors import CheckpointError, RunnerError, printable
 from runner.files import atomic as renames
+from runner.files.file_type import sha256_of
 from runner.files.staging import staged, verify
 
 REPOSITORY = Path(__file__).parents[2]

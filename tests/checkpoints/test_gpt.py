@@ -9,11 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from runner.checkpoints.checkpoint import Listing
-from runner.checkpoints.content import sha256_of
-from runner.checkpoints.gpt_provenance import Provenance, provenance
 from runner.errors import CheckpointError, ConfigError
-from runner.families.gpt.checkpoint import FORMATS, GptDetails
+from runner.families.gpt.checkpoint import FORMATS, GptDetails, Provenance, provenance
 from runner.families.gpt.save import WEIGHT_FILES, cut_vocabulary, save
+from runner.files.file_type import sha256_of
 from tests.gpt_files import BY_NAME, built, model, opened, random_state, script_file
 
 DIALECTS = ["small", "medium"]

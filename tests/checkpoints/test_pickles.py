@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import torch
 
-from runner.checkpoints.content import sha256_of
 from runner.errors import CheckpointError
 from runner.files.archive import verify_crc
-from runner.files.pickles import Inert, load_pickle
+from runner.files.file_type import sha256_of
+from runner.files.tensors import Inert, load_pickle
 from tests.checkpoints import hostile
 
 REPOSITORY = Path(__file__).parents[2]
@@ -222,7 +222,7 @@ BOMBS: dict[str, Callable[[Path], Path]] = {
 PROBE = """
 import resource, sys, time
 from pathlib import Path
-from runner.files.pickles import load_pickle
+from runner.files.tensors import load_pickle
 from runner.errors import CheckpointError
 from tests.checkpoints import hostile
 virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from runner.checkpoints.content import sha256_of
 from runner.errors import CheckpointError
+from runner.files.file_type import sha256_of
 from runner.files.tensors import is_finite, non_finite, open_sharded, open_weights
 from tests.checkpoints import hostile
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from runner.checks.catalogue import checks_for
 from runner.checks.check import run_checks
-from runner.confdir import config_directory
+from runner.config import config_directory
 from runner.files import manifest
 from runner.files.staging import staged
 from tests.checks.benches import bench_of, write_npt_full

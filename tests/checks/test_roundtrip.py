@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runner.checkpoints import hf_save
 from runner.checks import roundtrip, saving
 from runner.evaluation import build as loading
 from runner.families.gpt import save as gpt_save
+from runner.families.hf import checkpoint as hf_save
 from runner.families.lora_moe import save as lora_moe_save
 from runner.families.npt import checkpoint as npt_delta
 from tests.checks.benches import bench_of, failing, rows_of, write_npt_full

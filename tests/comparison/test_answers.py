@@ -3,8 +3,7 @@
 import pytest
 
 from runner.comparison.comparison import read
-from runner.comparison.headline import headline
-from runner.comparison.insights import answers
+from runner.comparison.insights import answers, headline
 from tests.comparison.sweeps import result, write_job, write_sweep
 
 

@@ -7,11 +7,11 @@ import pytest
 from scipy.optimize import least_squares
 from scipy.special import fdtri
 
-from runner.measures.forecast_series import local_noise, reached, rejection_ratio, series_of
-from runner.measures.forecast_words import sentence
 from runner.metrics import forecast_fit
 from runner.metrics.backtest import backtest
 from runner.metrics.forecast import forecast
+from runner.metrics.forecast_series import local_noise, reached, rejection_ratio, series_of
+from runner.metrics.forecast_words import sentence
 
 STEPS = np.arange(1, 13) * 1000.0
 TARGETS = (0.5, 0.1, 0.05)

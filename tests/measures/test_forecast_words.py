@@ -1,7 +1,7 @@
 import dataclasses
 
-from runner.measures.forecast_words import sentence
 from runner.metrics.forecast import forecast
+from runner.metrics.forecast_words import sentence
 from tests.measures.test_forecast import STEPS, noisy
 
 

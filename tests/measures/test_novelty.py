@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from runner.measures.novelty import is_novel, similarity
+from runner.families.lora_moe.skills import is_novel, similarity
 
 X, Y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
 DIAGONAL = torch.tensor([3.0, 3.0])

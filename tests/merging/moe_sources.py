@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from runner.checkpoints.adapter_save import adapter_config
+from runner.families.lora.adapter import adapter_config
 from runner.families.lora_moe import save as lora_moe_save
+from runner.merge.files import Files
+from runner.merge.gather import gather
 from runner.merge.spec import MergeSpec
-from runner.merging.files import Files
-from runner.merging.gather import gather
 from tests.lora_files import TARGETS, adapter_tensors, router_of
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from runner.errors import RunnerError
-from runner.files.pickles import file_offset, load_pickle
+from runner.files.tensors import file_offset, load_pickle
 from runner.merge import writer as torch_file
 from runner.merge.execute import TensorFile, write_tensors
 from runner.merge.lazy_tensor import Piece, from_tensor, split

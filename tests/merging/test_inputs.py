@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from runner.errors import CheckpointError
-from runner.merging import inputs
-from runner.merging.inputs import reading
+from runner.merge import inputs
+from runner.merge.inputs import reading
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from runner.errors import CheckpointError, ConfigError, RunnerError
+from runner.merge.gather import gather
 from runner.merge.spec import MergeSpec
-from runner.merging.gather import gather
 from tests.merging.sources import ONE, THREE, write_source
 
 

@@ -7,8 +7,7 @@ from safetensors.torch import load_file
 from runner.errors import CheckpointError
 from runner.files.tensors import open_weights
 from runner.merge.lazy_tensor import from_tensor
-from runner.merging.safetensors_file import write_safetensors
-from runner.merging.sinks import new_file
+from runner.merge.writer import new_file, write_safetensors
 
 TENSORS = {
     "z": torch.randn(3, 5).bfloat16(),

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from runner.files.archive import check_archive, verify_crc
-from runner.files.pickles import load_pickle
+from runner.files.tensors import load_pickle
 from runner.merge import writer as torch_file
 from runner.merge.lazy_tensor import Piece, from_tensor, replaced
-from runner.merge.writer import write_torch_file
-from runner.merging.sinks import new_file
+from runner.merge.writer import new_file, write_torch_file
 from tests.merging.sources import same
 
 TENSORS = {

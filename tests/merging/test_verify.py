@@ -7,11 +7,11 @@ from runner.errors import CheckpointError, RunnerError
 from runner.families.npt.checkpoint import MERGE_SUMMARY
 from runner.files.readback import read_back
 from runner.merge.execute import write_tensors
+from runner.merge.gather import gather
 from runner.merge.spec import MergeSpec
 from runner.merge.training_state import summary
 from runner.merge.verify import check_structure, comparisons
-from runner.merging.gather import gather
-from runner.merging.sinks import write_json_files
+from runner.merge.writer import write_json_files
 from tests.merging.sources import ONE, THREE, state_of, weights_in, write_source
 
 

@@ -9,9 +9,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 from runner.errors import ConfigError
 from runner.evaluation.base_models import load_base
+from runner.families.lora_moe import model as routing
 from runner.families.lora_moe.model import LoraMoeForCausalLM
 from runner.metrics.generation import generate
-from runner.models import routing
 from tests.lora_files import load_moe, router_of, write_moe
 
 IDS = torch.tensor([5, 77, 9, 130, 41, 41, 8, 200])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from runner.comparison.comparison import read
-from runner.reports.comparison_files import write_files
+from runner.reports.compare import write_files
 from tests.reports.cases import CASES
 
 pytestmark = pytest.mark.browser

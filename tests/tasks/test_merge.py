@@ -266,7 +266,7 @@ def test_functional_verification_finds_a_layer_that_computes_something_else(run,
         )
 
     monkeypatch.setattr(pieces, "from_source", wrong)
-    monkeypatch.setattr("runner.tasks.merge_output.comparisons", lambda *_: {})
+    monkeypatch.setattr("runner.tasks.merge.comparisons", lambda *_: {})
     outcome = merge(run, "a", "b", verify="functional")
     assert outcome.code == 1
     assert re.search("layer 2 alone gives other logits than in b", outcome.err), outcome.err

@@ -255,7 +255,7 @@ def test_another_byte_is_found(run, pair, monkeypatch):
     outcome = merge(run, "a", "b")
     assert outcome.code == 1
     assert re.search("expert_4/adapter_model.safetensors: verification failed: .*lora_B", outcome.err), outcome.err
-    monkeypatch.setattr("runner.tasks.merge_output.comparisons", lambda *_: {})
+    monkeypatch.setattr("runner.tasks.merge.comparisons", lambda *_: {})
     outcome = merge(run, "a", "b", verify="functional")
     assert outcome.code == 1
     assert re.search("expert 4 alone gives other logits than in b", outcome.err), outcome.err

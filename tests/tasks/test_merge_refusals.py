@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.confdir import config_directory
+from runner.config import config_directory
 from runner.errors import CheckpointError, ConfigError
 from tests.gpt_files import random_state, script_file
 from tests.merging.moe_sources import gathered, write_moe

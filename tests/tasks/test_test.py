@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from runner.checks import preflight
-from runner.reports.test import facts
+from runner.reports.tasks import facts
 from runner.tasks.test import overall
 from tests.checkpoints.test_toy_format import toy  # noqa: F401 - a fixture
 from tests.conftest import ROOT, npt_tensors, write_base, write_npt

@@ -11,9 +11,9 @@ from server import Server
 
 from runner.comparison.comparison import Comparison, read
 from runner.tracking import wandb as wandb_module
+from runner.tracking.base import NullTracker
 from runner.tracking.compare import comparison_record
-from runner.tracking.null import NullTracker
-from runner.tracking.panels_file import keep
+from runner.tracking.panels import keep
 from runner.tracking.wandb import WandbTracker
 from tests.comparison.sweeps import result, write_job, write_sweep
 

@@ -7,8 +7,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from runner.errors import ConfigError
-from runner.tracking.base import RunIdentity, flat_config, run_id
-from runner.tracking.null import NullTracker
+from runner.tracking.base import NullTracker, RunIdentity, flat_config, run_id
 from runner.tracking.rows import eval_row, layer_rows, summary, tables
 from runner.tracking.wandb import WandbTracker
 

@@ -7,8 +7,8 @@ import torch
 
 from runner.errors import CheckpointError
 from runner.evaluation.build import load
+from runner.families.lora_moe.trained import save_moe
 from runner.files import staging as commit
-from runner.training.moe_save import save_moe
 from tests.conftest import write_base
 from tests.lora_files import adapter_of, load_moe, write_adapter, write_moe
 

@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.checkpoints.gpt_provenance import STATE, Provenance, metadata, provenance
 from runner.errors import CheckpointError, ConfigError
-from runner.families.gpt.checkpoint import FAMILY
+from runner.families.gpt.checkpoint import FAMILY, STATE, Provenance, metadata, provenance
 from runner.families.gpt.layouts import SCALARS, GptDetails
 from runner.families.gpt.save import WEIGHT_FILES
 from runner.merge import lazy_tensor as pieces
 from runner.merge.execute import TensorFile
+from runner.merge.files import Files, OpenedSource
 from runner.merge.lazy_tensor import Piece
 from runner.merge.plan import interpolation_weights
 from runner.merge.sources import check_distinct
 from runner.merge.spec import MergeSpec, SourceSpec
-from runner.merging.files import Files, OpenedSource
 
 _SIZES = ("num_layers", "model_dim", "vocab_size", "head_rows")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from runner.checkpoints.gpt_provenance import STATE, Provenance, metadata
 from runner.errors import ConfigError
+from runner.families.gpt.checkpoint import STATE, Provenance, metadata
 from runner.families.gpt.layouts import (
     EMBEDDING,
     HEAD,

@@ -1,9 +1,17 @@
-"""`hf`: a plain Hugging Face causal LM directory: config.json and weights, single or sharded."""
+"""`hf`: a plain Hugging Face causal LM directory: config.json and weights, single or sharded.
 
-from collections.abc import Mapping
+Writes a complete model as a Hugging Face directory: config.json, one safetensors file, and what lies beside them.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import save_file
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
 from runner.errors import CheckpointError
@@ -98,3 +106,20 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 FORMATS = (CheckpointFormat(name=NAME, family=FAMILY, matches=matches, open=open_hf, describe=describe),)
+
+
+def save(
+    directory: Path, tensors: Mapping[str, torch.Tensor], *, config: Mapping[str, Any], beside: Iterable[Path] = ()
+) -> None:
+    """Write the files into `directory` (a staged one: see commit.py).
+
+    `tensors`: all weights by their names; `config` becomes config.json; `beside`: files that are copied as they are.
+    The weights file holds copies of its own, never views of larger storages.
+    """
+    owned = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    save_file(owned, directory / SINGLE[0], metadata={"format": "pt"})
+    for file in beside:
+        shutil.copyfile(file, directory / file.name)
+    (directory / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")

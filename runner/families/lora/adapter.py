@@ -1,16 +1,25 @@
-"""One PEFT LoRA adapter directory: adapter_config.json beside adapter_model.safetensors or adapter_model.bin."""
+"""One PEFT LoRA adapter directory: adapter_config.json beside adapter_model.safetensors or adapter_model.bin.
 
+From an opened adapter to tensors: whether it fits a base model, its matrices, several files as one source.
+
+Writes one PEFT LoRA adapter directory.
+"""
+
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.content import Kind, kind_of
-from runner.errors import CheckpointError
+import torch
+from safetensors.torch import save_file
+
+from runner.errors import CheckpointError, ModelError
 from runner.families.lora import config as lora_config
 from runner.families.lora.config import LoraSettings, read_settings
-from runner.files.tensors import TensorInfo, TensorSource, open_weights
+from runner.files.file_type import Kind, kind_of
+from runner.files.tensors import TensorInfo, TensorSource, is_finite, open_weights
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
@@ -204,3 +213,113 @@ def settings_findings(adapter: AdapterDetails, name: str) -> list[str]:
             "file's keys, and whether some are missing was not checked"
         )
     return findings
+
+
+# Adapters by module: A [r, in], B [out, r], and the scaling of B A x.
+Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]
+
+
+def check_fit(adapter: AdapterDetails, linears: Mapping[str, tuple[int, int]], base: object) -> None:
+    """Check an adapter against `linears`, the base's linear modules by name with (inputs, outputs).
+
+    Raises ModelError for modules that the base has not or has in other sizes, CheckpointError for modules of the
+    base that the adapter's config names but its file leaves out.
+    """
+    path = adapter.weights_file
+    absent = sorted(module.name for module in adapter.modules if module.name not in linears)
+    if absent:
+        raise ModelError(
+            f"{path}: adapts {', '.join(absent)}, which the base {base} has not; give its own base as base="
+        )
+    for module in adapter.modules:
+        sizes = (module.in_features, module.out_features)
+        if sizes != linears[module.name]:
+            raise ModelError(
+                f"{path}: {module.name} is adapted from {sizes[0]} to {sizes[1]} features, but the base {base} has "
+                f"{linears[module.name][0]} and {linears[module.name][1]}; give its own base as base="
+            )
+    if adapter.settings.targets is not None:
+        wanted = {name for name in linears if adapter.settings.target_of(name) is not None}
+        absent = sorted(wanted - {module.name for module in adapter.modules})
+        if absent:
+            missing = [key(name, matrix) for name in absent for matrix in "AB"]
+            raise CheckpointError(f"{path}: lacks modules that it adapts in the base {base}: missing keys {missing}")
+
+
+def read_factors(
+    weights: TensorSource, adapter: AdapterDetails, *, prefix: str = "", dtype: torch.dtype, device: torch.device
+) -> Factors:
+    """The adapter's matrices by module; `prefix` is what `weights` puts before its keys. Raises as `read_finite`."""
+
+    def read(name: str) -> torch.Tensor:
+        return read_finite(weights, prefix + name, f"{adapter.weights_file}: {name}", dtype, device)
+
+    return {module.name: (read(module.key_a), read(module.key_b), module.scaling) for module in adapter.modules}
+
+
+def read_finite(weights: TensorSource, name: str, where: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """One tensor as a copy of its own; `where` names it in messages.
+
+    Raises CheckpointError for NaN, Inf, and values that `dtype` cannot hold.
+    """
+    stored = weights.read(name)
+    tensor = stored.to(device=device, dtype=dtype, copy=True)
+    if not is_finite(tensor):
+        what = "holds NaN or Inf" if not is_finite(stored) else f"holds a value that overflows {dtype}"
+        raise CheckpointError(f"{where} {what}")
+    return tensor
+
+
+def compose(path: Path, parts: Iterable[tuple[str, TensorSource]]) -> TensorSource:
+    """Several files as one source: each part's names with its prefix before them."""
+    held = {prefix + name: (source, name) for prefix, source in parts for name in source.infos}
+    infos = {
+        name: TensorInfo(name=name, shape=source.infos[own].shape, dtype=source.infos[own].dtype)
+        for name, (source, own) in held.items()
+    }
+
+    def read(name: str) -> torch.Tensor:
+        source, own = held[name]
+        return source.read(own)
+
+    files = tuple(dict.fromkeys(file for source, _ in held.values() for file in source.files))
+    return TensorSource(path=path, files=files, infos=infos, reader=read)
+
+
+def save_adapter(directory: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+    """Write an adapter into `directory`, which is created: `tensors` by the names of `key`, `config` as JSON.
+
+    The file holds copies of its own, never views of larger storages.
+    """
+    directory.mkdir(parents=True)
+    owned = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    save_file(owned, directory / WEIGHT_FILES[0], metadata={"format": "pt"})
+    text = json.dumps(dict(config), indent=2, sort_keys=True, ensure_ascii=False)
+    (directory / lora_config.FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def adapter_config(
+    *,
+    base_name: str,
+    r: int,
+    alpha: float,
+    target_modules: Iterable[str],
+    use_rslora: bool = False,
+    dropout: float = 0.0,
+) -> dict[str, Any]:
+    """adapter_config.json of a plain LoRA adapter; PEFT takes its defaults for every other field."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "use_rslora": use_rslora,
+        "target_modules": sorted(target_modules),
+        "bias": "none",
+        "init_lora_weights": True,
+    }

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
-from runner.checkpoints.lora_moe_experts import ADAPTERS
 from runner.families.lora.adapter import WEIGHT_FILES, AdapterDetails, describe_adapter, open_adapter, settings_findings
 from runner.families.lora.config import FILE_NAME
+from runner.families.lora_moe.checkpoint import ADAPTERS
 from runner.families.lora_moe.state import OLDER, read_trainer_state
 
 NAME = "peft"

@@ -1,24 +1,33 @@
-"""`lora_moe`: DyLoRA-MoE, several LoRA experts and a router over one base model (spec/formats.md §4)."""
+"""`lora_moe`: DyLoRA-MoE, several LoRA experts and a router over one base model (spec/formats.md §4).
+
+The experts of a lora_moe checkpoint: where their adapters lie, and whether they agree with each other, the config
+and the router.
+
+From an opened lora_moe checkpoint to tensors: whether it fits a base model, its experts and its router.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.adapter_tensors import compose
+import torch
+
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
-from runner.checkpoints.lora_moe_experts import (
-    ADAPTERS,
-    Expert,
-    agree_on_experts,
-    check_hidden_size,
-    expert_directories,
-    missing_keys,
-    open_expert,
-    weight_name,
+from runner.errors import CheckpointError, ModelError
+from runner.families.lora.adapter import (
+    WEIGHT_FILES,
+    AdapterDetails,
+    Factors,
+    check_fit,
+    compose,
+    describe_adapter,
+    key,
+    open_adapter,
+    read_factors,
+    read_finite,
+    settings_findings,
 )
-from runner.errors import CheckpointError
-from runner.families.lora.adapter import WEIGHT_FILES, describe_adapter, settings_findings
 from runner.families.lora.config import FILE_NAME as ADAPTER_CONFIG
 from runner.families.lora_moe.state import (
     MODEL_TYPE,
@@ -36,6 +45,121 @@ from runner.families.lora_moe.state import (
 )
 from runner.files.strict_json import read_object
 from runner.files.tensors import TensorSource
+
+ADAPTERS = "peft_adapters"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expert:
+    """One expert: its adapter, and whether that lies in a further directory of the expert's name (as PEFT nests it)."""
+
+    name: str
+    nested: bool
+    adapter: AdapterDetails
+    keys: frozenset[str]  # all keys of its file
+
+
+def expert_name(index: int) -> str:
+    """The name of the expert of a router's row: that of its directory and of its adapter."""
+    return f"expert_{index}"
+
+
+def weight_name(expert: Expert, name: str) -> str:
+    """How a key of the expert's file is called among the weights of the checkpoint."""
+    return f"experts.{expert.name}.{name}"
+
+
+def expert_directories(root: Path) -> tuple[Path, list[str]]:
+    """The directory that holds the experts' directories, and their names by number."""
+    found = {}
+    for parent in (root / ADAPTERS, root, root / OLDER):
+        names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+        numbers = [name.removeprefix("expert_") for name in names if name.startswith("expert_")]
+        experts = sorted((number for number in numbers if number.isdecimal()), key=int)
+        if experts:
+            found[parent] = [f"expert_{number}" for number in experts]
+    if not found:
+        raise CheckpointError(f"{root}: holds no experts: no {ADAPTERS}/expert_0 in it")
+    if len(found) > 1:
+        raise CheckpointError(f"{root}: holds experts in {' and in '.join(map(str, found))}; keep those that are meant")
+    return next(iter(found.items()))
+
+
+def agree_on_experts(root: Path, config: Mapping[str, Any], router: Router, directories: Sequence[str]) -> int:
+    """How many experts there are, where config, router and directories say the same. Raises CheckpointError."""
+    says = {name: value["num_experts"] for name, value in
+            (("config.json", config), (router.file.name, router.values)) if "num_experts" in value}  # fmt: skip
+    if not says:
+        raise CheckpointError(
+            f"{root}: config.json does not say num_experts; without it no expert is known to be missing"
+        )
+    for name, value in says.items():
+        if type(value) is not int or value < 1:
+            raise CheckpointError(f"{root}: {name}: num_experts is {value!r}, not a number of experts")
+    expected = [expert_name(i) for i in range(len(directories))]
+    if set(says.values()) != {router.num_experts} or router.num_experts != len(directories) or directories != expected:
+        said = " and ".join(f"{name} says {value} experts" for name, value in says.items())
+        raise CheckpointError(
+            f"{root}: {said}, the router in {router.file.name} has {router.num_experts}, and the adapters are "
+            f"{', '.join(directories)}; they must be the same"
+        )
+    return router.num_experts
+
+
+def open_expert(directory: Path) -> tuple[Expert, TensorSource]:
+    """An expert in `directory` itself or in a directory of the same name in it, never in both."""
+    name = directory.name
+
+    def is_adapter(place: Path) -> bool:
+        return any((place / file).exists() for file in (ADAPTER_CONFIG, *WEIGHT_FILES))
+
+    flat, nested = is_adapter(directory), is_adapter(directory / name)
+    if flat and nested:
+        raise CheckpointError(f"{directory}: holds an adapter both flat and nested ({name}/{name}); keep one of them")
+    if not flat and not nested:
+        seen = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
+        shown = f"it holds {', '.join(seen[:6])}" if seen else "it is empty"
+        raise CheckpointError(f"{directory}: holds no adapter, neither flat nor nested in {name}/{name}; {shown}")
+    adapter, source = open_adapter(directory / name if nested else directory)
+    return Expert(name=name, nested=nested, adapter=adapter, keys=frozenset(source.infos)), source
+
+
+def check_hidden_size(experts: Sequence[Expert], router: Router) -> None:
+    """Raise CheckpointError where router and adapters are made for different sizes, or an adapter for the head."""
+    for expert in experts:
+        size = expert.adapter.hidden_size
+        if size not in (None, router.hidden_size):
+            raise CheckpointError(
+                f"{router.file}: {router.weight} reads a hidden size of {router.hidden_size}, but {expert.name} "
+                f"({expert.adapter.weights_file}) is made for {size}"
+            )
+        if any(module.name.rpartition(".")[2] == "lm_head" for module in expert.adapter.modules):
+            raise CheckpointError(
+                f"{expert.adapter.weights_file}: adapts lm_head, which tokens cannot be routed through"
+            )
+
+
+def missing_keys(experts: Sequence[Expert]) -> list[str]:
+    """The keys that experts lack: by their own config, and against other experts with the same target modules."""
+    alike: dict[Any, list[Expert]] = {}
+    for expert in experts:
+        settings = expert.adapter.settings
+        asked = (settings.targets, settings.excluded, settings.layers, settings.layers_pattern)
+        if settings.targets is not None:
+            alike.setdefault(asked, []).append(expert)
+    missing = {weight_name(expert, name) for expert in experts for name in expert.adapter.missing}
+    for group in alike.values():
+        own = {expert.name: {module.name for module in expert.adapter.modules} for expert in group}
+        everything = set().union(*own.values())
+        missing |= {
+            weight_name(expert, key(module, matrix))
+            for expert in group
+            for module in everything - own[expert.name]
+            for matrix in "AB"
+            if key(module, matrix) not in expert.keys
+        }
+    return sorted(missing)
+
 
 NAME = "lora_moe"
 FAMILY = "lora_moe"
@@ -221,3 +345,39 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 FORMATS = (CheckpointFormat(name=NAME, family=FAMILY, matches=matches, open=open_moe, describe=describe),)
+
+
+def check_base(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], hidden_size: int, base: object) -> None:
+    """Check the checkpoint against a base: its linear modules by name with (inputs, outputs), and its hidden size.
+
+    Raises ModelError where the two do not fit, CheckpointError for missing or unknown keys.
+    """
+    checkpoint.require_complete()
+    details: MoeDetails = checkpoint.details
+    if details.hidden_size != hidden_size:
+        raise ModelError(
+            f"{details.router.file}: the router reads a hidden size of {details.hidden_size}, but the base {base} has "
+            f"{hidden_size}; give its own base as base="
+        )
+    for expert in details.experts:
+        check_fit(expert.adapter, linears, base)
+
+
+def read_experts(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> tuple[Factors, ...]:
+    """Each expert's matrices by module. Raises CheckpointError for NaN or Inf."""
+    return tuple(
+        read_factors(checkpoint.weights, expert.adapter, prefix=weight_name(expert, ""), dtype=dtype, device=device)
+        for expert in checkpoint.details.experts
+    )
+
+
+def read_router(
+    checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The router's weight [experts, hidden size] and bias [experts]. Raises CheckpointError for NaN or Inf."""
+    router = checkpoint.details.router
+
+    def read(name: str, own: str) -> torch.Tensor:
+        return read_finite(checkpoint.weights, name, f"{router.file}: {own}", dtype, device)
+
+    return read("router.gate.weight", router.weight), read("router.gate.bias", router.bias)

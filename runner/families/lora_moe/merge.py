@@ -1,28 +1,230 @@
-"""Merging lora_moe checkpoints: all experts in the order of the sources, and their rows of the routers alike."""
+"""Merging lora_moe checkpoints: all experts in the order of the sources, and their rows of the routers alike.
 
+config.json of merged lora_moe checkpoints: the first one's, with the number of experts and where they come from.
+
+Uniting skill libraries: numbers continue from one source to the next, names that collide are a conflict.
+
+Whether each expert of a merged lora_moe gives, alone over the base, the logits of its source: bit for bit.
+"""
+
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.checkpoints.content import sha256_of
-from runner.checkpoints.lora_moe_experts import ADAPTERS, Expert, expert_name, weight_name
-from runner.errors import CheckpointError, ConfigError
+from runner.checkpoints.detect import open_checkpoint
+from runner.errors import CheckpointError, ConfigError, RunnerError
+from runner.evaluation.base_models import Base
 from runner.families.hf import checkpoint as hf
-from runner.families.lora.adapter import WEIGHT_FILES
+from runner.families.lora.adapter import WEIGHT_FILES, Factors
 from runner.families.lora.config import FILE_NAME as ADAPTER_CONFIG
+from runner.families.lora.model import linear_shapes
 from runner.families.lora_moe import checkpoint as lora_moe
-from runner.families.lora_moe.checkpoint import MoeDetails
-from runner.families.lora_moe.state import CONFIG, OLDER, ROUTERS, TRAINER_STATE
-from runner.merge.base_models import check_bases
+from runner.families.lora_moe.checkpoint import (
+    ADAPTERS,
+    TEMPERATURE,
+    TOP_K,
+    Expert,
+    MoeDetails,
+    check_base,
+    expert_name,
+    read_experts,
+    weight_name,
+)
+from runner.families.lora_moe.model import LoraForCausalLM
+from runner.families.lora_moe.state import (
+    CONFIG,
+    MODEL_TYPE,
+    OLDER,
+    ROUTERS,
+    SKILLS,
+    TRAINER_STATE,
+    Skills,
+    read_skills,
+)
+from runner.files.file_type import sha256_of
 from runner.merge.execute import TensorFile
-from runner.merge.lazy_tensor import Piece, from_source, rows
-from runner.merge.sources import check_distinct
+from runner.merge.files import Files, OpenedSource
+from runner.merge.lazy_tensor import Piece, from_source, from_tensor, mean, rows
+from runner.merge.sources import check_bases, check_distinct, rebased
 from runner.merge.spec import MergeSpec, SourceSpec
-from runner.merging.files import Files, OpenedSource
-from runner.merging.moe_config import base_written, merge_info, merged_config
-from runner.merging.moe_skills import unite_skills
+
+# An expert of the output: its source, and its name there.
+Chosen = tuple[OpenedSource, str]
+STEP = "_dylora_checkpoint_step"
+
+
+def base_written(sources: Sequence[OpenedSource], base: str | None, output: Path) -> tuple[str | None, list[str]]:
+    """The base's name as the output writes it: that of the first source, made to lead there from `output`."""
+    named = next((source for source in sources if source.checkpoint.base_name), None)
+    if named is not None:
+        name = rebased(named, output)
+        moved = f"config.json names the base as {name}, which leads there from {output}"
+        return name, [moved] if name != named.checkpoint.base_name else []
+    if base is None:
+        return None, []
+    there = os.path.realpath(base)
+    return (os.path.relpath(there, os.path.realpath(output)) if Path(there).is_dir() else base), []
+
+
+def merged_config(
+    sources: Sequence[OpenedSource], experts: Sequence[Chosen], base_name: str | None, step: int | None
+) -> tuple[dict[str, Any], list[str]]:
+    """config.json, and what should be said of settings on which the sources differ."""
+    details: list[MoeDetails] = [source.checkpoint.details for source in sources]
+    dropped = ("merge_info", "model_name", "lora_r", "lora_alpha")  # of the older layout: adapters say it of themselves
+    config = {name: value for name, value in details[0].config.items() if name not in dropped}
+    config |= {"model_type": MODEL_TYPE, "num_experts": len(experts)}
+    config |= {} if base_name is None else {"base_model_name_or_path": base_name}
+    config |= {} if step is None else {STEP: step}
+    findings = []
+    for name, default in (("top_k", TOP_K), ("temperature", TEMPERATURE)):
+        kept = getattr(details[0], name)
+        for source, each in zip(sources, details, strict=True):
+            value = getattr(each, name)
+            if value != kept:
+                findings.append(f"{source.path}: {name} is {value}; {kept} of {sources[0].path}, the first, is kept")
+        if name == "top_k" and kept > len(experts):
+            findings.append(f"top_k is {kept} in {sources[0].path}; with {len(experts)} experts, {len(experts)} is")
+            kept = len(experts)
+        if kept != default or name in config:
+            config[name] = kept
+    return config | {"merge_info": merge_info(sources, experts)}, findings
+
+
+def merge_info(sources: Sequence[OpenedSource], experts: Sequence[Chosen]) -> dict[str, Any]:
+    """Where the experts come from, through earlier merges."""
+    origins = [_origin(source, name) for source, name in experts]
+    merged_from = [path for source in sources for path in _merged_from(source)]
+    return {
+        "merged_from": list(dict.fromkeys(merged_from)),
+        "expert_sources": {expert_name(i): origin for i, origin in enumerate(origins)},
+    }
+
+
+def _merged_from(source: OpenedSource) -> list[str]:
+    found = _info(source).get("merged_from")
+    return [str(path) for path in found] if isinstance(found, list) and found else [str(source.path)]
+
+
+def _origin(source: OpenedSource, name: str) -> dict[str, str]:
+    known = _info(source).get("expert_sources")
+    found = known.get(name) if isinstance(known, Mapping) else None
+    if isinstance(found, Mapping) and set(found) == {"path", "expert"}:
+        return {key: str(value) for key, value in found.items()}
+    return {"path": str(source.path), "expert": name}
+
+
+def _info(source: OpenedSource) -> Mapping[str, Any]:
+    """What an earlier merge left in it; {} where it is none."""
+    info = source.checkpoint.details.config.get("merge_info")
+    return info if isinstance(info, Mapping) else {}
+
+
+SkillId = int | str
+_Entry = tuple[OpenedSource, SkillId, Piece]  # a skill of one source, its id there, its embedding
+
+
+@dataclass(frozen=True, kw_only=True)
+class United:
+    """The merged library; `file` is None where no source has one. `sources`: skill id → {path, skill} it was."""
+
+    file: TensorFile | None
+    sources: Mapping[str, Any]
+    findings: tuple[str, ...]
+    conflicts: tuple[dict[str, Any], ...]
+
+
+def unite_skills(spec: MergeSpec, sources: Sequence[OpenedSource]) -> United:
+    """Every skill of every source. Raises CheckpointError where sizes differ, or names collide under error."""
+    having = [source for source in sources if _skills(source) is not None]
+    _check_sizes_moe_skills(having)
+    found: dict[SkillId, list[_Entry]] = {}
+    findings, number = [], 0
+    for source in having:
+        kept, said = _kept(source)
+        findings += said
+        offset = number
+        for own, piece in kept.items():
+            new = own + offset if isinstance(own, int) else own
+            number = max(number, new + 1) if isinstance(new, int) else number
+            found.setdefault(new, []).append((source, own, piece))
+    findings += [f"{source.path}: has no {SKILLS}" for source in sources if having and source not in having]
+    library: dict[SkillId, Piece] = {}
+    origins: dict[str, Any] = {}
+    conflicts = []
+    for name, entries in found.items():
+        chosen, how = _resolved(spec.on_conflict, name, entries)
+        library[name] = mean([piece for _, _, piece in chosen]) if len(chosen) > 1 else chosen[0][2]
+        where = [{"path": str(source.path), "skill": own} for source, own, _ in chosen]
+        origins[str(name)] = where[0] if len(where) == 1 else where
+        if len(entries) > 1:
+            paths = [str(source.path) for source, _, _ in entries]
+            conflicts.append({"skill": name, "sources": paths, "resolution": how})
+            findings.append(f"skill {name} is in {' and '.join(paths)}: {how}")
+    file = TensorFile(name=SKILLS, value=library) if having else None
+    return United(file=file, sources=origins, findings=tuple(findings), conflicts=tuple(conflicts))
+
+
+def _skills(source: OpenedSource) -> Skills | None:
+    found: Skills | None = source.checkpoint.details.skills
+    return found
+
+
+def _check_sizes_moe_skills(having: Sequence[OpenedSource]) -> None:
+    first: tuple[OpenedSource, int] | None = None
+    for source in having:
+        skills = _skills(source)
+        size = skills.size if skills else None
+        if size is None:
+            continue
+        first = first or (source, size)
+        if size != first[1]:
+            raise CheckpointError(
+                f"{source.path}: its skills are embeddings of size {size}, those of {first[0].path} of {first[1]}; "
+                "they cannot be compared in one library"
+            )
+
+
+def _kept(source: OpenedSource) -> tuple[dict[SkillId, Piece], list[str]]:
+    """The skills to take, renumbered from 0 where experts were chosen and each expert has its skill by number."""
+    skills = _skills(source)
+    assert skills is not None
+    read = {name: from_tensor(t, f"{skills.file}: skill {name}") for name, t in read_skills(skills).items()}
+    chosen = source.spec.experts
+    if chosen is None:
+        return read, []
+    if set(read) == set(range(source.checkpoint.details.num_experts)):
+        return {number: read[index] for number, index in enumerate(chosen)}, []
+    return read, [f"{source.path}: its skills do not name its experts one by one, so all of them are taken"]
+
+
+def _resolved(on_conflict: str, name: SkillId, entries: Sequence[_Entry]) -> tuple[list[_Entry], str]:
+    """The entries that make the skill, and how that was decided."""
+    if len(entries) == 1:
+        return list(entries), ""
+    paths = " and ".join(str(source.path) for source, _, _ in entries)
+    rule = f"(merge.on_conflict={on_conflict})"
+    if on_conflict == "error":
+        raise CheckpointError(f"skill {name} is in {paths}; rename one of them, or choose merge.on_conflict=first")
+    if on_conflict == "average":
+        return list(entries), f"the mean of their embeddings {rule}"
+    if on_conflict == "newest":
+        unknown = next((source for source, _, _ in entries if source.step is None), None)
+        if unknown:
+            raise CheckpointError(
+                f"{unknown.path}: reports no step, so merge.on_conflict=newest cannot compare its skill {name} with "
+                "others; choose first or last"
+            )
+        chosen = max(entries, key=lambda entry: entry[0].step or 0)
+    else:
+        chosen = entries[0 if on_conflict == "first" else -1]
+    return [chosen], f"that of {chosen[0].path} is taken {rule}"
+
 
 _GATE = ("gate.weight", "gate.bias")
 _TRAINERS = ("optimizer.pt", "scheduler.pt")
@@ -231,3 +433,38 @@ def _row(number: int, chosen: ChosenExpert) -> dict[str, Any]:
         "modules": len(adapter.modules),
         "parameters": adapter.parameters,
     }
+
+
+def check_experts(written: Path, files: Files, base: Base, prompts: Mapping[str, torch.Tensor]) -> list[int]:
+    """The experts whose logits, alone and unweighted over the base, equal their source's on all `prompts`.
+
+    `prompts`: text → token ids [T]. Raises RunnerError where a logit differs in a bit, ModelError or CheckpointError
+    where the merged checkpoint does not fit the base.
+    """
+    merged = _experts(open_checkpoint(written), base)
+    sources = {str(source.path): source for source in files.sources}
+    known = {path: _experts(source.checkpoint, base) for path, source in sources.items()}
+    checked = []
+    for row, ours in zip(files.details["experts"], merged, strict=True):
+        theirs = known[row["source"]][row["source_expert"]]
+        for text, token_ids in prompts.items():
+            if not torch.equal(_alone(ours, base, token_ids), _alone(theirs, base, token_ids)):
+                raise RunnerError(
+                    f"{written}: verification failed: on {text!r}, expert {row['expert']} alone gives other logits "
+                    f"than in {row['source']}"
+                )
+        checked.append(row["expert"])
+    return checked
+
+
+def _experts(checkpoint: Checkpoint, base: Base) -> tuple[Factors, ...]:
+    model = base.model
+    check_base(checkpoint, linear_shapes(model), model.config.hidden_size, base.path)
+    return read_experts(checkpoint, dtype=model.dtype, device=model.device)
+
+
+@torch.inference_mode()
+def _alone(factors: Factors, base: Base, token_ids: torch.Tensor) -> torch.Tensor:
+    """The bits of the logits [1, T, V] of the base with one expert."""
+    model = LoraForCausalLM(base.model, [factors]).eval()
+    return model(token_ids.to(model.device)[None]).logits.contiguous().view(torch.uint8)

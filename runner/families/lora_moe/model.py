@@ -5,6 +5,8 @@ router logits = gate(features)
 every LoRA layer: y = W x + Σ_e w_e · scaling_e · B_e A_e x, with w for each token
 evaluation: the top k of the router's logits, softmax over those, 0 for the others
 training: w = softmax(logits / temperature), and a balance loss, the MSE between the mean w and 1/E
+
+From a router's logits to the weight of each expert for each token (spec/formats.md §4).
 """
 
 import copy
@@ -18,7 +20,30 @@ from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from runner.errors import ConfigError
-from runner.models.routing import balance_loss, dense_weights, top_k_weights
+
+
+def top_k_weights(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Softmax over the k largest of the router's logits [..., E], without temperature; 0 for the others."""
+    values, indices = logits.topk(k, dim=-1)
+    weights = values.softmax(-1, dtype=torch.float32).to(logits.dtype)
+    return torch.zeros_like(logits).scatter(-1, indices, weights)
+
+
+def dense_weights(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Softmax of all of the router's logits [..., E] at `temperature`."""
+    return (logits / temperature).softmax(-1, dtype=torch.float32).to(logits.dtype)
+
+
+def balance_loss(weights: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The MSE between the experts' mean use and 1/E: 0 when all are used alike.
+
+    `weights` [B, T, E]; positions where `attention_mask` [B, T] is 0 do not count.
+    """
+    tokens = weights.flatten(0, -2)
+    if attention_mask is not None:
+        tokens = tokens[attention_mask[:, -weights.shape[1] :].flatten().bool()]
+    return (tokens.mean(0) - 1 / weights.shape[-1]).square().mean()
+
 
 ROUTER_FEATURES = ("all_experts", "base", "expert_0")
 # One adapter by module: A [r, in], B [out, r], and the scaling of B A x.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from runner.checkpoints.adapter_save import save_adapter
-from runner.checkpoints.lora_moe_experts import ADAPTERS, expert_name
+from runner.families.lora.adapter import save_adapter
+from runner.families.lora_moe.checkpoint import ADAPTERS, expert_name
 from runner.families.lora_moe.state import CONFIG, MODEL_TYPE, ROUTERS, SKILLS
 
 

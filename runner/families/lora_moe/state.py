@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from runner.checkpoints.content import Kind, kind_of
 from runner.errors import CheckpointError
-from runner.files.pickles import load_pickle
+from runner.files.file_type import Kind, kind_of
 from runner.files.strict_json import read_object
-from runner.files.tensors import TensorSource, open_weights
+from runner.files.tensors import TensorSource, load_pickle, open_weights
 
 OLDER = "dylo_moe_state"
 MODEL_TYPE = "dylora-moe"

@@ -10,12 +10,12 @@ from torch.nn import functional
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from runner.errors import CheckpointError, ConfigError, ModelError
+from runner.families.lora_moe.callback import DIVERGED
+from runner.families.lora_moe.data import EqualLengthBatches, Row, RowLoader
+from runner.families.lora_moe.initial import OPTIMIZER, SCHEDULER
 from runner.families.lora_moe.model import LoraMoeForCausalLM
 from runner.families.lora_moe.settings import MoeSettings
-from runner.files.pickles import load_pickle
-from runner.training.moe_callback import DIVERGED
-from runner.training.moe_data import EqualLengthBatches, Row, RowLoader
-from runner.training.moe_model import OPTIMIZER, SCHEDULER
+from runner.files.tensors import load_pickle
 from runner.training.optimization import optimizer_and_schedule
 
 # The trainer's own log has a row every so many steps, and one for the last.

@@ -13,15 +13,15 @@ from runner.checkpoints.detect import open_checkpoint
 from runner.errors import ConfigError
 from runner.evaluation.base_models import Base
 from runner.families.lora_moe import checkpoint as lora_moe
+from runner.families.lora_moe.callback import MoeCheckpoints, News
+from runner.families.lora_moe.data import Row, cut
+from runner.families.lora_moe.initial import new_moe, reopened_moe
 from runner.families.lora_moe.model import LoraMoeForCausalLM
+from runner.families.lora_moe.recipe import differences, recipe
 from runner.families.lora_moe.settings import AUTO, MoeSettings
 from runner.families.lora_moe.skills import Skill, add_skills
 from runner.families.lora_moe.state import read_skills
 from runner.families.lora_moe.trainer import MoeTrainer
-from runner.training.moe_callback import MoeCheckpoints, News
-from runner.training.moe_data import Row, cut
-from runner.training.moe_model import new_moe, reopened_moe
-from runner.training.moe_recipe import differences, recipe
 
 OnFigures = Callable[[int, Mapping[str, float]], None]
 

@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 
-from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, NptLayer
-from runner.checkpoints.describing import describe_training, plain
+from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, NptLayer, describe_training, plain
 from runner.errors import CheckpointError
-from runner.files.pickles import load_pickle
 from runner.files.strict_json import read_object
-from runner.files.tensors import TensorInfo
+from runner.files.tensors import TensorInfo, load_pickle
 
 NAME = "npt_delta"
 FAMILY = "npt"

@@ -1,18 +1,73 @@
-"""The parts of an NPT checkpoint, over a base or complete (spec/formats.md §1 and §2), from names and shapes."""
+"""The parts of an NPT checkpoint, over a base or complete (spec/formats.md §1 and §2), from names and shapes.
+
+What the states beside NPT weights say was trained, against what the weights still hold.
+
+A layer, a rank-1 term or a projection that is gone altogether leaves weights that are whole: only the trainer's and the
+optimizer's states tell.
+
+What NPT layers must do: be the base's own layers in standard mode, and come back from every switch unchanged.
+"""
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from runner.checks.check import PASS, WARNING, Outcome, failed, passed
 from runner.checks.context import Bench
 from runner.checks.detected import MERGED_MODEL
 from runner.checks.headers import TensorHeader
-from runner.checks.states_npt import lost
+from runner.checks.inputs import prompts
+from runner.checks.subjects import plain_subject
+from runner.evaluation.forward import device_of
 from runner.families.hf.checks import config as model_config_check
 from runner.families.hf.checks import model_config, model_header, model_key_problems, model_shapes
+from runner.families.npt.model import NptLlamaForCausalLM
 from runner.files.strict_json import read_object
+
+CURRICULUM, TRAINING = "multi_layer_state.pt", "training_state.pt"
+
+
+def lost(bench: Bench, layers: Iterable[int], tensors: Mapping[str, TensorHeader]) -> list[str]:
+    """What was trained and is not in `tensors`, NPT weights of these `layers`."""
+    root = bench.look.path
+    if not root.is_dir():
+        return []
+    named = _state(root / CURRICULUM).get("layers_to_train")
+    absent = {layer for layer in named if type(layer) is int} - set(layers) if isinstance(named, list) else set()
+    if absent:
+        return [f"missing layers {', '.join(map(str, sorted(absent)))}, which {CURRICULUM} trains"]
+    moments = _moments(_state(root / TRAINING).get("optimizer_state_dict"))
+    held = Counter(tensor.shape for tensor in tensors.values())
+    more = moments - held
+    # Moments of anything else than such matrices are of something that was trained beside them.
+    if not more or held - moments or not more.keys() <= held.keys():
+        return []
+    return [
+        f"missing {more.total()} matrices: the optimizer in {TRAINING} has moments of {moments.total()}, "
+        f"the weights are {held.total()}"
+    ]
+
+
+def _state(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    from runner.files.tensors import load_pickle
+
+    content = load_pickle(path, tensors="meta")
+    return content if isinstance(content, Mapping) else {}
+
+
+def _moments(optimizer: Any) -> Counter[tuple[int, ...]]:
+    """How many parameters of each shape the optimizer has a first moment of."""
+    state = optimizer.get("state") if isinstance(optimizer, Mapping) else None
+    entries = [entry for entry in state.values() if isinstance(entry, Mapping)] if isinstance(state, Mapping) else []
+    return Counter(tuple(entry["exp_avg"].shape) for entry in entries if hasattr(entry.get("exp_avg"), "shape"))
+
 
 _KEY = re.compile(
     r"(?:layer_(?P<delta>\d+)_np|model\.layers\.(?P<full>\d+)\.np_component)"
@@ -238,3 +293,56 @@ def pollution(bench: Bench) -> Outcome:
             "delete it: it is not read",
         )
     return passed("no merged model beside the NPT weights")
+
+
+@torch.inference_mode()
+def modes(bench: Bench) -> Outcome:
+    """After switching to standard, to each layer alone and through an error, NPT and standard logits are as before."""
+    model = bench.model
+    assert isinstance(model, NptLlamaForCausalLM)
+    ids = prompts(bench)[0].to(device_of(model))[None]
+    layers = set(model.npt_layers)
+    before = model(ids).logits
+    with model.npt_mode(set()):
+        standard = model(ids).logits
+    for layer in sorted(layers):
+        with model.npt_mode({layer}):
+            model(ids)
+    try:
+        with model.npt_mode(set()):
+            raise _Interruption
+    except _Interruption:
+        after = model(ids).logits
+    with model.npt_mode(set()):
+        standard_again = model(ids).logits
+    with model.npt_mode(layers):
+        switched_on = model(ids).logits
+    pairs = {
+        "NPT logits after switching back": (before, after),
+        "standard logits the second time": (standard, standard_again),
+        "logits with every NPT layer switched on": (before, switched_on),
+    }
+    for name, (expected, found) in pairs.items():
+        if not torch.equal(expected, found):
+            return failed(
+                f"{name} differ by up to {(expected - found).abs().max().item():.3g}: a switch leaves something"
+            )
+    return passed(f"{len(layers)} NPT layers switched alone and together: nothing is left behind")
+
+
+class _Interruption(Exception):
+    """Stands for whatever ends a measurement early."""
+
+
+def control(bench: Bench) -> Outcome:
+    """All layers standard must equal the plain model: exactly on a CPU in float32, elsewhere within its rounding."""
+    subject = plain_subject(bench)
+    token_ids = min(prompts(bench), key=len)
+    compared = subject.control(token_ids)
+    exact = device_of(subject.model).type == "cpu" and subject.npt.dtype == torch.float32
+    allowed = 0.0 if exact else subject.compare_to_floor(token_ids).mse
+    mse = compared.mse if compared.finite else float("nan")
+    said = f"all layers standard against the plain model: mse {mse:g}, allowed {allowed:g}"
+    if not mse <= allowed:
+        return failed(f"{said}: the architecture is at fault", "Look at the standard mode of the NPT layers.")
+    return passed(said, mse=mse)

@@ -12,8 +12,7 @@ from typing import Any
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, NptLayer
 from runner.errors import CheckpointError
 from runner.families.hf import checkpoint as hf
-from runner.files.pickles import Inert, load_pickle
-from runner.files.tensors import TensorInfo, TensorSource
+from runner.files.tensors import Inert, TensorInfo, TensorSource, load_pickle
 
 NAME = "npt_full"
 FAMILY = "npt"

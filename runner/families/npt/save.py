@@ -15,8 +15,8 @@ from runner.families.npt import checkpoint as npt_delta
 from runner.families.npt.model import NptLlamaForCausalLM
 from runner.families.npt.settings import EquivalenceSettings
 from runner.families.npt.training import OnStep, initial_updates, train_equivalence
-from runner.files.pickles import load_pickle
 from runner.files.staging import staged
+from runner.files.tensors import load_pickle
 
 
 def train_run(

@@ -13,11 +13,12 @@ import jinja2
 from markupsafe import Markup
 
 from runner.comparison.comparison import Comparison
-from runner.comparison.headline import headline
+from runner.comparison.insights import headline
 from runner.comparison.points import layer_mses
-from runner.comparison.thresholds import thresholds
+from runner.metrics.verdict import thresholds
 from runner.reports.page import charts as curves
-from runner.reports.page import details, sections
+from runner.reports.page import charts as details
+from runner.reports.page import sections
 from runner.reports.page.figures import Figure, tell_apart
 
 _PARTS = Path(__file__).parent

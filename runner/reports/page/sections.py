@@ -8,8 +8,7 @@ from urllib.parse import quote
 
 from runner.comparison.comparison import Comparison
 from runner.comparison.differences import spelled
-from runner.comparison.headline import leading
-from runner.comparison.insights import Answers, answers
+from runner.comparison.insights import Answers, answers, leading
 from runner.comparison.jobs import Job
 from runner.comparison.points import checkpoint_name
 from runner.results import FILE_NAME

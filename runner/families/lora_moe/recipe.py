@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from runner.families.lora_moe.data import Row
 from runner.families.lora_moe.settings import MoeSettings
 from runner.files import manifest
-from runner.training.moe_data import Row
 
 # What the state of the optimizer and its schedule says again, whatever the settings say.
 RESTORED = ("learning_rate", "weight_decay")

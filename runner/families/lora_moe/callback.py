@@ -10,8 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from runner.errors import ModelError
 from runner.families.lora_moe.model import LoraMoeForCausalLM
 from runner.families.lora_moe.skills import Library
+from runner.families.lora_moe.trained import save_moe
 from runner.files.tensors import is_finite
-from runner.training.moe_save import save_moe
 
 DIVERGED = "give a smaller train.learning_rate or train.gradient_clip_value"
 

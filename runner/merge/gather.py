@@ -12,13 +12,12 @@ from runner.families.gpt.merge import gather_gpt, open_gpt_source
 from runner.families.lora_moe import checkpoint as lora_moe
 from runner.families.lora_moe.merge import gather_moe, open_moe_source
 from runner.families.npt import checkpoint as npt_delta
-from runner.merge.base_models import check_bases, check_layers
 from runner.merge.execute import Content
+from runner.merge.files import Files
 from runner.merge.plan import plan_merge
-from runner.merge.sources import open_source
+from runner.merge.sources import check_bases, check_layers, open_source
 from runner.merge.spec import MergeSpec
 from runner.merge.training_state import config, multi_layer_state, training_state
-from runner.merging.files import Files
 
 
 def gather(spec: MergeSpec, paths: Sequence[Path], base: str | None, output: Path) -> Content | Files:

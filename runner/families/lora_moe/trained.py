@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runner.checkpoints.adapter_save import adapter_config
-from runner.families.lora.adapter import key
+from runner.families.lora.adapter import adapter_config, key
 from runner.families.lora_moe import save as lora_moe_save
 from runner.families.lora_moe.checkpoint import TEMPERATURE
 from runner.families.lora_moe.model import Adapter, LoraMoeForCausalLM

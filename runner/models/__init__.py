@@ -1,1 +1,0 @@
-"""Torch modules. No file access here."""

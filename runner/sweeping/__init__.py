@@ -1,1 +1,0 @@
-"""Sweeps while they run: their jobs, launchers, progress, and how one goes on after it was cut off."""
