@@ -27,6 +27,10 @@ class CheckpointError(RunnerError):
     exit_code = 2
 
 
+class DamagedError(CheckpointError):
+    """A file's bytes are not those that were written: a CRC does not match."""
+
+
 class ModelError(RunnerError):
     """A checkpoint and a model do not fit together: keys, shapes, depth or architecture."""
 

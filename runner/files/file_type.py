@@ -6,6 +6,7 @@ from pathlib import Path
 
 from runner.errors import CheckpointError
 
+ZIP_START = b"PK\x03\x04"
 # torch.save's legacy layout starts with its magic number as a pickle of protocol 2 (or an older one).
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_START = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -49,7 +50,7 @@ def kind_of(path: Path) -> Kind:
             start = file.read(512)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    if start.startswith(b"PK\x03\x04"):
+    if start.startswith(ZIP_START):
         return Kind.ZIP
     if start.startswith(b"\x80") and start[2:].startswith(_LEGACY_START):
         return Kind.LEGACY
