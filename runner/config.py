@@ -5,14 +5,15 @@ Where the configs lie: inside the installed package, or beside it in a checkout.
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from runner.errors import ConfigError
 
@@ -269,6 +270,27 @@ class Conversion:
             raise ConfigError(f"convert.to={self.to}: choose safetensors, pt or hf")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ConfigError(f"convert.vocab_size={self.vocab_size}: give the number of tokens to keep")
+
+
+def list_keys(component: Any) -> list[str]:
+    """The fields of a component, a dataclass, whose value is a list or a tuple; [] for anything else."""
+    if not is_dataclass(component):
+        return []
+    hints = get_type_hints(component)
+    return [each.name for each in fields(component) if each.init and _is_list(hints[each.name])]
+
+
+def _is_list(hint: Any) -> bool:
+    origin = get_origin(hint) or hint
+    return origin in (tuple, list, Sequence) or (origin in (Union, UnionType) and any(map(_is_list, get_args(hint))))
+
+
+def one_as_list(node: DictConfig, keys: Iterable[str]) -> None:
+    """Make a single value that `node` gives one of `keys` a list of that one: a text is one prompt, not its letters."""
+    for key in keys:
+        value = None if key not in node or OmegaConf.is_missing(node, key) else node[key]
+        if value is not None and not OmegaConf.is_list(value):
+            node[key] = [value]
 
 
 def register() -> None:

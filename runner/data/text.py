@@ -24,7 +24,8 @@ class Data:
     max_tokens: int = 65536
 
     def __post_init__(self) -> None:
-        if not self.prompts or not all(isinstance(p, str) and p for p in (*self.prompts, self.layer_prompt)):
+        given = [*self.prompts, self.layer_prompt] if isinstance(self.prompts, (list, tuple)) else [None]
+        if not self.prompts or not all(isinstance(p, str) and p for p in given):
             raise ConfigError("data.prompts must be a list of texts that are not empty, data.layer_prompt such a text")
         if self.name == "text" and not self.path:
             raise ConfigError(
