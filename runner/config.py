@@ -4,6 +4,7 @@ Where the configs lie: inside the installed package, or beside it in a checkout.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -222,7 +223,8 @@ class Format:
 class Tier:
     """How much is measured (`measures`, read by diagnose) and checked (`checks`, read by test).
 
-    `max_size_mb`: what adapters, experts and their router may have together, in 10⁶ bytes.
+    `sequence_length`: tokens of text and of the long sequence; `new_tokens`: of each continuation, which is greedy and
+    sampled at `temperatures`. `max_size_mb`: what adapters, experts and their router may have together, in 10⁶ bytes.
     """
 
     name: str
@@ -250,8 +252,15 @@ class Tier:
         for name in self.measures:
             if name not in known:
                 raise ConfigError(f"tier.measures: {name!r} is unknown{did_you_mean(name, known)}")
-        if self.sequence_length < 2 or self.new_tokens < 1:
-            raise ConfigError("tier.sequence_length must be at least 2 and tier.new_tokens at least 1")
+        for field_name, least in (("sequence_length", 2), ("new_tokens", 1)):
+            count = getattr(self, field_name)
+            if isinstance(count, bool) or not isinstance(count, int) or count < least:
+                raise ConfigError(f"tier.{field_name}={count}: give a whole number, at least {least}")
+        if not isinstance(self.temperatures, (list, tuple)) or not all(
+            isinstance(each, (int, float)) and not isinstance(each, bool) and 0 < each < math.inf
+            for each in self.temperatures
+        ):
+            raise ConfigError(f"tier.temperatures={self.temperatures}: give a list of numbers above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

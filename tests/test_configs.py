@@ -8,7 +8,18 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from runner.config import FIXED_KEYS, PATH_KEYS, TASKS, Tier, config_directory, did_you_mean, list_keys, unknown_key
+from runner.config import (
+    FIXED_KEYS,
+    PATH_KEYS,
+    TASKS,
+    Family,
+    Tier,
+    config_directory,
+    did_you_mean,
+    list_keys,
+    unknown_key,
+)
+from runner.data.text import Data
 from runner.errors import ConfigError
 from runner.run import _components, _typed, setup
 from runner.sweeps.sweeper import check_values
@@ -134,6 +145,46 @@ def test_one_command_for_a_launcher_is_a_list_of_one():
         launcher[key] = "module load cuda"
     check_values(launcher)
     assert {key: list(launcher[key]) for key in keys} == {"setup": ["module load cuda"]}
+
+
+@pytest.mark.parametrize(
+    ("node", "group", "in_each"), [(Tier, "tier", True), (Data, "data", False), (Family, "family", False)]
+)
+def test_what_the_code_reads_can_be_said(node, group, in_each):
+    """A field of no YAML is unknown on the command line."""
+    given = [
+        set(
+            compose(
+                "config",
+                overrides=[f"{group}={choice}", *MANDATORY.get((group, choice), []), *TASK_OF.get((group, choice), [])],
+            )[group]
+        )
+        for g, choice in CHOICES
+        if g == group
+    ]
+    known = set.intersection(*given) if in_each else set.union(*given)
+    assert {field.name for field in fields(node)} <= known
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("tier.sequence_length=1", "tier.sequence_length=1: give a whole number, at least 2"),
+        ("tier.sequence_length=long", "tier.sequence_length=long: give a whole number, at least 2"),
+        ("tier.new_tokens=0", "tier.new_tokens=0: give a whole number, at least 1"),
+        ("tier.new_tokens=1.5", "tier.new_tokens=1.5: give a whole number, at least 1"),
+        ("tier.temperatures=0.7", "tier.temperatures=0.7: give a list of numbers above 0"),
+        ("tier.temperatures=[hot]", "tier.temperatures=['hot']: give a list of numbers above 0"),
+        ("tier.temperatures=[1e999]", "tier.temperatures=[inf]: give a list of numbers above 0"),
+        ("tier.temperatures=[0]", "tier.temperatures=[0]: give a list of numbers above 0"),
+        ("data.max_tokens=1", "data.max_tokens=1: give a whole number, at least 2"),
+        ("data.max_tokens=all", "data.max_tokens=all: give a whole number, at least 2"),
+    ],
+)
+def test_sizes_that_are_none(override, says):
+    with pytest.raises(ConfigError) as caught:
+        _typed(compose("config", overrides=["data=shards", "data.path=x.bin", override]))
+    assert says in str(caught.value)
 
 
 def test_tier_names_only_known_measures():

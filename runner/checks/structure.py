@@ -5,13 +5,14 @@ from typing import Any
 
 from runner.checks.check import Outcome, failed, passed, skipped
 from runner.checks.context import Bench
-from runner.checks.detected import BESIDE
 from runner.errors import CheckpointError, DamagedError, RunnerError
 from runner.files.file_type import Kind, kind_of
 
 MB = 1_000_000
 # What a weights file may hold beside its tensors' bytes: a share, something a tensor (its name and place), and a rest.
 _SHARE, _PER_TENSOR, _REST = 1.05, 4096, 1 << 16
+# Files beside the weights that the formats read.
+_STATES = ("multi_layer_state.pt", "skill_library.pt", "training_info.pt", "training_state.pt")
 # Only these stand on a base and so are small: the tier's cap is for them.
 _ADAPTERS = ("lora_moe", "peft")
 
@@ -39,8 +40,8 @@ def _states(bench: Bench) -> list[str]:
     if not bench.look.path.is_dir():
         return []
     problems = []
-    for path in sorted(bench.look.path.iterdir()):
-        if path.name not in BESIDE or path.suffix != ".pt" or path.name.startswith(("optimizer", "scheduler")):
+    for path in (bench.look.path / name for name in _STATES):
+        if not path.exists():
             continue
         from runner.files.tensors import load_pickle
 
