@@ -220,6 +220,7 @@ what is measured
 
 other tasks
   experts=N   keep=true   strict=true   junit=PATH     task=test: experts to build; keep what was built; warnings fail
+  strict=true       task=verify: a checkpoint without MANIFEST.json fails, as nothing is proved
   sweep=DIR|[A,B]   task=compare and task=panels: what they read      merge.…, convert.…, train.…: see --cfg job
 
 how it runs, and what is left

@@ -140,6 +140,8 @@ class MergeConfig(CommonConfig):
 class VerifyConfig(CheckpointConfig):
     """`task=verify`."""
 
+    strict: bool = False
+
 
 @dataclass
 class DiffConfig(CheckpointConfig):
