@@ -6,7 +6,7 @@ from typing import Any
 from runner.checks.check import Outcome, failed, passed, skipped
 from runner.checks.context import Bench
 from runner.errors import CheckpointError, DamagedError, RunnerError
-from runner.files.file_type import Kind, kind_of
+from runner.files.file_type import BESIDE, Kind, kind_of
 
 MB = 1_000_000
 # What a weights file may hold beside its tensors' bytes: a share, something a tensor (its name and place), and a rest.
@@ -145,7 +145,7 @@ def hashes(bench: Bench) -> Outcome:
     with_crcs = [path for path in bench.files if kind_of(path) is Kind.ZIP]
     if bench.look.path.is_dir():
         with_crcs += [
-            path for path in sorted(root.rglob("*")) if path.name in BESIDE and path.is_file() and is_zip(path)
+            path for path in sorted(root.rglob("*")) if BESIDE.fullmatch(path.name) and path.is_file() and is_zip(path)
         ]
     for path in with_crcs:
         verify_crc(path)

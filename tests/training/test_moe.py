@@ -269,11 +269,7 @@ def test_what_cannot_be_gone_on_from(trained, base, path, tmp_path, case):
     ("values", "error", "message"),
     [
         ({"target_modules": ("c_attn",)}, ModelError, "no linear module c_attn; it has down_proj, gate_proj"),
-        (
-            {"learning_rate": 1e30, "max_steps": 8},
-            ModelError,
-            "the loss is no longer finite at step|all logits are equal after step 8",
-        ),
+        ({"learning_rate": 1e38, "max_steps": 8}, ModelError, "the loss is no longer finite at step"),
         ({"learning_rate": 1e39, "save_every": 1}, ModelError, "NaN or Inf in the weights after step"),
     ],
 )
