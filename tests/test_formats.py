@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import runner
-from runner.data.shards import write_shard
 from tests.conftest import MIXED, ROOT, npt_tensors
+from tests.shard_files import write_shard
 
 
 def test_what_a_trainer_leaves_beside_npt_weights_is_no_weights(run, base, tmp_path):
