@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from runner.errors import CheckpointError, ConfigError, DivergedError
+from runner.errors import CheckpointError, ConfigError, DivergedError, ModelError
 from runner.families.lora_moe.data import EqualLengthBatches, Row, RowLoader
 from runner.families.lora_moe.initial import OPTIMIZER, SCHEDULER
 from runner.families.lora_moe.model import LoraMoeForCausalLM
