@@ -48,12 +48,12 @@ class DemoSettings:
             num_ranks=2,
             max_steps=6000,
             save_every=750,
-            warmup_steps=4500,
-            learning_rate=2e-3,
+            warmup_steps=5000,
+            learning_rate=1.5e-3,
             initial_scale=3.0,
             direct_weight=5.0,
             gradient_clip_value=0.5,
-            batch_size=3,
+            batch_size=4,
         )
     )
     packed_rows: int = 20
