@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,8 @@ def test_no_operation_of_it_is_one_of_bfloat16(tmp_path):
             seen.update(x.dtype for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor))
             return result
 
+    short = replace(SETTINGS, npt=replace(SETTINGS.npt, max_steps=10))
     with Dtypes():
-        make_demo(tmp_path, settings=SETTINGS)
+        make_demo(tmp_path, settings=short)
     assert torch.float32 in seen
     assert torch.bfloat16 not in seen
