@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-CHECKPOINT = '''
+CHECKPOINT = """
 from dataclasses import dataclass
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, tensor_readers
@@ -58,8 +58,8 @@ class Bigram(Family):
         if wanted.to == "hf":
             return super().convert(checkpoint, wanted, target)
         return lambda directory: {".": write(directory, tensor_readers(checkpoint.weights), wanted.to)}
-'''
-MODEL = '''
+"""
+MODEL = """
 from dataclasses import dataclass
 
 import torch
@@ -98,7 +98,7 @@ def write(directory, read, to):
     save = save_file if to == "safetensors" else torch.save
     save(tensors, directory / f"bigram.{to}")
     return read
-'''
+"""
 YAML = "_target_: bigram.checkpoint.Bigram\nname: bigram\nsharpness: 1.0\n"
 
 
