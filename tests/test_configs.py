@@ -12,7 +12,6 @@ from runner.config import (
     FIXED_KEYS,
     PATH_KEYS,
     TASKS,
-    Family,
     Tier,
     config_directory,
     did_you_mean,
@@ -21,6 +20,7 @@ from runner.config import (
 )
 from runner.data.text import Data
 from runner.errors import ConfigError
+from runner.families.lora_moe import LoraMoe
 from runner.run import _components, _typed, setup
 from runner.sweeps.sweeper import check_values
 
@@ -158,7 +158,7 @@ def test_one_command_for_a_launcher_is_a_list_of_one():
 
 
 @pytest.mark.parametrize(
-    ("node", "group", "in_each"), [(Tier, "tier", True), (Data, "data", False), (Family, "family", False)]
+    ("node", "group", "in_each"), [(Tier, "tier", True), (Data, "data", False), (LoraMoe, "family", False)]
 )
 def test_what_the_code_reads_can_be_said(node, group, in_each):
     """A field of no YAML is unknown on the command line."""
