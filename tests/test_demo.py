@@ -8,7 +8,7 @@ import pytest
 
 from runner.checkpoints.runs import find_run
 from runner.config import demo_run
-from runner.training.demo import DemoSettings
+from runner.families.npt.demo import DemoSettings
 from tests.conftest import ROOT
 
 FIGURES = json.loads((ROOT / "runner" / "demo" / "figures.json").read_text())

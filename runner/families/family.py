@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from runner.checks.check import Check
     from runner.checks.context import Bench
     from runner.checks.headers import Header
-    from runner.config import Conversion, TrainConfig
+    from runner.config import Conversion
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
     from runner.merge.execute import Content
     from runner.merge.files import Files
     from runner.merge.spec import MergeSpec
-    from runner.results import Result
+    from runner.training.loop import Trained, TrainingInputs
+    from runner.training.optimization import TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +133,16 @@ class Family:
         """
         raise ConfigError(f"{paths[0]}: checkpoints of the format {opened[0].format} cannot be merged")
 
-    def train(self, config: "TrainConfig", context: object) -> "Result":
-        """Train, leaving `checkpoint-<step>` directories in the run's own; the page of `task=train`."""
+    def check_training(self, settings: "TrainingSettings") -> None:
+        """Raise ConfigError where the family's own keys and these `settings` contradict each other."""
+
+    def training_texts(self, documents: Sequence[str], name: str | None) -> dict[str, list[str]]:
+        """The documents of the file `name`, or, without one, of the built-in world, by what they are about."""
+        return {name or "world": list(documents)}
+
+    def train(self, inputs: "TrainingInputs") -> "Trained":
+        """Train, leaving `checkpoint-<step>` directories. Raises CheckpointError, ConfigError or ModelError;
+        DivergedError names the last good checkpoint."""
         raise ConfigError(f"family={self.name} cannot be trained")
 
     # The checks of `task=test`.

@@ -35,11 +35,11 @@ from runner.merge.inputs import Inputs, reading
 from runner.merge.spec import MergeSpec
 from runner.merge.verify import comparisons
 from runner.merge.writer import write_json_files
+from runner.progress import byte_bar
 from runner.reports.console import size
 from runner.results import Result, versions
 from runner.tasks import diagnose
 from runner.tasks.context import Context
-from runner.training.progress import byte_bar
 
 # The files that a source is likely to consist of; what else there is, is read once it is known.
 _LIKELY = ("npt_weights.pt", "npt_weights.safetensors", "training_state.pt", "multi_layer_state.pt", "config.json")

@@ -12,6 +12,8 @@ from runner.data.world import EOS, question_and_answer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+NO_TEXT = "the data holds no text to train on; give data=world, or data=text with data.path=FILE"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -59,32 +61,43 @@ def packed_samples(
     return samples
 
 
-def equal_length_batches(samples: Sequence[Sample], batch_size: int, chooser: random.Random) -> list[Batch]:
-    """All samples once, in batches of about `batch_size` rows of one length, rows and batches in random order."""
-    by_length: dict[int, list[Sample]] = {}
-    for sample in samples:
-        by_length.setdefault(len(sample.ids), []).append(sample)
+def rows_by_length(lengths: Sequence[int], batch_size: int, chooser: random.Random) -> list[list[int]]:
+    """The numbers of all rows, in batches of about `batch_size` of one length; rows and batches in random order."""
+    by_length: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(number)
     batches = []
     for _, group in sorted(by_length.items()):
-        rows = chooser.sample(group, len(group))
-        count = max(1, round(len(rows) / batch_size))
-        batches += [
-            Batch(
-                ids=torch.tensor([row.ids for row in rows[i::count]]),
-                weights=torch.tensor([row.weights for row in rows[i::count]]),
-            )
-            for i in range(count)
-        ]
+        numbers = chooser.sample(group, len(group))
+        count = max(1, round(len(numbers) / batch_size))
+        batches += [numbers[i::count] for i in range(count)]
     return chooser.sample(batches, len(batches))
+
+
+def equal_length_batches(samples: Sequence[Sample], batch_size: int, chooser: random.Random) -> list[Batch]:
+    """All samples once, batched as by `rows_by_length`."""
+    return [
+        Batch(
+            ids=torch.tensor([samples[number].ids for number in numbers]),
+            weights=torch.tensor([samples[number].weights for number in numbers]),
+        )
+        for numbers in rows_by_length([len(sample.ids) for sample in samples], batch_size, chooser)
+    ]
+
+
+def cut(documents: Sequence[Sequence[int]], length: int) -> list[Sequence[int]]:
+    """The documents in rows of at most `length` tokens; a rest of one token, which predicts nothing, is left out."""
+    rows = [document[i : i + length] for document in documents for i in range(0, len(document), length)]
+    return [row for row in rows if len(row) > 1]
 
 
 def document_batches(
     documents: Sequence[Sequence[int]], length: int, batch_size: int, chooser: random.Random
 ) -> list[torch.Tensor]:
-    """Token ids [B, T] of documents cut into rows of at most `length` tokens; a rest of one token is left out."""
-    rows = [document[i : i + length] for document in documents for i in range(0, len(document), length)]
-    samples = [Sample(ids=tuple(row), weights=(1.0,) * len(row)) for row in rows if len(row) > 1]
-    return [batch.ids for batch in equal_length_batches(samples, batch_size, chooser)]
+    """Token ids [B, T] of documents cut into rows of at most `length` tokens, batched as by `rows_by_length`."""
+    rows = cut(documents, length)
+    batches = rows_by_length([len(row) for row in rows], batch_size, chooser)
+    return [torch.tensor([list(rows[number]) for number in numbers]) for numbers in batches]
 
 
 def endless_order(count: int, seed: int, start: int = 0) -> Iterator[int]:

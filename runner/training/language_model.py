@@ -1,7 +1,7 @@
 """A small Llama that is really trained on the built-in world: the base of the demonstration."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +15,11 @@ from transformers.utils import logging as transformers_logging
 from runner.data.world import BOS, EOS, PAD, World
 from runner.errors import ConfigError
 from runner.training.batches import Batch, equal_length_batches, packed_samples, sentence_samples
-from runner.training.muon import Muon
+from runner.training.loop import OnStep, take_steps
+from runner.training.optimization import Muon
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-OnStep = Callable[[int, Mapping[str, float]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,8 @@ def train_language_model(
 
     The loss is the cross-entropy of the next token; the words of a question, which nothing before them determines,
     count little. The weight decay is strong: a smooth model is one whose layers others can learn to stand in for.
-    `on_step(step, {"loss"})` is called after each step. The same seed, thread count and machine give the same weights.
+    `on_step` is called after each step. The same seed, thread count and machine give the same weights. Raises
+    DivergedError where the loss is no longer finite.
     """
     model = _new_model(tokenizer, settings, seed)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name]
@@ -75,18 +75,18 @@ def train_language_model(
         Muon(matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay),
         torch.optim.AdamW(others, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
     )
-    schedules = [get_cosine_schedule_with_warmup(o, settings.warmup_steps, settings.max_steps) for o in optimizers]
+    scheduled = [(o, get_cosine_schedule_with_warmup(o, settings.warmup_steps, settings.max_steps)) for o in optimizers]
     batches = _batches(world, tokenizer, settings, seed)
-    for step in range(1, settings.max_steps + 1):
-        loss = _loss(model, next(batches))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip_value)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
+
+    def losses(step: int) -> dict[str, torch.Tensor]:
+        return {"loss": _loss(model, next(batches))}
+
+    steps, parameters = range(1, settings.max_steps + 1), list(model.parameters())
+    for step, figures in take_steps(steps, parameters, scheduled, losses, clip=settings.gradient_clip_value):
         if on_step is not None:
-            on_step(step, {"loss": loss.item()})
+            on_step(step, figures)
+    for parameter in parameters:
+        parameter.grad = None
     return model.eval().requires_grad_(False)
 
 

@@ -16,8 +16,7 @@ from runner.checkpoints.detect import formats, open_checkpoint
 from runner.errors import RunnerError
 from runner.evaluation.base_models import load_base
 from runner.evaluation.placement import Placement
-from runner.families.npt.save import train_run
-from runner.families.npt.settings import EquivalenceSettings
+from runner.families.npt.training import EquivalenceSettings, train_run
 from runner.files.tensors import load_pickle
 from runner.merge.gather import gather
 from runner.merge.spec import MergeSpec

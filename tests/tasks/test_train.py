@@ -10,10 +10,11 @@ from runner import load
 from runner.config import TrainConfig
 from runner.data.text import Data
 from runner.errors import ConfigError, ModelError
-from runner.families.npt.settings import TrainSettings
+from runner.families.npt import Npt
+from runner.families.npt.demo import make_demo
+from runner.families.npt.training import TrainSettings
 from runner.tasks import train
 from runner.tasks.context import Context
-from runner.training.demo import make_demo
 from tests.training.test_demo import SETTINGS
 
 
@@ -37,6 +38,7 @@ def config(base, data="world", path=None, **train_values):
     return TrainConfig(
         task="train",
         base=str(base),
+        family=Npt(),
         data=Data(name=data, prompts=("a",), layer_prompt="a", path=path),
         train=TrainSettings(**values),
     )

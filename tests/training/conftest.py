@@ -5,8 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from runner.families.npt.model import NptLlamaForCausalLM
-from runner.families.npt.settings import EquivalenceSettings
-from runner.families.npt.training import initial_updates
+from runner.families.npt.training import EquivalenceSettings, initial_updates
 
 
 @pytest.fixture

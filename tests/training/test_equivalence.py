@@ -4,10 +4,15 @@ import pytest
 import torch
 
 from runner.errors import ModelError
-from runner.families.npt.losses import losses, reference
 from runner.families.npt.model import NptLlamaForCausalLM, npt_tensors
-from runner.families.npt.settings import PROJECTIONS, EquivalenceSettings
-from runner.families.npt.training import initial_updates, train_equivalence
+from runner.families.npt.training import (
+    PROJECTIONS,
+    EquivalenceSettings,
+    base_outputs,
+    initial_updates,
+    losses,
+    train_equivalence,
+)
 
 
 def test_the_logits_come_close_to_the_bases(base, batches):
@@ -16,9 +21,9 @@ def test_the_logits_come_close_to_the_bases(base, batches):
     )
     model = NptLlamaForCausalLM(base, initial_updates(base.config, settings))
     seen = []
-    before = [losses(model, reference(model, ids))[1].item() for ids in batches]
+    before = [losses(model, base_outputs(model, ids))[1].item() for ids in batches]
     final = train_equivalence(model, batches, settings, on_step=lambda step, figures: seen.append((step, figures)))
-    after = [losses(model, reference(model, ids))[1].item() for ids in batches]
+    after = [losses(model, base_outputs(model, ids))[1].item() for ids in batches]
     assert sum(after) < 0.05 * sum(before)
     assert [step for step, _ in seen] == list(range(1, 301))
     assert final == seen[-1][1]

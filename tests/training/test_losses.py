@@ -1,11 +1,9 @@
 import pytest
 import torch
 
-from runner.families.npt import losses as training_losses
-from runner.families.npt.losses import kept_references, losses, reference
+from runner.families.npt import training as training_losses
 from runner.families.npt.model import NptLlamaForCausalLM
-from runner.families.npt.settings import EquivalenceSettings
-from runner.families.npt.training import initial_updates
+from runner.families.npt.training import EquivalenceSettings, base_outputs, cached_base_outputs, initial_updates, losses
 
 
 @pytest.fixture(params=[(0, 2), (1,), (1, 2)], ids=str)
@@ -24,7 +22,7 @@ def test_losses_are_those_of_the_models_themselves(base, model, layers, batches,
     """Against hidden states that transformers records, one NPT layer active at a time."""
     base.config._attn_implementation = attention
     ids = batches[1]
-    direct, logits = losses(model, reference(model, ids))
+    direct, logits = losses(model, base_outputs(model, ids))
     states = base(ids, output_hidden_states=True, use_cache=False).hidden_states
     before_norm = []
     base.model.norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0]))
@@ -46,7 +44,7 @@ def test_losses_are_those_of_the_models_themselves(base, model, layers, batches,
 
 def test_only_the_updates_get_gradients(model, batches):
     parameters = {name: parameter.requires_grad_(".updates." in name) for name, parameter in model.named_parameters()}
-    direct, logits = losses(model, reference(model, batches[0]))
+    direct, logits = losses(model, base_outputs(model, batches[0]))
     (sum(direct.values()) + logits).backward()
     for name, parameter in parameters.items():
         assert (parameter.grad is not None) == (".updates." in name)
@@ -54,11 +52,11 @@ def test_only_the_updates_get_gradients(model, batches):
 
 @pytest.mark.parametrize(("rooms", "passes"), [(0, 6), (1, 5), (3, 3)])
 def test_what_is_kept_is_what_is_computed(model, batches, rooms, passes, monkeypatch):
-    expected = [reference(model, ids) for ids in batches]
-    monkeypatch.setattr(training_losses, "KEPT_BYTES", sum(one.nbytes for one in expected[:rooms]))
+    expected = [base_outputs(model, ids) for ids in batches]
+    monkeypatch.setattr(training_losses, "CACHE_BYTES", sum(one.nbytes for one in expected[:rooms]))
     computed = []
-    monkeypatch.setattr(training_losses, "reference", lambda *a: computed.append(reference(*a)) or computed[-1])
-    get = kept_references(model, batches)
+    monkeypatch.setattr(training_losses, "base_outputs", lambda *a: computed.append(base_outputs(*a)) or computed[-1])
+    get = cached_base_outputs(model, batches)
     for index in (0, 1, 2, 0, 1, 2):
         assert torch.equal(get(index).final, expected[index].final)
     assert len(computed) == passes

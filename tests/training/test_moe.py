@@ -12,9 +12,8 @@ from runner import load
 from runner.errors import CheckpointError, ConfigError, DivergedError, ModelError, RunnerError
 from runner.evaluation.base_models import load_base
 from runner.evaluation.placement import Placement
-from runner.families.lora_moe import callback as moe_callback
-from runner.families.lora_moe.settings import MoeSettings
-from runner.families.lora_moe.training import train_moe
+from runner.families.lora_moe import trainer as moe_trainer
+from runner.families.lora_moe.training import MoeSettings, train_moe
 from runner.files import staging as commit
 from tests.conftest import write_base
 from tests.lora_files import edit_json, hashes
@@ -312,7 +311,7 @@ def nan(model):
 def test_what_diverged_is_not_saved_and_the_last_good_checkpoint_is_named(
     base, path, tmp_path, weights, message, monkeypatch
 ):
-    monkeypatch.setattr(moe_callback.News, "on_step_end", spoiled(20, weights))
+    monkeypatch.setattr(moe_trainer.StepReports, "on_step_end", spoiled(20, weights))
     with pytest.raises(DivergedError, match=message) as raised:
         train_moe(tmp_path / "run", base, skills(), SETTINGS, base_name=str(path))
     assert raised.value.exit_code == 1
@@ -335,8 +334,8 @@ def test_experts_that_are_much_worse_than_their_base_are_not_saved(trained, base
     with pytest.raises(
         DivergedError, match=r"after step 7 the cross-entropy is \d+\.\d\d nats a token, without the experts"
     ):
-        moe_callback.require_learning(model, said, 7)
-    moe_callback.require_learning(trained[0].model, said, 7)
+        moe_trainer.require_learning(model, said, 7)
+    moe_trainer.require_learning(trained[0].model, said, 7)
     assert model.training
     assert model.experts_on
 

@@ -7,10 +7,10 @@ import torch
 
 from runner.data.world import generate
 from runner.errors import ConfigError
-from runner.families.lora_moe.data import EqualLengthBatches, RowLoader, cut
-from runner.families.lora_moe.initial import new_moe
-from runner.families.lora_moe.settings import MoeSettings
 from runner.families.lora_moe.skills import add_skills, embedding, world_skills
+from runner.families.lora_moe.trainer import EqualLengthBatches, RowLoader
+from runner.families.lora_moe.training import MoeSettings, new_moe
+from runner.training.batches import cut
 
 WRONG = [
     ({"experts": 0}, "train.experts=0: must be a whole number, at least 1"),

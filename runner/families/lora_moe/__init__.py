@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from runner.families.lora_moe.model import LoraMoeForCausalLM
     from runner.merge.files import Files
     from runner.merge.spec import MergeSpec
+    from runner.training.loop import Trained, TrainingInputs
+    from runner.training.optimization import TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,25 @@ class LoraMoe(Family):
     def needs_base(self, checkpoint: "Checkpoint") -> bool:
         """Always."""
         return True
+
+    def check_training(self, settings: "TrainingSettings") -> None:
+        """As `Family.check_training`; no checkpoint records `router_features` and `experts`."""
+        from runner.families.lora_moe.training import MoeSettings, check_routing
+
+        assert isinstance(settings, MoeSettings)
+        check_routing(settings, top_k=self.top_k, router_features=self.router_features, experts=self.experts)
+
+    def training_texts(self, documents: Sequence[str], name: str | None) -> dict[str, list[str]]:
+        """By skill."""
+        from runner.families.lora_moe.training import documents_by_skill
+
+        return documents_by_skill(documents, name)
+
+    def train(self, inputs: "TrainingInputs") -> "Trained":
+        """As `Family.train`: experts and their router."""
+        from runner.families.lora_moe import training
+
+        return training.train(inputs, top_k=self.top_k)
 
     def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "LoraMoeForCausalLM":
         """As `Family.build`."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from runner.families.npt.model import NptLlamaForCausalLM
     from runner.merge.execute import Content
     from runner.merge.spec import MergeSpec
+    from runner.training.loop import Trained, TrainingInputs
 
 DELTA, FULL = "npt_delta", "npt_full"
 
@@ -45,6 +46,12 @@ class Npt(Family):
     def can_be_spread(self, checkpoint: "Checkpoint") -> bool:
         """Always: it is a Llama."""
         return True
+
+    def train(self, inputs: "TrainingInputs") -> "Trained":
+        """As `Family.train`: toward equivalence with the layers of the base."""
+        from runner.families.npt import training
+
+        return training.train(inputs)
 
     def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "NptLlamaForCausalLM":
         """As `Family.build`."""

@@ -1,9 +1,8 @@
-"""What writes NPT checkpoints: a model in memory, a conversion, and a training that leaves a run directory."""
+"""What writes NPT checkpoints: a model in memory, a conversion, and the optimizer's state beside trained weights."""
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,12 @@ from safetensors.torch import save_file
 
 from runner.checkpoints import model_directory
 from runner.checkpoints.checkpoint import Checkpoint, Expected, tensor_readers
-from runner.checkpoints.detect import open_checkpoint
-from runner.errors import CheckpointError, ConfigError
-from runner.evaluation.base_models import Base
+from runner.errors import ModelError
 from runner.families.npt import checkpoint as npt_delta
 from runner.families.npt import full
-from runner.families.npt.model import NptLlamaForCausalLM, build_npt, npt_tensors
-from runner.families.npt.settings import EquivalenceSettings
-from runner.families.npt.training import OnStep, initial_updates, train_equivalence
+from runner.families.npt.model import NptLlamaForCausalLM, RankKUpdate, npt_tensors
 from runner.files.staging import staged
-from runner.files.tensors import TensorSource, load_pickle
-from runner.training.optimization import is_step, naming_the_last
+from runner.files.tensors import TensorSource
 
 # What is copied beside converted NPT weights, and beside a base taken out of an npt_full.
 _BESIDE_DELTA = (npt_delta.TRAINING_STATE, npt_delta.MULTI_LAYER_STATE, npt_delta.MERGE_SUMMARY)
@@ -112,105 +106,74 @@ def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def train_run(
-    directory: Path,
-    base: Base,
-    batches: Sequence[torch.Tensor],
-    settings: EquivalenceSettings,
-    *,
-    base_name: str,
-    resume_from: Path | None = None,
-    on_step: OnStep | None = None,
-    moments: str = "every",
-) -> tuple[dict[str, float], list[Path]]:
-    """Train NPT layers over `base`, writing `directory`/checkpoint-<step>; → the last losses, the checkpoints.
+def flat_optimizer_state(state: Mapping[str, Any], model: NptLlamaForCausalLM) -> dict[str, Any]:
+    """A state dict over the updates' parameters → the same over the keys of the saved weights, in their order.
 
-    `base_name` is what the checkpoints say their base is: a hub name, or a path that starts at the checkpoint.
-    `resume_from`: a checkpoint of the same training to go on from. `moments`: which checkpoints hold the optimizer's
-    state, twice the size of the weights, and can be gone on from: "every" one or the "last".
-    Raises CheckpointError, ConfigError or ModelError; DivergedError names the last good checkpoint.
+    The format saves every rank-1 term under a key of its own, and the i-th entry of a saved state belongs to the i-th
+    key of the weights; the modules hold the k terms of a matrix stacked in one parameter.
     """
-    state: Mapping[str, Any] | None = None
-    if resume_from is None:
-        updates = initial_updates(base.model.config, settings)
-        for layer_updates in updates.values():
-            for update in layer_updates.values():
-                update.to(device=base.model.device, dtype=base.model.dtype)
-        model = NptLlamaForCausalLM(base.model, updates)
-    else:
-        model, state = _reopen(resume_from, base, settings)
-    checkpoints: list[Path] = []
+    flat: dict[int, dict[str, Any]] = {}
+    for index, (update, stacked_by_columns) in enumerate(_matrices(model)):
+        entries = state["state"][index]
+        parts = {name: _split(value, update, stacked_by_columns) for name, value in entries.items()}
+        for rank in range(update.num_ranks):
+            flat[len(flat)] = {name: values[rank] for name, values in parts.items()}
+    return {"state": flat, "param_groups": [{**_only_group(state), "params": list(range(len(flat)))}]}
 
-    def on_checkpoint(step: int, training_state: Mapping[str, Any]) -> None:
-        target = directory / f"checkpoint-{step}"
-        if moments == "last" and step < settings.max_steps:
-            training_state = {name: x for name, x in training_state.items() if name != "optimizer_state_dict"}
-        _save(target, model, training_state, settings, base_name=base_name)
-        checkpoints.append(target)
 
-    with naming_the_last(checkpoints, resume_from):
-        figures = train_equivalence(
-            model, batches, settings, on_step=on_step, on_checkpoint=on_checkpoint, resume=state
+def stacked_optimizer_state(state: Mapping[str, Any], model: NptLlamaForCausalLM) -> dict[str, Any]:
+    """The inverse of `flat_optimizer_state`. Raises ModelError where the state has another number of tensors."""
+    expected = sum(update.num_ranks for update, _ in _matrices(model))
+    if not isinstance(state, Mapping) or not isinstance(state.get("state"), Mapping):
+        raise ModelError("the training state holds no state of an optimizer")
+    if len(state["state"]) != expected:
+        raise ModelError(
+            f"the training state holds moments for {len(state['state'])} tensors, but the weights are {expected}; "
+            "resume with the layers, ranks and modulation of the checkpoint"
         )
-    return figures, checkpoints
+    stacked: dict[int, dict[str, Any]] = {}
+    taken = 0
+    for update, stacked_by_columns in _matrices(model):
+        entries = [state["state"].get(taken + rank) for rank in range(update.num_ranks)]
+        names = set(entries[0]) if isinstance(entries[0], Mapping) else set()
+        if not names or not all(isinstance(entry, Mapping) and set(entry) == names for entry in entries):
+            raise ModelError(f"the training state's moments {taken} to {taken + len(entries) - 1} are not of one kind")
+        taken += update.num_ranks
+        stacked[len(stacked)] = {
+            name: _join([entry[name] for entry in entries], stacked_by_columns) for name in entries[0]
+        }
+    return {"state": stacked, "param_groups": [{**_only_group(state), "params": list(range(len(stacked)))}]}
 
 
-def _save(
-    target: Path,
-    model: NptLlamaForCausalLM,
-    training_state: Mapping[str, Any],
-    settings: EquivalenceSettings,
-    *,
-    base_name: str,
-) -> None:
-    """Write one checkpoint directory, absent or complete whatever happens. Raises CheckpointError where it exists."""
-    multi_layer_state = {
-        "layers_to_train": sorted(settings.layers),
-        "curriculum_schedule": [{"name": "equivalence", "until_step": settings.max_steps, "mixing_ratio": 1.0}],
-        "current_stage_index": 0,
-        "layer_weights": dict.fromkeys(sorted(settings.layers), 1.0),
-    }
-    config = {
-        "model_name": base_name,
-        **asdict(settings),
-        "gradient_accumulation_steps": 1,
-        "mixed_precision": False,
-    }
-    with staged(target) as partial:
-        npt_delta.save(
-            partial,
-            npt_tensors(model),
-            training_state=training_state,
-            multi_layer_state=multi_layer_state,
-            config=config,
-        )
+def _matrices(model: NptLlamaForCausalLM) -> Iterator[tuple[RankKUpdate, bool]]:
+    """The update of each parameter in their order, and whether its terms lie side by side in columns (w_down)."""
+    for layer in model.npt_layers.values():
+        for update in layer.updates.values():
+            assert isinstance(update, RankKUpdate)
+            yield from ((update, True), (update, False), (update, False))
 
 
-def _reopen(path: Path, base: Base, settings: EquivalenceSettings) -> tuple[NptLlamaForCausalLM, Mapping[str, Any]]:
-    """A checkpoint's model over `base` and its training state.
+def _only_group(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    groups = state.get("param_groups")
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
+        raise ModelError("the training state has no parameter groups")
+    if len(groups) != 1:
+        raise ModelError(f"the training state has {len(groups)} parameter groups where training uses one")
+    return groups[0]
 
-    Raises CheckpointError where it has no such state, ConfigError where its layers are not those of `settings` or
-    nothing is left to train.
-    """
-    checkpoint = open_checkpoint(path, npt_delta.NAME)
-    file = checkpoint.directory / npt_delta.TRAINING_STATE
-    if not file.is_file():
-        raise CheckpointError(f"{path}: has no {file.name} to go on from; start a new training instead")
-    state = load_pickle(file, tensors="mmap")
-    needed = ("global_step", "optimizer_state_dict", "scheduler_state_dict")
-    if not isinstance(state, Mapping) or any(state.get(name) is None for name in needed):
-        raise CheckpointError(f"{file}: training goes on from {', '.join(needed)}, and not all of them are there")
-    if not is_step(state["global_step"]):
-        raise CheckpointError(f"{file}: its global_step is no number of steps")
-    kinds = {(layer.layer, layer.modulation, layer.np_rank, layer.num_ranks) for layer in checkpoint.layers}
-    wanted = {(layer, settings.modulation, settings.np_rank, settings.num_ranks) for layer in settings.layers}
-    if kinds != wanted:
-        raise ConfigError(
-            f"train.resume_from={path}: its (layer, modulation, np_rank, num_ranks) are {sorted(kinds)}, "
-            f"those asked for {sorted(wanted)}; they must be the same"
-        )
-    if state["global_step"] >= settings.max_steps:
-        raise ConfigError(
-            f"train.resume_from={path}: is at step {state['global_step']} already; give a larger train.max_steps"
-        )
-    return build_npt(checkpoint, base), state
+
+def _split(value: Any, update: RankKUpdate, by_columns: bool) -> list[Any]:
+    """One value a rank-1 term: parts of a matrix, copies of a step count."""
+    if not isinstance(value, torch.Tensor) or value.ndim == 0:
+        return [value.clone() if isinstance(value, torch.Tensor) else value for _ in range(update.num_ranks)]
+    parts = value.chunk(update.num_ranks, dim=1 if by_columns else 0)
+    return [part.clone(memory_format=torch.contiguous_format) for part in parts]
+
+
+def _join(values: list[Any], by_columns: bool) -> Any:
+    if not isinstance(values[0], torch.Tensor) or values[0].ndim == 0:
+        return values[0]
+    shapes = {value.shape if isinstance(value, torch.Tensor) else None for value in values}
+    if len(shapes) != 1 or values[0].ndim != 2:
+        raise ModelError("the training state's moments are not matrices of one shape")
+    return torch.cat(values, dim=1 if by_columns else 0)

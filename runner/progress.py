@@ -1,7 +1,4 @@
-"""A bar on a terminal that shows a training's step, loss, speed and the time left; nothing elsewhere.
-
-A bar on a terminal that shows bytes done, bytes per second and the time left; nothing elsewhere.
-"""
+"""Bars on a terminal for work whose size is known; nothing elsewhere."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +9,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -22,15 +20,8 @@ from rich.progress import (
 def step_bar(
     console: Console, what: str, total: int, done: int = 0
 ) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """A function to call with (step, losses) after each step; `losses["loss"]` is shown."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    """A function to call with (step, losses) after each step; `losses["loss"]`, speed and time left are shown."""
+    with _bar(console, MofNCompleteColumn(), TextColumn("{task.fields[figures]}")) as progress:
         task = progress.add_task(what, total=total, completed=done, figures="")
 
         def on_step(step: int, losses: Mapping[str, float]) -> None:
@@ -43,14 +34,12 @@ def step_bar(
 
 @contextmanager
 def byte_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A function to call with the number of bytes that were just done, of `total`."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    """A function to call with the number of bytes just done, of `total`; speed and time left are shown."""
+    with _bar(console, DownloadColumn(binary_units=True), TransferSpeedColumn()) as progress:
         task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)
+
+
+def _bar(console: Console, *columns: ProgressColumn) -> Progress:
+    every = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
+    return Progress(*every, console=console, transient=True, disable=not console.is_terminal)

@@ -1,6 +1,6 @@
 """The recipe of the demonstration that comes with the package, in runner/demo.
 
-python -m runner.training.demo OUTPUT     # OUTPUT/run and OUTPUT/figures.json; minutes on one core
+python -m runner.families.npt.demo OUTPUT     # OUTPUT/run and OUTPUT/figures.json; minutes on one core
 """
 
 import argparse
@@ -23,13 +23,12 @@ from runner.data.world import World, generate, train_tokenizer
 from runner.errors import RunnerError
 from runner.evaluation.base_models import load_base
 from runner.evaluation.placement import Placement
-from runner.families.npt.save import train_run
-from runner.families.npt.settings import EquivalenceSettings
+from runner.families.npt.training import EquivalenceSettings, train_run
 from runner.files.staging import staged
+from runner.progress import step_bar
 from runner.results import versions
 from runner.training.batches import equal_length_batches, packed_samples, sentence_samples
 from runner.training.language_model import LanguageModelSettings, save_language_model, train_language_model
-from runner.training.progress import step_bar
 
 # On models this small two threads wait for each other longer than they save; and the bits depend on their number.
 THREADS = 1
@@ -123,7 +122,7 @@ def _threads(count: int) -> Iterator[None]:
 
 def main() -> int:
     """The command line of the recipe; → its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m runner.training.demo", description="Make the demonstration anew.")
+    parser = argparse.ArgumentParser(prog="python -m runner.families.npt.demo", description="Make the demonstration.")
     parser.add_argument("output", type=Path, help="gets run/ and figures.json")
     output = parser.parse_args().output
     try:
