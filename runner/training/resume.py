@@ -88,8 +88,8 @@ def _alike(found: object, own: object) -> bool:
     if own is None or isinstance(own, bool):
         return found is None or isinstance(found, bool)
     if isinstance(own, (int, float)):
-        number = isinstance(found, (int, float)) and not isinstance(found, bool)
-        return number and abs(found) < _LARGEST and math.isfinite(found)
+        is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
+        return is_number and abs(found) < _LARGEST and math.isfinite(found)  # type: ignore[arg-type]
     if isinstance(own, (list, tuple)):
         return isinstance(found, (list, tuple)) and len(found) == len(own) and all(map(_alike, found, own))
     return type(found) is type(own)

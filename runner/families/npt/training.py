@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask
 
 from runner.checkpoints.detect import open_checkpoint
@@ -194,7 +194,7 @@ def _layer_arguments(model: NptLlamaForCausalLM, hidden_states: torch.Tensor) ->
     }
 
 
-def initial_updates(config: LlamaConfig, settings: EquivalenceSettings) -> dict[int, dict[str, RankKUpdate]]:
+def initial_updates(config: PreTrainedConfig, settings: EquivalenceSettings) -> dict[int, dict[str, RankKUpdate]]:
     """Random rank-k updates for a Llama of `config`, by layer and projection; `settings.seed` gives their values."""
     beyond = [i for i in settings.layers if i >= config.num_hidden_layers]
     if beyond:
