@@ -1,6 +1,6 @@
 """The typed root of every task's config. Nothing heavy is imported here: `--help` and `--cfg job` stay fast.
 
-Where the configs lie: inside the installed package, or beside it in a checkout.
+Where what comes with the package lies: the configs, inside it or beside it in a checkout, and the demonstration.
 """
 
 import difflib
@@ -44,6 +44,14 @@ def group_files(group: str) -> dict[str, Path]:
     return {
         file.stem: file for directory in config_directories() for file in sorted((directory / group).glob("*.yaml"))
     }
+
+
+def demo_run() -> Path:
+    """The demonstration's run directory: `base` and `checkpoint-<step>`. Raises ConfigError where it is missing."""
+    run = Path(__file__).resolve().parent / "demo" / "run"
+    if not run.is_dir():
+        raise ConfigError("the installation has no demonstration; install runner again, or give ckpt=PATH")
+    return run
 
 
 def keys_below(root: str, task: str) -> list[str]:
