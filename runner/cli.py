@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.config import config_directory
 from runner.errors import ConfigError, RunnerError, printable
+from runner.installation import config_directory
 from runner.overrides import CommandLine, parse, spell
 
 if TYPE_CHECKING:

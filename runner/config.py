@@ -3,9 +3,8 @@
 Where the configs lie: inside the installed package, or beside it in a checkout.
 """
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,8 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from runner.errors import ConfigError
-
-
-def config_directory() -> Path:
-    """The absolute path of conf/. Raises ConfigError for an installation without it."""
-    package = Path(__file__).resolve().parent
-    for directory in (package / "conf", package.parent / "conf"):
-        if (directory / "config.yaml").is_file():
-            return directory
-    raise ConfigError("the installation has no conf/ directory; install runner again")
+from runner.errors import ConfigError, did_you_mean
+from runner.installation import config_directory
 
 
 def keys_below(root: str, task: str) -> list[str]:
@@ -276,15 +267,6 @@ def register() -> None:
     store = ConfigStore.instance()
     for name, node in TASKS.items():
         store.store(group="schema", name=name, node=node, package="_global_")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`: did you mean 'x'?`, or the known words where none is close and they are few."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known are {', '.join(known)}" if len(known) <= 24 else ""
 
 
 def unknown_key(key: str, task: str) -> ConfigError:

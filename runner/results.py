@@ -20,25 +20,20 @@ a verdict was not given. Floats have full precision; a number that is not finite
     timing, versions    seconds by phase; versions of the libraries that computed this
 
 Other fields belong to one task and stand in that task's page (`details` here, top level in the file).
-
-The versions of what computed a result.
 """
 
-import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import runner
 from runner.errors import RunnerError
 
 FILE_NAME = "result.json"
+_PACKAGES = ("torch", "transformers", "safetensors", "peft", "hydra-core", "omegaconf", "wandb")
 
 
 @dataclass(kw_only=True)
@@ -94,42 +89,10 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` to `path`, as `write_whole` does."""
-    write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never half of one.
-
-    Raises OSError where that is not possible; then the old file stays.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A `result.json` as it was written."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-PACKAGES = ("torch", "transformers", "safetensors", "peft", "hydra-core", "omegaconf", "wandb")
-
-
 def versions() -> dict[str, str]:
     """Installed versions by package name, read from metadata: nothing is imported."""
     found = {"runner": runner.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
+    for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -21,12 +21,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
-from runner.config import TASKS, CommonConfig, config_directory, did_you_mean, register, translated, unknown_key
-from runner.errors import ConfigError, RunnerError
-from runner.imports import uncollected
+from runner.config import TASKS, CommonConfig, register, translated, unknown_key
+from runner.errors import ConfigError, RunnerError, did_you_mean
+from runner.files.atomic import write_json
+from runner.installation import config_directory, uncollected
 from runner.overrides import quoted
 from runner.reports.console import print_result
-from runner.results import FILE_NAME, Result, write_json
+from runner.results import FILE_NAME, Result
 from runner.tasks.context import Context
 from runner.tracking.base import NullTracker, RunIdentity, Tracker
 

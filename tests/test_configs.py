@@ -6,8 +6,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from runner.config import PATH_KEYS, TASKS, Tier, config_directory, did_you_mean, unknown_key
-from runner.errors import ConfigError
+from runner.config import PATH_KEYS, TASKS, Tier, unknown_key
+from runner.errors import ConfigError, did_you_mean
+from runner.installation import config_directory
 from runner.run import _components, _typed, setup
 
 CONF = config_directory()

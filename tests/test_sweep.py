@@ -10,10 +10,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 
 from runner.checkpoints.runs import find_run
-from runner.config import config_directory
 from runner.errors import ConfigError
+from runner.files.atomic import write_json
+from runner.installation import config_directory
 from runner.overrides import parse
-from runner.results import write_json
 from runner.run import _unexpected, setup
 from runner.sweeps.cluster import table
 from runner.sweeps.expand import expand, steps_of

@@ -26,8 +26,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.checkpoints.runs import step_in_name
 from runner.errors import ConfigError
+from runner.files.atomic import read_json, write_json
 from runner.overrides import CommandLine, unquoted
-from runner.results import FILE_NAME, read_json, write_json
+from runner.results import FILE_NAME
 
 PLAN_NAME = "sweep.json"
 VERSION = 1

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from runner.errors import printable
+from runner.files.atomic import read_json
 from runner.reports.console import print_line
-from runner.results import FILE_NAME, read_json
+from runner.results import FILE_NAME
 from runner.sweeps.plan import Job, Plan, good_result
 
 _INTERVAL = 0.25  # seconds between two looks at the jobs' directories

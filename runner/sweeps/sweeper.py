@@ -23,8 +23,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from runner.config import did_you_mean
-from runner.errors import ConfigError, printable
+from runner.errors import ConfigError, did_you_mean, printable
 from runner.overrides import CommandLine, quoted, unquoted
 from runner.reports.junit import is_directory
 from runner.results import FILE_NAME

@@ -21,7 +21,7 @@ from typing import Any
 
 from runner.comparison.comparison import Comparison
 from runner.errors import ConfigError
-from runner.results import read_json, write_json
+from runner.files.atomic import read_json, write_json
 from runner.tracking.base import Tracker
 from runner.tracking.compare import FORECAST_STEP, endings, figures, group, layer_figures
 from runner.tracking.rows import STEP
