@@ -1,9 +1,5 @@
-"""The typed root of every task's config. Nothing heavy is imported here: `--help` and `--cfg job` stay fast.
+"""The typed root of every task's config. Nothing heavy is imported here: `--help` and `--cfg job` stay fast."""
 
-Where the configs lie: inside the installed package, or beside it in a checkout.
-"""
-
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,7 +7,10 @@ from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import MISSING
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from runner.errors import ConfigError, did_you_mean
 from runner.installation import config_directory
@@ -271,11 +270,11 @@ def register() -> None:
 
 def unknown_key(key: str, task: str) -> ConfigError:
     """The error for a `key` that `task` does not have."""
-    own = [f.name for f in fields(TASKS[task])] if task in TASKS else []
+    own = _keys_of(task)
     root = key.partition(".")[0]
     if key.startswith("hydra.launcher."):
         return ConfigError(f"unknown key {key!r} of the launcher that is chosen; conf/hydra/launcher/ lists each one's")
-    owners = [name for name, node in TASKS.items() if root in {f.name for f in fields(node)}]
+    owners = [name for name in TASKS if root in _keys_of(name)]
     if owners and task not in owners:
         return ConfigError(f"{key} belongs to task={' and task='.join(owners)}, not to task={task}")
     known = keys_below(root, task) if "." in key and root in own else [n for n in own if n not in FIXED_KEYS]
@@ -285,20 +284,45 @@ def unknown_key(key: str, task: str) -> ConfigError:
     return ConfigError(f"unknown key {key!r}{did_you_mean(key, known)}")
 
 
-def translated(error: Exception, task: str, given: Mapping[str, str | None]) -> ConfigError:
-    """What Hydra refuses, in one line that says what to do; `given`: the overrides as they were typed."""
-    text = " ".join(str(error).split())
-    cause = " ".join(str(error.__cause__).split()) if error.__cause__ is not None else ""
-    if match := re.search(r"Could not override '([^']+)'", text):
-        key = match[1].lstrip("+").partition("@")[0]
-        if "not in" in text + cause or "No match" in text or "Key" in cause:
+def missing_key(key: str) -> ConfigError:
+    """The error for a key without a value."""
+    return ConfigError(f"{key} is needed; give it as {key}=…")
+
+
+def refused(error: Exception, task: str, given: Mapping[str, str | None], *, multirun: bool) -> ConfigError:
+    """What Hydra refuses, in one line that says what to do; `given`: the overrides as they were typed.
+
+    Which key is at fault is told by the attributes of the exceptions, else by the keys and values themselves.
+    """
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        if group == "train":
+            return ConfigError(f"family={choice} cannot be trained; choose {' or '.join(error.options or ())}")
+        return ConfigError(f"{group}={choice} is no {group}{did_you_mean(choice, error.options or ())}")
+    if isinstance(error, OverrideParseException):
+        return ConfigError(f"{error.override}: cannot be read: {error.message}")
+    cause = error.__cause__ or error
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        node = str(cause.full_key)
+        key = next((key.lstrip("+") for key in given if f"{key.lstrip('+')}.".startswith(f"{node}.")), node)
+        if isinstance(cause, MissingMandatoryValue):
+            return missing_key(node)
+        if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
             return unknown_key(key, task)
-        return ConfigError(f"{key}={given.get(key)}: {cause or text}")
-    if match := re.search(r"Could not find 'train/([^']+)'", text):
-        trained = re.findall(r"\w+", text.partition("Available options in 'train':")[2].partition("Config search")[0])
-        return ConfigError(f"family={match[1]} cannot be trained; choose {' or '.join(trained)}")
-    if match := re.search(r"Missing mandatory value: (\S+)", text + cause):
-        return ConfigError(f"{match[1]} is needed; give it as {match[1]}=…")
-    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        return ConfigError(f"{match[1]}: several values are a sweep: add -m")
-    return ConfigError(f"{text}{f' ({cause})' if cause and cause not in text else ''}")
+        return ConfigError(f"{key}={given.get(key)}: {str(cause).splitlines()[0]}")
+    text = " ".join(str(error).split())
+    for key, value in given.items():
+        root = key.lstrip("+~").partition("@")[0]
+        if root.partition(".")[0] not in (*_keys_of(task), "hydra", "experiment") and not root.startswith("hydra/"):
+            return unknown_key(root, task)
+        if not multirun and value is not None and key not in PATH_KEYS and _is_sweep(f"{key}={value}"):
+            return ConfigError(f"{key}={value}: several values are a sweep: add -m")
+    return ConfigError(text)
+
+
+def _is_sweep(override: str) -> bool:
+    return OverridesParser.create().parse_override(override).is_sweep_override()
+
+
+def _keys_of(task: str) -> list[str]:
+    return [f.name for f in fields(TASKS[task])] if task in TASKS else []

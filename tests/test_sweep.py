@@ -15,10 +15,12 @@ from runner.files.atomic import write_json
 from runner.installation import config_directory
 from runner.overrides import parse
 from runner.run import _unexpected, setup
-from runner.sweeps.cluster import table
 from runner.sweeps.expand import expand, steps_of
+from runner.sweeps.launchers import check_launcher, use_own_configs
 from runner.sweeps.plan import Job, Plan, good_result, read_plan, write_plan
-from runner.sweeps.sweeper import Sweep, _Guarded, check_launcher, use_own_configs
+from runner.sweeps.sacct import table
+from runner.sweeps.sweeper import Sweep, keep_reasons
+from runner.sweeps.sweeper import run as run_jobs
 from tests.conftest import MIXED, npt_tensors, write_npt
 
 
@@ -283,10 +285,10 @@ def test_a_launcher_that_breaks_starts_the_rest_again(tmp_path, capfd, starts, a
     plan = Plan(task="x", command=("-m",), cwd=str(tmp_path), launcher="fragile", jobs=jobs)
     sweep = Sweep(line=parse(["-m"]), plan=plan, directory=tmp_path)
     inner = Fragile(tmp_path, starts=starts)
-    assert _Guarded(inner, sweep).launch([job.overrides for job in jobs], 0) == []
+    run_jobs(sweep, inner, jobs)
     assert [[int(name[0]) for name in names] for names in inner.asked] == asked
     assert capfd.readouterr().out.splitlines() == [f"#{n + 1} {n}_x: done" for n in sorted({*range(5)} - lost)]
-    sweep.keep_reasons()
+    keep_reasons(sweep)
     assert {
         job.number for job in read_plan(tmp_path).jobs if job.reason == "RuntimeError: a worker died of something"
     } == lost
@@ -352,7 +354,7 @@ def test_a_job_without_a_checkpoint_has_a_name(run):
 
 
 def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch):
-    monkeypatch.setattr("runner.sweeps.sweeper.find_spec", lambda name: None)
+    monkeypatch.setattr("runner.sweeps.launchers.find_spec", lambda name: None)
     for name, extra in {"joblib": "launchers", "submitit_slurm": "launchers", "ray": "ray"}.items():
         with pytest.raises(ConfigError, match=rf"pip install -e '.\[{extra}\]'"):
             check_launcher(parse([f"hydra/launcher={name}"]), config_directory())

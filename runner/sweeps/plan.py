@@ -9,8 +9,6 @@
 
 A job that was started has its directory; one that ended has `result.json` in it. So a job without its directory was
 never started, and one with a directory and no result is lost.
-
-From a composed sweep to its list of jobs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,6 +30,7 @@ from runner.results import FILE_NAME
 
 PLAN_NAME = "sweep.json"
 VERSION = 1
+_LONGEST_TAG = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +115,12 @@ def good_result(directory: Path) -> dict[str, Any] | None:
     return result if isinstance(result, dict) and result.get("status") == "ok" else None
 
 
-_LONGEST_TAG = 60
+def plan_of(config: DictConfig, arguments: list[str], loader: ConfigLoader, line: CommandLine) -> Plan:
+    """The jobs of the sweep that Hydra composed `config` for: the product of all values in its `arguments`, in order.
 
-
-def plan_of(config: DictConfig, loader: ConfigLoader, line: CommandLine) -> Plan:
-    """The jobs of the sweep that Hydra composed `config` for: the product of all swept values, in Hydra's order."""
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(config.hydra.overrides.task))
+    Raises ConfigError for a sweep over what is no list, such as interval(0,1).
+    """
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
     overrides = {each.get_key_element(): each for each in parsed}
     swept = [key for key, override in overrides.items() if override.is_sweep_override()]
     choices = [[(key, value) for value in _values(override)] for key, override in overrides.items()]
@@ -141,6 +140,8 @@ def plan_of(config: DictConfig, loader: ConfigLoader, line: CommandLine) -> Plan
 def _values(override: Override) -> list[str]:
     """The values of one override as words, as Hydra's own sweeper spells them."""
     if override.is_sweep_override():
+        if not override.is_discrete_sweep():
+            raise ConfigError(f"{override.input_line}: give the values as a list or a range")
         return list(override.sweep_string_iterator())
     return [override.get_value_element_as_str()]
 

@@ -1,14 +1,12 @@
-"""`task=compare`: the comparison of a sweep, or of several, made again; and what every sweep ends with."""
+"""`task=compare`: the comparison of a sweep, or of several, made again."""
 
 from pathlib import Path
 
-from rich.console import Console
-
-from runner.comparison.comparison import Comparison, read
+from runner.comparison.comparison import read
 from runner.comparison.export import series_to_dict
 from runner.config import SweepConfig
 from runner.errors import ConfigError
-from runner.reports.compare import print_comparison, summary, write_files
+from runner.reports.compare import summary, write_files
 from runner.results import Result, versions
 from runner.tasks.context import Context
 from runner.tracking.compare import log_comparison
@@ -40,16 +38,6 @@ def run(config: SweepConfig, context: Context) -> Result:
             "files": {kind: str(path) for kind, path in written.files.items()},
         },
     )
-
-
-def conclude(directory: Path) -> Comparison:
-    """What a sweep ends with: its jobs compared, the files beside them, the curve on the terminal.
-
-    A file that cannot be written is a warning: what the jobs left is there. Raises ConfigError where no job was begun.
-    """
-    comparison = read(directory)
-    print_comparison(comparison, write_files(comparison, directory), Console())
-    return comparison
 
 
 def _named(sweep: object) -> list[str]:

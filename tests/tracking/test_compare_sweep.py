@@ -17,8 +17,8 @@ from wandb_reader import read_runs
 
 from runner import cli
 from runner.comparison.comparison import Comparison, read
-from runner.sweeps import resume as recording
-from runner.sweeps.resume import record
+from runner.sweeps import command as recording
+from runner.sweeps.command import record
 from tests.comparison.sweeps import write_sweep
 from tests.conftest import ROOT, npt_tensors, write_npt
 
