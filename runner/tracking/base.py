@@ -73,11 +73,14 @@ def flat_config(identity: RunIdentity, config: Mapping[str, Any]) -> dict[str, A
 
 @dataclass(frozen=True, kw_only=True)
 class SavedView:
-    """A workspace on the server: its address, and what it is updated by."""
+    """A workspace on the server: its address, and its content as `runner.tracking.panels.as_json` gives it."""
 
     url: str
-    id: str
-    name: str
+    content: dict[str, Any]
+
+
+# From (entity, project) to a workspace of `wandb-workspaces` and its content; called in another process, so picklable.
+WorkspaceBuilder = Callable[[str, str], tuple[Any, dict[str, Any]]]
 
 
 class Tracker(Protocol):
@@ -101,8 +104,8 @@ class Tracker(Protocol):
         Without a started run nothing happens.
         """
 
-    def save_workspace(self, build: Callable[[str, str], Any]) -> SavedView | None:
-        """Save the workspace that `build(entity, project)` makes (runner/tracking/panels.py) where runs go online.
+    def save_workspace(self, build: WorkspaceBuilder) -> SavedView | None:
+        """Save the workspace that `build` makes (runner/tracking/panels.py) where runs go online.
 
         None where they do not. Needs no started run.
         """
@@ -131,7 +134,7 @@ class NullTracker:
     def record(self, result: Mapping[str, Any], record: Record | None = None) -> None:
         """Log nothing."""
 
-    def save_workspace(self, build: Callable[[str, str], Any]) -> SavedView | None:
+    def save_workspace(self, build: WorkspaceBuilder) -> SavedView | None:
         """Save nothing."""
         return None
 

@@ -3,16 +3,15 @@
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from server import Server, use
 from wandb_reader import read_runs
 
-from runner.tracking import session
 from runner.tracking import wandb as wandb_module
 from runner.tracking.base import RunIdentity
 from runner.tracking.wandb import WandbTracker
@@ -161,7 +160,6 @@ def test_a_service_that_dies_or_hangs(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(session, "_END_SECONDS", 1)
     run = tracker()
     run.start(identity, {})
     (service,) = services()
@@ -184,8 +182,6 @@ def test_a_service_that_dies_or_hangs(
 
 
 def services() -> list[int]:
-    """Process ids of the wandb services that this process has started."""
-    children = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True
-    ).stdout
-    return [int(line.split()[0]) for line in children.splitlines() if "wandb-core" in line]
+    """Process ids of the wandb services that this process has started, itself or through wandb's own process."""
+    below = psutil.Process().children(recursive=True)
+    return [process.pid for process in below if "wandb-core" in " ".join(process.cmdline())]
