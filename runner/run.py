@@ -23,7 +23,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
-from runner.config import TASKS, CommonConfig, missing_key, refused, register, unknown_key
+from runner.config import (
+    TASKS,
+    CommonConfig,
+    list_keys,
+    missing_key,
+    one_as_list,
+    refused,
+    register,
+    unknown_key,
+)
 from runner.errors import ConfigError, RunnerError, did_you_mean
 from runner.files.atomic import write_json
 from runner.installation import config_directory, uncollected
@@ -235,6 +244,8 @@ def _components(cfg: DictConfig, names: list[str]) -> dict[str, Any]:
         if OmegaConf.is_dict(node):
             _check_arguments(name, node)
         try:
+            if OmegaConf.is_dict(node):
+                one_as_list(node, list_keys(get_object(node["_target_"])))
             built[name] = instantiate(node, _convert_="all")
         except RunnerError:
             raise

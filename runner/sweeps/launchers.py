@@ -16,6 +16,7 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
+from runner.config import one_as_list
 from runner.errors import ConfigError, did_you_mean, printable
 from runner.overrides import CommandLine, quoted
 from runner.sweeps.plan import Job
@@ -23,6 +24,8 @@ from runner.sweeps.plan import Job
 KEY = "hydra/launcher"
 # Of the launchers in conf/: processes or jobs at a time, and a job's time in minutes.
 _COUNTS = ("n_jobs", "jobs_at_once", "array_parallelism", "timeout_min")
+# Of theirs, what is a list: submitit adds it to others.
+_LISTS = ("setup",)
 # The package that a launcher comes from, and the extra of ours that brings it.
 _NEEDS = {
     "joblib": ("hydra_joblib_launcher", "launchers"),
@@ -65,8 +68,12 @@ def check_launcher(line: CommandLine, conf: Path) -> None:
         raise ConfigError(f"{KEY}={name}: there is no sbatch and srun here; start it on a login node of the cluster")
 
 
-def check_counts(launcher: DictConfig) -> None:
-    """Raise ConfigError for a number of processes or minutes in `launcher` with which no job would ever run."""
+def check_values(launcher: DictConfig) -> None:
+    """Raise ConfigError for a number of processes or minutes in `launcher` with which no job would ever run.
+
+    One command as `setup` becomes a list of one.
+    """
+    one_as_list(launcher, _LISTS)
     for key in _COUNTS:
         value = launcher.get(key)
         if value is None:

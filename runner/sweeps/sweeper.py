@@ -29,7 +29,7 @@ from runner.overrides import CommandLine, unquoted
 from runner.reports.console import print_line
 from runner.reports.junit import is_directory
 from runner.results import FILE_NAME
-from runner.sweeps.launchers import check_counts, launch, one_line
+from runner.sweeps.launchers import check_values, launch, one_line
 from runner.sweeps.plan import PLAN_NAME, Job, Plan, good_result, plan_of, write_plan
 
 # Held by the process that runs the sweep; the system lets go of it when that process dies.
@@ -94,7 +94,7 @@ class _Sweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Make the launcher that the config names. Raises ConfigError for values with which it would run nothing."""
-        check_counts(config.hydra.launcher)
+        check_values(config.hydra.launcher)
         self.hydra_context, self.config = hydra_context, config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
