@@ -16,11 +16,12 @@ from runner.errors import ConfigError, printable
 from runner.tracking import worker as there
 from runner.tracking.base import RunIdentity, SavedView, WorkspaceBuilder, flat_config, run_id
 from runner.tracking.rows import Record, job_record
-from runner.tracking.worker import START_SECONDS, OpenedRun, RunPlan, Session, Worker, error_line
+from runner.tracking.worker import OpenedRun, RunPlan, Session, Worker, error_line
 
 P = ParamSpec("P")
 T = TypeVar("T")
 MODES = ("auto", "online", "offline")
+_START_SECONDS = 30.0  # for Python, wandb and its service to start, on a busy machine
 _NOT_IN_PROJECT = "/\\#?%:"
 # What WANDB_MODE may say, in W&B's words.
 _WANDB_MODES = {
@@ -43,7 +44,7 @@ class _Process:
             self.end_worker()
             self.worker = Worker(folder, mode)
         self.worker.messages.clear()
-        self.worker.ask(START_SECONDS + 5, there.start)
+        self.worker.ask(_START_SECONDS + 5, there.start, _START_SECONDS)
         return self.worker
 
     def end_worker(self) -> None:

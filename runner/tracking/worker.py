@@ -26,7 +26,6 @@ from runner.tracking.rows import AXES, Chart, Record
 
 P = ParamSpec("P")
 T = TypeVar("T")
-START_SECONDS = 30  # for Python, wandb and its service to start, on a busy machine
 FLUSH_SECONDS = 0.02  # between two writes of the run's file; a row not yet written is lost when the process is killed
 _LONGEST_FLUSH_SECONDS = 2.0
 
@@ -177,12 +176,12 @@ def error_line(error: BaseException) -> str:
     return printable(text)[:200]
 
 
-def start(session: Session) -> None:
-    """Import wandb and start its service. Raises what wandb raises."""
+def start(session: Session, seconds: float) -> None:
+    """Import wandb and start its service, which has `seconds` for that. Raises what wandb raises."""
     if session.wandb is None:
         import wandb
 
-        settings = wandb.Settings(silent=True, x_service_wait=START_SECONDS)
+        settings = wandb.Settings(silent=True, x_service_wait=seconds)
         wandb.setup(settings)
         wandb.termsetup(settings, session)
         session.wandb = wandb
