@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra.core.config_store import ConfigStore
@@ -32,16 +32,20 @@ def _mapping(file: Path) -> dict[str, object]:
     return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
 
 
+# A group of conf/: a node while Hydra composes, and in a task's hands what its `_target_` builds.
+Component: TypeAlias = Any
+
+
 @dataclass
 class CommonConfig:
-    """What every task has. `tracker` and the other groups are built from their `_target_`."""
+    """What every task has."""
 
     task: str = MISSING
     seed: int = 0
     verbose: bool = False
     output: str | None = None
     cache: str | None = None
-    tracker: Any = MISSING
+    tracker: Component = MISSING
 
 
 @dataclass
@@ -50,8 +54,8 @@ class CheckpointConfig(CommonConfig):
 
     ckpt: str = "demo"
     step: Any = None
-    family: Any = MISSING
-    format: Any = MISSING
+    family: Component = MISSING
+    format: Component = MISSING
 
 
 @dataclass
@@ -67,7 +71,7 @@ class ModelConfig(CheckpointConfig):
     tokenizer: str | None = None
     device: str = "auto"
     dtype: str = "float32"
-    data: Any = MISSING
+    data: Component = MISSING
 
 
 @dataclass
@@ -76,8 +80,8 @@ class DiagnoseConfig(ModelConfig):
 
     reference: str | None = None
     accuracy: bool = True
-    tier: Any = MISSING
-    verdict: Any = MISSING
+    tier: Component = MISSING
+    verdict: Component = MISSING
 
     def __post_init__(self) -> None:
         if isinstance(self.tier, Tier) and not self.tier.measures:
@@ -93,8 +97,8 @@ class TestConfig(ModelConfig):
     __test__ = False  # for pytest: no class of tests
 
     ckpt: str | None = None  # type: ignore[assignment]  # only here a checkpoint may be left out
-    tier: Any = MISSING
-    verdict: Any = MISSING
+    tier: Component = MISSING
+    verdict: Component = MISSING
     experts: int = 2
     keep: bool = False
     strict: bool = False
@@ -109,21 +113,21 @@ class TestConfig(ModelConfig):
 class ConvertConfig(CheckpointConfig):
     """`task=convert`."""
 
-    convert: Any = MISSING
+    convert: Component = MISSING
 
 
 @dataclass
 class MergeConfig(CommonConfig):
     """`task=merge`; all but `merge` is for `merge.verify=functional`, which runs the models."""
 
-    merge: Any = MISSING
+    merge: Component = MISSING
     base: str | None = None
     tokenizer: str | None = None
     device: str = "auto"
     dtype: str = "float32"
-    data: Any = MISSING
-    tier: Any = MISSING
-    verdict: Any = MISSING
+    data: Component = MISSING
+    tier: Component = MISSING
+    verdict: Component = MISSING
 
 
 @dataclass
@@ -145,13 +149,13 @@ class DiffConfig(CheckpointConfig):
 class TrainConfig(CommonConfig):
     """`task=train`; `family` chooses what is trained, and so the keys of `train`."""
 
-    family: Any = MISSING
+    family: Component = MISSING
     base: str | None = None
     tokenizer: str | None = None
     device: str = "auto"
     dtype: str = "float32"
-    data: Any = MISSING
-    train: Any = field(default_factory=dict)
+    data: Component = MISSING
+    train: Component = field(default_factory=dict)
 
 
 @dataclass
@@ -159,6 +163,17 @@ class SweepConfig(CommonConfig):
     """`task=compare` and `task=panels`; `sweep`: a directory or a list of several."""
 
     sweep: Any = None
+
+    def directories(self) -> list[Path]:
+        """The sweeps that are named. Raises ConfigError where none is."""
+        paths = [Path(str(path)).expanduser() for path in _as_list(self.sweep) if path]
+        if not paths:
+            raise ConfigError("sweep= is needed: the directory of a sweep, or a list of them: sweep=[A,B]")
+        return paths
+
+
+def _as_list(value: object) -> Sequence[object]:
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 TASKS: dict[str, type[CommonConfig]] = {

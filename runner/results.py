@@ -27,12 +27,13 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeAlias
 
 import runner
 from runner.errors import RunnerError
 
 FILE_NAME = "result.json"
+JsonObject: TypeAlias = dict[str, Any]
 _PACKAGES = ("torch", "transformers", "safetensors", "peft", "hydra-core", "omegaconf", "wandb")
 
 
@@ -50,18 +51,18 @@ class Result:
     family: str | None = None
     format: str | None = None
     tier: str | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
-    per_prompt: list[dict[str, Any]] = field(default_factory=list)
-    layers: list[dict[str, Any]] = field(default_factory=list)
-    progressive: list[dict[str, Any]] = field(default_factory=list)
-    generation: list[dict[str, Any]] = field(default_factory=list)
-    checks: list[dict[str, Any]] = field(default_factory=list)
+    metrics: JsonObject = field(default_factory=dict)
+    per_prompt: list[JsonObject] = field(default_factory=list)
+    layers: list[JsonObject] = field(default_factory=list)
+    progressive: list[JsonObject] = field(default_factory=list)
+    generation: list[JsonObject] = field(default_factory=list)
+    checks: list[JsonObject] = field(default_factory=list)
     overall: str | None = None
-    verdict: dict[str, Any] | None = None
+    verdict: JsonObject | None = None
     findings: list[str] = field(default_factory=list)
     timing: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
+    details: JsonObject = field(default_factory=dict)
     exit_code: int = 0  # of the process, not in the file: 1 where a task whose purpose it is found a failure
 
     @classmethod
@@ -69,7 +70,7 @@ class Result:
         """The result of a job that ended in `error`."""
         return cls(task=task, status="error", ckpt=ckpt, error={"type": type(error).__name__, "message": str(error)})
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The contract as plain JSON values."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("details", "exit_code")}
         kept = {name: value for name, value in values.items() if value not in (None, {}, [])}

@@ -40,7 +40,7 @@ from runner.overrides import CommandLine, quoted, spell
 from runner.reports.console import print_result
 from runner.results import FILE_NAME, Result
 from runner.tasks.context import Context
-from runner.tracking.base import NullTracker, RunIdentity, Tracker
+from runner.tracking.base import RunIdentity, Tracker
 
 log = logging.getLogger(__name__)
 # Tasks that log while they run, not only at the end.
@@ -133,7 +133,7 @@ def call(task: str, path: str | Path, **options: Any) -> dict[str, Any]:
     ):
         cfg = compose("config", overrides=overrides)
     with tempfile.TemporaryDirectory() as directory:
-        return _run(cfg, Path(directory), NullTracker()).to_dict()
+        return _run(cfg, Path(directory), Tracker()).to_dict()
 
 
 def setup() -> None:
@@ -145,7 +145,7 @@ def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tupl
     """Run the task, write the result, then tell the tracker. Returns result, exit code and where the tracker put it."""
     logging.captureWarnings(True)
     logging.raiseExceptions = False  # where the disk is full the result says so, not a traceback of the log
-    tracker: Tracker = NullTracker()
+    tracker: Tracker = Tracker()
     code = 0
     try:
         tracker = tracker_of(cfg)

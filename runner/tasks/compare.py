@@ -1,7 +1,5 @@
 """`task=compare`: the comparison of a sweep, or of several, made again."""
 
-from pathlib import Path
-
 from runner.comparison.comparison import read
 from runner.comparison.export import series_to_dict
 from runner.config import SweepConfig
@@ -18,9 +16,8 @@ def run(config: SweepConfig, context: Context) -> Result:
     They go into the sweep's directory, those of several sweeps into the run's own. Raises ConfigError for a directory
     that is no sweep, or that cannot be written.
     """
-    directories = [Path(path).expanduser() for path in _named(config.sweep)]
     with context.timed("read"):
-        comparison = read(directories)
+        comparison = read(config.directories())
     target = comparison.directories[0] if len(comparison.directories) == 1 else context.directory
     with context.timed("write"):
         written = write_files(comparison, target)
@@ -38,12 +35,3 @@ def run(config: SweepConfig, context: Context) -> Result:
             "files": {kind: str(path) for kind, path in written.files.items()},
         },
     )
-
-
-def _named(sweep: object) -> list[str]:
-    """The directories that `sweep=` names: one, or a list."""
-    named = sweep if isinstance(sweep, (list, tuple)) else [sweep]
-    paths = [str(path) for path in named if path]
-    if not paths:
-        raise ConfigError("sweep= is needed: the directory of a sweep, or a list of them: sweep=[A,B]")
-    return paths

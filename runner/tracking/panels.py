@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from runner.comparison.comparison import Comparison
 from runner.errors import ConfigError
 from runner.files.atomic import read_json, write_json
+from runner.results import JsonObject
 from runner.tracking.base import Tracker
 from runner.tracking.compare import FORECAST_STEP, endings, figures, group, layer_figures
 from runner.tracking.rows import STEP
@@ -82,7 +83,7 @@ def workspace(comparison: Comparison, *, entity: str, project: str) -> Any:
     )
 
 
-def as_json(made: Any) -> dict[str, Any]:
+def as_json(made: Any) -> JsonObject:
     """The workspace as W&B stores it: entity, project, name, and the `spec` of its sections and panels."""
     view = made._to_model()  # the library has no public way to what its save() sends
     spec = view.spec.model_dump(by_alias=True, exclude_none=True, mode="json")
@@ -175,7 +176,7 @@ def _comparisons(comparison: Comparison) -> list[Any]:
     ]
 
 
-def keep(comparison: Comparison, tracker: Tracker, path: Path) -> dict[str, Any]:
+def keep(comparison: Comparison, tracker: Tracker, path: Path) -> JsonObject:
     """Write the workspace to `path`, and save it where `tracker` is online: a new one, or the one saved from there
     before. Returns what the file holds. Raises OSError.
     """
@@ -189,7 +190,7 @@ def keep(comparison: Comparison, tracker: Tracker, path: Path) -> dict[str, Any]
     return kept
 
 
-def _build(comparison: Comparison, earlier: Mapping[str, Any], entity: str, project: str) -> tuple[Any, dict[str, Any]]:
+def _build(comparison: Comparison, earlier: JsonObject, entity: str, project: str) -> tuple[Any, JsonObject]:
     """The workspace to save, in the place of the `earlier` one where it was saved in the same project."""
     made = workspace(comparison, entity=entity, project=project)
     if (earlier.get("entity"), earlier.get("project")) == (entity, project):
@@ -208,7 +209,7 @@ def _in_place(made: Any, url: str) -> Any:
     return saved
 
 
-def _earlier(path: Path) -> dict[str, Any]:
+def _earlier(path: Path) -> JsonObject:
     """Where the workspace of the file at `path` is saved: its entity, project and view; {} where it is not."""
     try:
         content = read_json(path)

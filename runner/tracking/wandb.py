@@ -10,13 +10,14 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from runner.errors import ConfigError, printable
+from runner.results import JsonObject
 from runner.tracking import worker as there
-from runner.tracking.base import RunIdentity, SavedView, WorkspaceBuilder, flat_config, run_id
+from runner.tracking.base import RunIdentity, SavedView, Tracker, WorkspaceBuilder, flat_config, run_id
 from runner.tracking.rows import Record, job_record
-from runner.tracking.worker import OpenedRun, RunPlan, Session, Worker, error_line
+from runner.tracking.worker import OpenedRun, Session, Worker, error_line
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -58,7 +59,7 @@ _PROCESS = _Process()
 
 
 @dataclass(kw_only=True, eq=False)
-class WandbTracker:
+class WandbTracker(Tracker):
     """One run in W&B for each job.
 
     `mode`: online, offline, or auto: WANDB_MODE where it is set, else online where a credential is found.
@@ -74,8 +75,6 @@ class WandbTracker:
     dir: str = "outputs/wandb"
     init_timeout: float = 15
     finish_timeout: float = 60
-    warnings: list[str] = field(default_factory=list, init=False)
-    location: str | None = field(default=None, init=False)
     _identity: RunIdentity | None = field(default=None, init=False, repr=False)
     _worker: Worker | None = field(default=None, init=False, repr=False)
     _run: OpenedRun | None = field(default=None, init=False, repr=False)
@@ -95,7 +94,7 @@ class WandbTracker:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ConfigError(f"tracker.{key} must be a number of seconds above 0, not {value!r}")
 
-    def start(self, identity: RunIdentity, config: Mapping[str, Any]) -> None:
+    def start(self, identity: RunIdentity, config: JsonObject) -> None:
         """Begin a run, online or offline as `mode` says; offline too where the server does not answer."""
         if _PROCESS.open_run is not None:
             _PROCESS.open_run.finish(exit_code=1)  # a job of this process that ended without its own call
@@ -104,10 +103,10 @@ class WandbTracker:
             return
         self._identity = identity
         try:
-            plan = self._plan(identity, config)
+            options = self._options(identity, config)
             offline = mode == "offline" or _PROCESS.unreachable
-            if offline or not self._opened_online(plan, mode):
-                self._open(plan, "offline")
+            if offline or not self._opened_online(options, mode):
+                self._open(options, "offline")
         except Exception as error:
             self.warnings.append(f"W&B: this run is not logged there ({error_line(error)})")
 
@@ -115,7 +114,7 @@ class WandbTracker:
         """Log one live row."""
         self._attempt(there.log_row, row)
 
-    def record(self, result: Mapping[str, Any], record: Record | None = None) -> None:
+    def record(self, result: JsonObject, record: Record | None = None) -> None:
         """Log a finished result; what was logged is on the disk when this returns."""
         if self._identity is None:
             return
@@ -177,26 +176,25 @@ class WandbTracker:
         folder = Path(self.dir).expanduser().absolute()
         return folder if folder.name == "wandb" else folder / "wandb"
 
-    def _plan(self, identity: RunIdentity, config: Mapping[str, Any]) -> RunPlan:
+    def _options(self, identity: RunIdentity, config: JsonObject) -> JsonObject:
+        """What `wandb.init` is told about the run. Raises OSError where its folder cannot be written."""
         folder = self._folder()
-        return RunPlan(
-            project=self.project,
-            entity=self.entity,
-            name=self.name or identity.name,
-            group=identity.series,
-            job_type=identity.task,
-            tags=identity.tags,
-            identifier=claim_id(folder, run_id(identity, config)),
-            folder=folder,
-            config=flat_config(identity, config),
-            init_timeout=self.init_timeout,
-            finish_timeout=self.finish_timeout,
-        )
+        return {
+            "project": self.project,
+            "entity": self.entity,
+            "name": self.name or identity.name,
+            "group": identity.series,
+            "job_type": identity.task,
+            "tags": identity.tags,
+            "id": claim_id(folder, run_id(identity, config)),
+            "dir": str(folder.parent),
+            "config": flat_config(identity, config),
+        }
 
-    def _opened_online(self, plan: RunPlan, mode: str) -> bool:
+    def _opened_online(self, options: JsonObject, mode: str) -> bool:
         """Whether a run is open now. Where the server did not answer, this process does not ask it again."""
         try:
-            run = self._open(plan, mode)
+            run = self._open(options, mode)
             if mode == "online" and run.offline:
                 self.warnings.append("W&B: logged offline, no credential (WANDB_API_KEY, or `wandb login`)")
             return True
@@ -204,19 +202,24 @@ class WandbTracker:
             _PROCESS.end_worker()
             _PROCESS.unreachable = True
             self.warnings.append(f"W&B: logged offline, the server could not be used ({error_line(error)})")
-        for leftover in plan.folder.glob(f"run-*-{plan.identifier}"):
+        for leftover in self._folder().glob(f"run-*-{options['id']}"):
             shutil.rmtree(leftover, ignore_errors=True)  # an empty run, which viewers would show beside the real one
         return False
 
-    def _open(self, plan: RunPlan, mode: str) -> OpenedRun:
-        worker = _PROCESS.started(plan.folder, mode)
+    def _open(self, options: JsonObject, mode: str) -> OpenedRun:
+        worker = _PROCESS.started(self._folder(), mode)
         if mode != "offline":  # without a credential wandb itself would ask for one, and wait
-            mode = "online" if worker.ask(plan.init_timeout, there.has_credential) else "offline"
+            mode = "online" if worker.ask(self.init_timeout, there.has_credential) else "offline"
         # wandb keeps to init_timeout by itself, unless its service hangs
-        run = worker.ask(plan.init_timeout + 5, there.open_run, plan, mode)
-        self._worker, self._run = worker, run
+        run = worker.ask(
+            self.init_timeout + 5,
+            there.open_run,
+            {**options, "mode": mode},
+            self.init_timeout,
+            self.finish_timeout,
+        )
+        self._worker, self._run, _PROCESS.open_run = worker, run, self
         self.location = run.url or self._on_disk(run)
-        _PROCESS.open_run = self
         return run
 
     def _attempt(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **options: P.kwargs) -> T | None:

@@ -21,6 +21,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import psutil
 
 from runner.errors import printable
+from runner.results import JsonObject
 from runner.tracking.base import SavedView
 from runner.tracking.rows import AXES, Chart, Record
 
@@ -32,23 +33,6 @@ _LONGEST_FLUSH_SECONDS = 2.0
 
 class WandbError(Exception):
     """What wandb raised, on one line, without the advice that follows its first."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """What a run is called, where it is kept (`folder`, whose last part is `wandb`), and how long W&B may take."""
-
-    project: str
-    entity: str | None
-    name: str
-    group: str | None
-    job_type: str
-    tags: tuple[str, ...]
-    identifier: str
-    folder: Path
-    config: Mapping[str, Any]
-    init_timeout: float
-    finish_timeout: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +178,8 @@ def has_credential(session: Session) -> bool:
     return found
 
 
-def open_run(session: Session, plan: RunPlan, mode: str) -> OpenedRun:
-    """Begin a run, "online" or "offline", with its axes defined. Raises what wandb raises."""
+def open_run(session: Session, options: JsonObject, init_timeout: float, finish_timeout: float) -> OpenedRun:
+    """Begin a run with its axes defined; `options` are those of `wandb.init`. Raises what wandb raises."""
     settings = session.wandb.Settings(  # a new object each time: wandb changes the one that it is given
         console="off",
         silent=True,
@@ -204,28 +188,15 @@ def open_run(session: Session, plan: RunPlan, mode: str) -> OpenedRun:
         x_disable_stats=True,
         x_disable_meta=True,
         x_disable_machine_info=True,
-        init_timeout=plan.init_timeout,
-        finish_timeout=plan.finish_timeout,
+        init_timeout=init_timeout,
+        finish_timeout=finish_timeout,
         finish_timeout_raises=True,
         x_transaction_log_flush_interval=FLUSH_SECONDS,
         use_dot_wandb=False,
     )
-    session.run = run = session.wandb.init(
-        project=plan.project,
-        entity=plan.entity,
-        group=plan.group,
-        job_type=plan.job_type,
-        name=plan.name,
-        tags=plan.tags,
-        id=plan.identifier,
-        dir=str(plan.folder.parent),
-        mode=mode,
-        config=dict(plan.config),
-        reinit="finish_previous",
-        settings=settings,
-    )
+    session.run = run = session.wandb.init(**options, reinit="finish_previous", settings=settings)
     _define_axes(run, AXES)
-    return OpenedRun(offline=run.offline, path=Path(run.settings.sync_dir), url=run.url if mode == "online" else None)
+    return OpenedRun(offline=run.offline, path=Path(run.settings.sync_dir), url=None if run.offline else run.url)
 
 
 def log_row(session: Session, row: Mapping[str, float]) -> None:
@@ -299,7 +270,7 @@ def finish_run(session: Session, exit_code: int) -> None:
 
 
 def save_view(
-    session: Session, build: Callable[[str, str], tuple[Any, dict[str, Any]]], entity: str | None, project: str
+    session: Session, build: Callable[[str, str], tuple[Any, JsonObject]], entity: str | None, project: str
 ) -> SavedView:
     """Save the workspace that `build(entity, project)` makes; no entity: that of WANDB_ENTITY, or the user's own."""
     wandb = session.wandb

@@ -91,7 +91,7 @@ def test_without_the_extra_it_is_said_and_there_are_no_panels(
 
 
 def test_with_no_tracker_nothing_is_said_of_wandb(finished: Comparison, capfd: pytest.CaptureFixture[str]) -> None:
-    end_of_sweep(finished, "base.NullTracker")
+    end_of_sweep(finished, "base.Tracker")
     assert capfd.readouterr() == ("", "")
     assert not (finished.directories[0] / "panels.json").exists()
 

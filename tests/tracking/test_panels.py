@@ -11,7 +11,7 @@ from server import Server
 
 from runner.comparison.comparison import Comparison, read
 from runner.tracking import wandb as wandb_module
-from runner.tracking.base import NullTracker
+from runner.tracking.base import Tracker
 from runner.tracking.compare import comparison_record
 from runner.tracking.panels import keep
 from runner.tracking.wandb import WandbTracker
@@ -37,7 +37,7 @@ def section(kept: dict[str, Any], name: str) -> list[dict[str, Any]]:
 def test_a_sweep_has_all_kinds_of_panels_over_flat_keys_that_its_runs_log(
     comparison: Comparison, tmp_path: Path
 ) -> None:
-    kept = keep(comparison, NullTracker(), tmp_path / "panels.json")
+    kept = keep(comparison, Tracker(), tmp_path / "panels.json")
     assert kept["name"] == "runner: sweep-1"
     assert "view" not in kept
     curves = [panel["config"] for panel in section(kept, "Checkpoints")]
@@ -65,7 +65,7 @@ def test_several_series_are_lines_of_one_plot_each_with_what_it_has(tmp_path: Pa
         write_job(
             tmp_path / "s=1 +", number, "x", result("/r/checkpoint-1", 0.5, tier=tier), ckpt="/r", tier={"name": tier}
         )
-    kept = keep(read(tmp_path / "s=1 +"), NullTracker(), tmp_path / "panels.json")
+    kept = keep(read(tmp_path / "s=1 +"), Tracker(), tmp_path / "panels.json")
     mse = section(kept, "Checkpoints")[0]["config"]
     assert (mse["metrics"], mse.get("groupBy")) == (["eval/mse/quick", "eval/mse/full"], None)
     assert section(kept, "Layers")[0]["config"]["metrics"] == ["layer_mse/1/full", "layer_mse/2/full"]
@@ -79,7 +79,7 @@ def test_figures_over_text_have_a_curve_of_their_own(tmp_path: Path) -> None:
     comparison = read(tmp_path / "s")
     keys = [
         key
-        for panel in section(keep(comparison, NullTracker(), tmp_path / "p.json"), "Checkpoints")
+        for panel in section(keep(comparison, Tracker(), tmp_path / "p.json"), "Checkpoints")
         for key in panel["config"]["metrics"]
     ]
     assert keys[-1] == "eval/text_ppl_ratio"
@@ -88,7 +88,7 @@ def test_figures_over_text_have_a_curve_of_their_own(tmp_path: Path) -> None:
 
 def test_a_sweep_without_curves_has_panels_too(tmp_path: Path) -> None:
     write_job(tmp_path / "s", 0, "x", None)
-    kept = keep(read(tmp_path / "s"), NullTracker(), tmp_path / "panels.json")
+    kept = keep(read(tmp_path / "s"), Tracker(), tmp_path / "panels.json")
     assert [each["name"] for each in kept["spec"]["section"]["panelBankConfig"]["sections"]] == ["Comparison"]
 
 
