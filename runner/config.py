@@ -64,14 +64,19 @@ class InspectConfig(CheckpointConfig):
 
 
 @dataclass
-class ModelConfig(CheckpointConfig):
-    """What every task that runs a checkpoint's model has."""
+class RunningConfig(CommonConfig):
+    """What every task that runs models has."""
 
     base: str | None = None
     tokenizer: str | None = None
     device: str = "auto"
     dtype: str = "float32"
     data: Component = MISSING
+
+
+@dataclass
+class ModelConfig(CheckpointConfig, RunningConfig):
+    """What every task that runs a checkpoint's model has."""
 
 
 @dataclass
@@ -117,15 +122,10 @@ class ConvertConfig(CheckpointConfig):
 
 
 @dataclass
-class MergeConfig(CommonConfig):
+class MergeConfig(RunningConfig):
     """`task=merge`; all but `merge` is for `merge.verify=functional`, which runs the models."""
 
     merge: Component = MISSING
-    base: str | None = None
-    tokenizer: str | None = None
-    device: str = "auto"
-    dtype: str = "float32"
-    data: Component = MISSING
     tier: Component = MISSING
     verdict: Component = MISSING
 
@@ -146,15 +146,10 @@ class DiffConfig(CheckpointConfig):
 
 
 @dataclass
-class TrainConfig(CommonConfig):
+class TrainConfig(RunningConfig):
     """`task=train`; `family` chooses what is trained, and so the keys of `train`."""
 
     family: Component = MISSING
-    base: str | None = None
-    tokenizer: str | None = None
-    device: str = "auto"
-    dtype: str = "float32"
-    data: Component = MISSING
     train: Component = field(default_factory=dict)
 
 

@@ -166,4 +166,4 @@ def _has_accounting() -> bool:
     if shutil.which("sacct") is None:
         return False
     asked = subprocess.run(["sacct", "-n", "-j", "1"], capture_output=True, text=True, check=False, timeout=60)
-    return asked.returncode == 0 and "disabled" not in asked.stderr
+    return asked.returncode == 0

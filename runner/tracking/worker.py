@@ -17,6 +17,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
+from weakref import finalize
 
 import psutil
 
@@ -65,6 +66,7 @@ class Worker:
             start_new_session=True,  # Ctrl-C in a terminal is for us
         )
         theirs.close()
+        self._end = finalize(self, _end, self._pipe, self._process)
 
     def fits(self, folder: Path, mode: str) -> bool:
         """Whether a new worker would be like this one, and this one lives."""
@@ -96,12 +98,17 @@ class Worker:
 
     def kill(self) -> None:
         """End the worker and wandb's service, also one that hangs."""
-        self._pipe.close()
-        with suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(self._process.pid).children(recursive=True):
-                process.kill()
-        self._process.kill()
-        self._process.wait()
+        self._end()
+
+
+def _end(pipe: Connection, process: "subprocess.Popen[bytes]") -> None:
+    pipe.close()
+    with suppress(psutil.NoSuchProcess):
+        for below in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                below.kill()
+    process.kill()
+    process.wait()
 
 
 def _environment(folder: Path, mode: str) -> dict[str, str]:

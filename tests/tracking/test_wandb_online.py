@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -185,5 +186,9 @@ def test_a_service_that_dies_or_hangs(
 
 def services() -> list[int]:
     """Process ids of the wandb services that this process has started, itself or through wandb's own process."""
-    below = psutil.Process().children(recursive=True)
-    return [process.pid for process in below if "wandb-core" in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "wandb-core" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
