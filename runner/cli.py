@@ -8,13 +8,16 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
-from runner.errors import ConfigError, RunnerError, did_you_mean, printable
+from runner.errors import ConfigError, RunnerError, printable
 from runner.installation import config_directory
 from runner.overrides import CommandLine, parse
 
 INTERRUPTED = 130
+# Hydra shows one thing at a time, and that of one run.
+_SHOWING = ("--cfg", "-c", "--info", "-i", "-sc")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -53,9 +56,8 @@ def _run(line: CommandLine) -> int:
 
     runs.setup()
     use_own_configs(config_directory())
-    if {"--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "-sc"} & set(line.flags):
-        _check_choices(line)
-        _check_commands(line)
+    if {"--hydra-help", "--version", *_SHOWING} & set(line.flags):
+        _check(line)
         runs.hand_to_hydra(line, runs.job)
         return 0
     from runner.sweeps.expand import expand, resume
@@ -63,7 +65,7 @@ def _run(line: CommandLine) -> int:
     resumed = None
     if line.get("resume") is not None:
         line, resumed = resume(line)
-    _check_choices(line)
+    _check(line)
     check_launcher(line, config_directory())
     if resumed is None:
         line = expand(line, demo_run=lambda: _demo_run(line))
@@ -74,30 +76,18 @@ def _run(line: CommandLine) -> int:
     return runs.run_once(line)
 
 
-def _check_choices(line: CommandLine) -> None:
-    """A fixed key, or an unknown task, tier, …, is answered before anything is composed."""
+def _check(line: CommandLine) -> None:
+    """What Hydra would not answer, or not in a line: a fixed key, a directory that is not there, two things to show."""
     from runner.config import FIXED_KEYS
 
     for key, _ in line.overrides:
         if key.lstrip("+~").partition(".")[0] in FIXED_KEYS:
             raise ConfigError(f"{key} is fixed, so that verdicts compare; its values stand in conf/verdict.yaml")
-    extra = [Path(line.flags[i + 1]) for i, flag in enumerate(line.flags[:-1]) if flag in ("--config-dir", "-cd")]
-    if absent := [path for path in extra if not path.is_dir()]:
-        raise ConfigError(f"--config-dir {absent[0]}: no such directory")
-    groups = [path for root in (config_directory(), *extra) for path in root.iterdir() if path.is_dir()]
-    for key, value in line.overrides:
-        choices = sorted({f.stem for g in groups if g.name == key for f in g.glob("*.yaml")})
-        if not choices or value is None or value == "null":
-            continue
-        for choice in value.split(",") if line.multirun else [value]:
-            if choice not in choices:
-                raise ConfigError(f"{key}={choice} is no {key}{did_you_mean(choice, choices)}")
-
-
-def _check_commands(line: CommandLine) -> None:
-    """Hydra shows one thing at a time, and that of one run."""
-    given = [flag for flag in line.flags if flag in ("--multirun", "-m", "--cfg", "-c", "--info", "-i", "-sc")]
-    if len(set(given)) > 1:
+    for flag, value in pairwise(line.flags):
+        if flag in ("--config-dir", "-cd") and not Path(value).is_dir():
+            raise ConfigError(f"--config-dir {value}: no such directory")
+    given = [flag for flag in line.flags if flag in ("--multirun", "-m", *_SHOWING)]
+    if len(set(given)) > 1 and set(given) & set(_SHOWING):
         raise ConfigError(f"{' and '.join(given)} do not go together: --cfg and --info show one run")
 
 

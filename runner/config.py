@@ -343,7 +343,7 @@ def refused(error: Exception, task: str, given: Mapping[str, str | None], *, mul
             return ConfigError(f"family={choice} cannot be trained; choose {' or '.join(error.options or ())}")
         return ConfigError(f"{group}={choice} is no {group}{did_you_mean(choice, error.options or ())}")
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"{error.override}: cannot be read: {error.message}")
+        return ConfigError(f"{error.override}: cannot be read: {error.message.splitlines()[0]}")
     cause = error.__cause__ or error
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         node = str(cause.full_key)
