@@ -13,14 +13,14 @@ from runner.errors import printable
 from runner.overrides import CommandLine
 from runner.reports.compare import print_comparison, write_files
 from runner.run import hand_to_hydra, sweep_job, tracker_of
-from runner.sweeps.plan import Plan
+from runner.sweeps.plan import SweepPlan
 from runner.sweeps.sweeper import Sweep, register
 from runner.tracking.base import Tracker
 from runner.tracking.compare import log_comparison
 from runner.tracking.panels import HOW_TO_INSTALL, installed
 
 
-def run_sweep(line: CommandLine, resumed: Plan | None) -> int:
+def run_sweep(line: CommandLine, resumed: SweepPlan | None) -> int:
     """Run a sweep, then compare what its jobs left; the exit code. Ctrl-C says what is kept and how to go on."""
     sweep = Sweep(line=line, resumed=resumed)
     register(sweep)
@@ -73,18 +73,18 @@ def record(comparison: Comparison, directory: Path, config: DictConfig) -> None:
         log_comparison(comparison, tracker)
         if tracker.location:
             print(f"W&B: {printable(tracker.location)}")
-            _keep_panels(comparison, tracker, directory)
+            _write_panels(comparison, tracker, directory)
     except Exception as error:  # also of a library that is not ours
         warnings.append(f"W&B: the comparison is not all there ({type(error).__name__}: {error})")
     for warning in warnings:
         print(f"runner: warning: {printable(warning)}", file=sys.stderr)
 
 
-def _keep_panels(comparison: Comparison, tracker: Tracker, directory: Path) -> None:
+def _write_panels(comparison: Comparison, tracker: Tracker, directory: Path) -> None:
     if not installed():
         print(f"Panels: none; {HOW_TO_INSTALL} adds them")
         return
-    from runner.tracking.panels import FILE_NAME, keep
+    from runner.tracking.panels import FILE_NAME, write_panels
 
-    kept = keep(comparison, tracker, directory / FILE_NAME)
-    print(f"Panels: {printable(kept['view']['url'] if 'view' in kept else directory / FILE_NAME)}")
+    written = write_panels(comparison, tracker, directory / FILE_NAME)
+    print(f"Panels: {printable(written['view']['url'] if 'view' in written else directory / FILE_NAME)}")

@@ -10,7 +10,7 @@ from runner.checkpoints.runs import Run, find_run, select, spell, step_in_name
 from runner.checks.detected import several
 from runner.errors import ConfigError
 from runner.overrides import CommandLine, parse, quoted, split_list, unquoted
-from runner.sweeps.plan import Plan, read_plan
+from runner.sweeps.plan import SweepPlan, read_plan
 
 # Tasks that go over every checkpoint of a run when no step is named.
 OVER_RUNS = ("diagnose", "test")
@@ -170,7 +170,7 @@ def _expand_glob(line: CommandLine, pattern: str) -> CommandLine:
     return replace(line, overrides=overrides)
 
 
-def resume(line: CommandLine) -> tuple[CommandLine, Plan]:
+def resume(line: CommandLine) -> tuple[CommandLine, SweepPlan]:
     """The command line of the sweep that `line` names with resume=, and its plan.
 
     Launchers may be given anew. Raises ConfigError for a directory that is no sweep, and for an option that differs

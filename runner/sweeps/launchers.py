@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from runner.config import one_as_list
 from runner.errors import ConfigError, did_you_mean, printable
 from runner.overrides import CommandLine, quoted
-from runner.sweeps.plan import Job
+from runner.sweeps.plan import PlannedJob
 
 KEY = "hydra/launcher"
 # Of the launchers in conf/: processes or jobs at a time, and a job's time in minutes.
@@ -84,7 +84,7 @@ def check_values(launcher: DictConfig) -> None:
             raise ConfigError(f"hydra.launcher.{key}={value}: give a whole number of at least 1{alternative}")
 
 
-def launch(launcher: Launcher, jobs: Sequence[Job]) -> list[str | None]:
+def launch(launcher: Launcher, jobs: Sequence[PlannedJob]) -> list[str | None]:
     """Run `jobs`; for each why it left no result, where the launcher knows. Raises what the launcher raises."""
     overrides = [[*job.overrides, f"hydra.sweep.subdir={quoted(job.directory)}"] for job in jobs]
     outcomes: Sequence[JobReturn | str]

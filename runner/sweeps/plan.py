@@ -34,7 +34,7 @@ _LONGEST_TAG = 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PlannedJob:
     """One job of a sweep; `directory` is a name inside the sweep's directory."""
 
     number: int
@@ -44,21 +44,21 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class SweepPlan:
     """What a sweep was meant to do."""
 
     task: str
     command: tuple[str, ...]
     cwd: str
     launcher: str
-    jobs: tuple[Job, ...]
+    jobs: tuple[PlannedJob, ...]
 
-    def with_reasons(self, reasons: Mapping[int, str]) -> "Plan":
+    def with_reasons(self, reasons: Mapping[int, str]) -> "SweepPlan":
         """The same plan; each job that `reasons` names by its number has that reason, the others have none."""
         return replace(self, jobs=tuple(replace(job, reason=reasons.get(job.number)) for job in self.jobs))
 
 
-def write_plan(plan: Plan, directory: Path) -> None:
+def write_plan(plan: SweepPlan, directory: Path) -> None:
     """Write `sweep.json`, atomically. Raises OSError."""
     jobs = [
         {"number": job.number, "directory": job.directory, "overrides": list(job.overrides)}
@@ -69,7 +69,7 @@ def write_plan(plan: Plan, directory: Path) -> None:
     write_json(directory / PLAN_NAME, {**content, "launcher": plan.launcher, "jobs": jobs})
 
 
-def read_plan(directory: Path) -> Plan:
+def read_plan(directory: Path) -> SweepPlan:
     """The plan of the sweep in `directory`. Raises ConfigError where there is none, or it cannot be read."""
     path = directory / PLAN_NAME
     if not directory.is_dir():
@@ -81,7 +81,7 @@ def read_plan(directory: Path) -> Plan:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     try:
-        return Plan(
+        return SweepPlan(
             task=str(content["task"]),
             command=_words(content["command"]),
             cwd=str(content["cwd"]),
@@ -92,12 +92,14 @@ def read_plan(directory: Path) -> Plan:
         raise ConfigError(f"{path}: is not what runner writes ({type(error).__name__}: {error})") from error
 
 
-def _job(content: Mapping[str, Any], index: int) -> Job:
+def _job(content: Mapping[str, Any], index: int) -> PlannedJob:
     number, directory, reason = content["number"], content["directory"], content.get("reason")
     if number != index or Path(directory).name != directory or directory in ("", ".", ".."):
         raise ValueError(f"job {index} has the number {number!r} and the directory {directory!r}")
     overrides = _words(content["overrides"])
-    return Job(number=index, directory=directory, overrides=overrides, reason=None if reason is None else str(reason))
+    return PlannedJob(
+        number=index, directory=directory, overrides=overrides, reason=None if reason is None else str(reason)
+    )
 
 
 def _words(content: Sequence[Any]) -> tuple[str, ...]:
@@ -115,7 +117,7 @@ def good_result(directory: Path) -> dict[str, Any] | None:
     return result if isinstance(result, dict) and result.get("status") == "ok" else None
 
 
-def plan_of(config: DictConfig, arguments: list[str], loader: ConfigLoader, line: CommandLine) -> Plan:
+def plan_of(config: DictConfig, arguments: list[str], loader: ConfigLoader, line: CommandLine) -> SweepPlan:
     """The jobs of the sweep that Hydra composed `config` for: the product of all values in its `arguments`, in order.
 
     Raises ConfigError for a sweep over what is no list, such as interval(0,1).
@@ -127,8 +129,8 @@ def plan_of(config: DictConfig, arguments: list[str], loader: ConfigLoader, line
     jobs = []
     for number, chosen in enumerate(product(*choices)):
         directory = f"{number}_{_tag(dict(chosen), swept, config)}"
-        jobs.append(Job(number=number, directory=directory, overrides=tuple(f"{k}={v}" for k, v in chosen)))
-    return Plan(
+        jobs.append(PlannedJob(number=number, directory=directory, overrides=tuple(f"{k}={v}" for k, v in chosen)))
+    return SweepPlan(
         task=str(config.task),
         command=(*line.flags, *(key if value is None else f"{key}={value}" for key, value in line.overrides)),
         cwd=str(Path.cwd()),

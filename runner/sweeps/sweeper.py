@@ -30,7 +30,7 @@ from runner.reports.console import print_line
 from runner.reports.junit import is_directory
 from runner.results import FILE_NAME
 from runner.sweeps.launchers import check_values, launch, one_line
-from runner.sweeps.plan import PLAN_NAME, Job, Plan, good_result, plan_of, write_plan
+from runner.sweeps.plan import PLAN_NAME, PlannedJob, SweepPlan, good_result, plan_of, write_plan
 
 # Held by the process that runs the sweep; the system lets go of it when that process dies.
 LOCK_NAME = ".lock"
@@ -50,8 +50,8 @@ class Sweep:
     """
 
     line: CommandLine
-    resumed: Plan | None = None
-    plan: Plan | None = None
+    resumed: SweepPlan | None = None
+    plan: SweepPlan | None = None
     directory: Path | None = None
     config: DictConfig | None = None
     reasons: dict[int, str] = field(default_factory=dict)
@@ -125,12 +125,12 @@ class _Sweeper(Sweeper):
             size = self.max_batch_size or len(plan.jobs)
             try:
                 for first in range(0, len(plan.jobs), size):
-                    run(state, self.launcher, plan.jobs[first : first + size])
+                    run_jobs(state, self.launcher, plan.jobs[first : first + size])
             finally:
-                keep_reasons(state)
+                write_reasons(state)
 
 
-def run(sweep: Sweep, launcher: Launcher, jobs: Sequence[Job]) -> None:
+def run_jobs(sweep: Sweep, launcher: Launcher, jobs: Sequence[PlannedJob]) -> None:
     """Run those of `jobs` without a good result; where the launcher breaks, those that it had not started again."""
     assert sweep.plan is not None
     assert sweep.directory is not None
@@ -151,7 +151,7 @@ def run(sweep: Sweep, launcher: Launcher, jobs: Sequence[Job]) -> None:
                 break
 
 
-def keep_reasons(sweep: Sweep) -> None:
+def write_reasons(sweep: Sweep) -> None:
     """Write into the plan why jobs left no result, where that is known or was and has changed."""
     assert sweep.plan is not None
     assert sweep.directory is not None
@@ -177,7 +177,7 @@ def _held(directory: Path) -> Iterator[None]:
         raise ConfigError(f"{directory}: another runner is at work on this sweep; wait for it, or stop it") from error
 
 
-def _check_outputs(config: DictConfig, plan: Plan, directory: Path) -> None:
+def _check_outputs(config: DictConfig, plan: SweepPlan, directory: Path) -> None:
     """Raise ConfigError where a new sweep would take another's results for its own, or its jobs one file for theirs."""
     if (directory / PLAN_NAME).exists():
         raise ConfigError(
@@ -212,7 +212,7 @@ def _modified(file: Path) -> int | None:
 
 
 @contextmanager
-def _watched(plan: Plan, directory: Path) -> Iterator[None]:
+def _watched(plan: SweepPlan, directory: Path) -> Iterator[None]:
     """Within the block, report each job of `plan` whose result arrives in `directory`, whichever process wrote it."""
     out = Console()
     console = out if out.is_terminal else Console(stderr=True)
@@ -249,7 +249,7 @@ def _watched(plan: Plan, directory: Path) -> Iterator[None]:
             thread.join()
 
 
-def _report(job: Job, directory: Path, console: Console) -> bool:
+def _report(job: PlannedJob, directory: Path, console: Console) -> bool:
     """Print one job's result; False where it cannot be read (again)."""
     try:
         result = read_json(directory / job.directory / FILE_NAME)

@@ -5,7 +5,7 @@ from runner.config import SweepConfig
 from runner.errors import ConfigError
 from runner.results import Result, versions
 from runner.tasks.context import Context
-from runner.tracking.panels import FILE_NAME, check_installed, keep
+from runner.tracking.panels import FILE_NAME, check_installed, write_panels
 
 _NOT_SAVED = "not saved in W&B, where runs are not online now; task=panels saves it once they are"
 
@@ -22,20 +22,20 @@ def run(config: SweepConfig, context: Context) -> Result:
     path = (directories[0] if len(directories) == 1 else context.directory) / FILE_NAME
     try:
         with context.timed("panels"):
-            kept = keep(comparison, context.tracker, path)
+            written = write_panels(comparison, context.tracker, path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
-    sections = kept["spec"]["section"]["panelBankConfig"]["sections"]
+    sections = written["spec"]["section"]["panelBankConfig"]["sections"]
     return Result(
         task="panels",
-        findings=[] if "view" in kept else [_NOT_SAVED],
+        findings=[] if "view" in written else [_NOT_SAVED],
         timing=context.timing,
         versions=versions(),
         details={
             "sweep": [str(directory) for directory in directories],
-            "workspace": kept["name"],
+            "workspace": written["name"],
             "sections": {section["name"]: len(section["panels"]) for section in sections},
             "file": str(path),
-            "url": kept.get("view", {}).get("url"),
+            "url": written.get("view", {}).get("url"),
         },
     )

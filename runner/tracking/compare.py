@@ -16,7 +16,7 @@ from runner.comparison.jobs import Job
 from runner.comparison.series import Series
 from runner.results import JsonObject
 from runner.tracking.base import RunIdentity, Tracker
-from runner.tracking.rows import LAYER_FIGURES, STEP, Chart, Record, Table, cell, eval_row, is_number, numbers
+from runner.tracking.rows import LAYER_FIGURES, STEP, Chart, LoggedTable, Record, cell, eval_row, is_number, numbers
 
 # Of the estimate's curve, which goes on beyond the last checkpoint.
 FORECAST_STEP = "forecast/step"
@@ -98,7 +98,7 @@ def _band(series: Series, end: str) -> list[dict[str, float]]:
     return [row for row in rows if all(map(is_number, row.values()))]
 
 
-def _checkpoints(comparison: Comparison) -> Table:
+def _checkpoints(comparison: Comparison) -> LoggedTable:
     """One row a job, those without a result too."""
     labels = {(job.sweep, job.name): series.label for series in comparison.series for job in series.jobs}
     metrics = [dict(numbers(job.metrics)) for job in comparison.jobs]
@@ -119,7 +119,7 @@ def _checkpoints(comparison: Comparison) -> Table:
         }
         first, last = ([cell(known[name]) for name in names] for names in (_JOB_COLUMNS, _LAST_COLUMNS))
         rows.append([*first, *(own.get(column) for column in columns), *last])
-    return Table(columns=[*_JOB_COLUMNS, *columns, *_LAST_COLUMNS], rows=rows)
+    return LoggedTable(columns=[*_JOB_COLUMNS, *columns, *_LAST_COLUMNS], rows=rows)
 
 
 def _charts(series: Sequence[Series]) -> dict[str, Chart]:

@@ -176,18 +176,18 @@ def _comparisons(comparison: Comparison) -> list[Any]:
     ]
 
 
-def keep(comparison: Comparison, tracker: Tracker, path: Path) -> JsonObject:
+def write_panels(comparison: Comparison, tracker: Tracker, path: Path) -> JsonObject:
     """Write the workspace to `path`, and save it where `tracker` is online: a new one, or the one saved from there
     before. Returns what the file holds. Raises OSError.
     """
     earlier = _earlier(path)
-    kept = {**as_json(workspace(comparison, entity="", project="")), **earlier}
-    write_json(path, kept)
+    written = {**as_json(workspace(comparison, entity="", project="")), **earlier}
+    write_json(path, written)
     saved = tracker.save_workspace(partial(_build, comparison, earlier))
     if saved is not None:
-        kept = {**saved.content, "view": {"url": saved.url}}
-        write_json(path, kept)
-    return kept
+        written = {**saved.content, "view": {"url": saved.url}}
+        write_json(path, written)
+    return written
 
 
 def _build(comparison: Comparison, earlier: JsonObject, entity: str, project: str) -> tuple[Any, JsonObject]:

@@ -20,7 +20,7 @@ _CHECK_COLUMNS = ("name", "status", "integrity", "score", "seconds", "peak_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class LoggedTable:
     """A table of scalars and text, `rows[i][j]` under `columns[j]`."""
 
     columns: list[str]
@@ -44,7 +44,7 @@ class Record:
     """
 
     rows: Sequence[Mapping[str, float]] = ()
-    tables: Mapping[str, Table] = field(default_factory=dict)
+    tables: Mapping[str, LoggedTable] = field(default_factory=dict)
     charts: Mapping[str, Chart] = field(default_factory=dict)
     summary: JsonObject = field(default_factory=dict)
     config: JsonObject = field(default_factory=dict)
@@ -83,7 +83,7 @@ def layer_rows(result: JsonObject) -> list[dict[str, float]]:
     return rows
 
 
-def tables(result: JsonObject, step: int | None) -> dict[str, Table]:
+def tables(result: JsonObject, step: int | None) -> dict[str, LoggedTable]:
     """`tables/per_layer`, `tables/per_prompt` and, of a test, `tables/checks`; only those that have rows.
 
     Each has a `ckpt_step` column.
@@ -126,10 +126,10 @@ def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-def _table(records: Sequence[JsonObject], step: int | None) -> Table:
+def _table(records: Sequence[JsonObject], step: int | None) -> LoggedTable:
     columns = list(dict.fromkeys(key for record in records for key in record))
     rows = [[step, *(cell(record.get(column)) for column in columns)] for record in records]
-    return Table(columns=["ckpt_step", *columns], rows=rows)
+    return LoggedTable(columns=["ckpt_step", *columns], rows=rows)
 
 
 def cell(value: Any) -> Any:

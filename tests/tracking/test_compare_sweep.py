@@ -97,7 +97,7 @@ def test_with_no_tracker_nothing_is_said_of_wandb(finished: Comparison, capfd: p
 
 
 @pytest.mark.parametrize(("part", "error"), [
-    ("log_comparison", KeyError("spec")), ("_keep_panels", OSError(28, "No space left on device")),
+    ("log_comparison", KeyError("spec")), ("_write_panels", OSError(28, "No space left on device")),
 ])  # fmt: skip
 def test_whatever_breaks_at_the_end_is_one_warning(
     part: str,
