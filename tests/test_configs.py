@@ -42,6 +42,16 @@ def test_each_task_composes_into_its_typed_root(task):
     assert isinstance(typed, TASKS[task])
 
 
+@pytest.mark.parametrize(("group", "words"), [("experiment", []), ("merge", ["task=merge"])])
+def test_no_two_presets_are_one(group, words):
+    composed = {}
+    for file in sorted((CONF / group).glob("*.yaml")):
+        cfg = OmegaConf.to_container(compose("config", overrides=[*words, f"{group}={file.stem}"]))
+        if group == "merge":
+            del cfg["merge"]["name"]
+        assert composed.setdefault(str(cfg), file.stem) == file.stem
+
+
 def test_every_task_has_a_page_and_a_file():
     assert {file.stem for file in (CONF / "task").glob("*.yaml")} == set(TASKS)
 

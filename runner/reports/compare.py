@@ -25,8 +25,6 @@ from runner.reports.console import Fact, Rows, known, percent, print_rows, short
 from runner.reports.page.build import page
 from runner.reports.picture import pictures
 
-PAGE_NAME = "comparison.html"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Written:

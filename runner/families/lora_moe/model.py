@@ -158,14 +158,6 @@ class LoraForCausalLM(nn.Module):
             for adapter in self.names
         )
 
-    def idle(self) -> tuple[str, ...]:
-        """The experts that change nothing, since every B is zero: they were never trained."""
-        return tuple(
-            name
-            for name, adapter in zip(self.names, self.adapters(), strict=True)
-            if not any(bool(b.any()) for _, b, _ in adapter.values())
-        )
-
     def _set_all(self) -> None:
         self.routing.active = tuple((name, None) for name in self.names) if self.experts_on else ()
 

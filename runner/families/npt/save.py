@@ -17,7 +17,7 @@ from runner.families.npt.settings import EquivalenceSettings
 from runner.families.npt.training import OnStep, initial_updates, train_equivalence
 from runner.files.staging import staged
 from runner.files.tensors import load_pickle
-from runner.training.optimization import naming_the_last
+from runner.training.optimization import is_step, naming_the_last
 
 
 def train_run(
@@ -104,6 +104,8 @@ def _reopen(path: Path, base: Base, settings: EquivalenceSettings) -> tuple[NptL
     needed = ("global_step", "optimizer_state_dict", "scheduler_state_dict")
     if not isinstance(state, Mapping) or any(state.get(name) is None for name in needed):
         raise CheckpointError(f"{file}: training goes on from {', '.join(needed)}, and not all of them are there")
+    if not is_step(state["global_step"]):
+        raise CheckpointError(f"{file}: its global_step is no number of steps")
     kinds = {(layer.layer, layer.modulation, layer.np_rank, layer.num_ranks) for layer in checkpoint.layers}
     wanted = {(layer, settings.modulation, settings.np_rank, settings.num_ranks) for layer in settings.layers}
     if kinds != wanted:
