@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from runner.errors import ConfigError, RunnerError, printable
-from runner.installation import config_directory
+from runner.installation import config_directory, demo_run
 from runner.overrides import CommandLine, parse
 
 INTERRUPTED = 130
@@ -68,7 +68,7 @@ def _run(line: CommandLine) -> int:
     _check(line)
     check_launcher(line, config_directory())
     if resumed is None:
-        line = expand(line, demo_run=lambda: _demo_run(line))
+        line = expand(line, demo_run=demo_run)
     if line.multirun or line.get("hydra.mode") == "MULTIRUN":
         from runner.sweeps.command import run_sweep
 
@@ -89,15 +89,6 @@ def _check(line: CommandLine) -> None:
     given = [flag for flag in line.flags if flag in ("--multirun", "-m", *_SHOWING)]
     if len(set(given)) > 1 and set(given) & set(_SHOWING):
         raise ConfigError(f"{' and '.join(given)} do not go together: --cfg and --info show one run")
-
-
-def _demo_run(line: CommandLine) -> Path:
-    """The demonstration's run directory, trained if it is not there yet."""
-    from rich.console import Console
-
-    from runner.tasks.naming import demo_run
-
-    return demo_run(line.get("cache"), Console(stderr=True))
 
 
 _TEXT = """\
@@ -139,7 +130,7 @@ other tasks
 how it runs, and what is left
   device=auto|cpu|cuda|mps   dtype=float32|bfloat16|float16|stored   family.device_map=auto   seed=0
   verbose=true      every figure      output=FILE   also write result.json there
-  cache=DIR         where the demonstration and what the reference computed are kept   [~/.cache/runner]
+  cache=DIR         where what the reference computed is kept   [~/.cache/runner]
   tracker=NAME      {tracker}; tracker.project= tracker.entity= tracker.mode=auto|online|offline   [wandb]
   experiment=NAME   presets: {experiment}
   hydra/launcher=NAME   of a sweep's jobs: basic (one process), {launcher}   [basic]

@@ -1,4 +1,4 @@
-"""What is installed: where the configs lie, and heavy libraries imported fast and not torn by Ctrl-C."""
+"""What is installed: where conf/ and the demonstration lie; heavy libraries imported fast, and not torn by Ctrl-C."""
 
 import gc
 import signal
@@ -18,6 +18,14 @@ def config_directory() -> Path:
         if (directory / "config.yaml").is_file():
             return directory
     raise ConfigError("the installation has no conf/ directory; install runner again")
+
+
+def demo_run() -> Path:
+    """The demonstration's run directory: `base` and `checkpoint-<step>`. Raises ConfigError where it is missing."""
+    run = Path(__file__).resolve().parent / "demo" / "run"
+    if not run.is_dir():
+        raise ConfigError("the installation has no demonstration; install runner again, or give ckpt=PATH")
+    return run
 
 
 @contextmanager

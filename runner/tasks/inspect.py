@@ -25,7 +25,7 @@ def run(config: InspectConfig, context: Context) -> Result:
         )
         if run_directory is not None and len(run_directory.checkpoints) > 1:
             return _run_table(run_directory, config, context)
-        checkpoint = open_checkpoint(checkpoint_path(config, context), config.format.name, config.format.module)
+        checkpoint = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module)
     check_family(config, checkpoint)
     return Result(
         task="inspect",

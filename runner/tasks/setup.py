@@ -61,7 +61,7 @@ def open_subject(config: DiagnoseConfig, context: Context) -> Opened:
         "device_map": config.family.device_map,
     }
     with context.timed("open"):
-        checkpoint = open_checkpoint(checkpoint_path(config, context), config.format.name, config.format.module)
+        checkpoint = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module)
         check_family(config, checkpoint)
     with context.timed("load_base"):
         own = own_base(checkpoint, config.base, **options)

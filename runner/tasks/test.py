@@ -33,7 +33,7 @@ def run(config: TestConfig, context: Context) -> Result:
         check_base(config.base)
     scratch = context.directory / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    bench = Bench(config=config, context=context, path=_path(config, context), scratch=scratch)
+    bench = Bench(config=config, context=context, path=_path(config), scratch=scratch)
     try:
         return _tested(config, context, bench)
     finally:
@@ -85,7 +85,7 @@ def _tested(config: TestConfig, context: Context, bench: Bench) -> Result:
     return result
 
 
-def _path(config: TestConfig, context: Context) -> Path | None:
+def _path(config: TestConfig) -> Path | None:
     if config.ckpt is None:
         if config.step is not None:
             raise ConfigError(f"step={config.step} needs a run directory as ckpt=")
@@ -93,7 +93,7 @@ def _path(config: TestConfig, context: Context) -> Path | None:
     if config.ckpt == "demo":
         from runner.tasks.naming import checkpoint_path
 
-        return checkpoint_path(config, context)
+        return checkpoint_path(config)
     return resolve(Path(config.ckpt).expanduser(), config.step)
 
 

@@ -23,14 +23,14 @@ from runner.families.lora_moe.skills import world_skills
 from runner.families.lora_moe.training import train_moe
 from runner.families.npt.save import train_run
 from runner.families.npt.settings import EquivalenceSettings, TrainSettings
+from runner.installation import demo_run
 from runner.results import Result, versions
 from runner.tasks.context import Context
-from runner.tasks.naming import demo_run
 from runner.training.batches import document_batches
 from runner.training.progress import step_bar
 
 
-def open_base(config: TrainConfig, context: Context, resume_from: Path | None, *, llama: bool) -> tuple[Base, str]:
+def open_base(config: TrainConfig, resume_from: Path | None, *, llama: bool) -> tuple[Base, str]:
     """`base=`, else that of the checkpoint to go on from, else that of the demonstration; and what checkpoints say
     their base is: a path that holds from anywhere, or a hub name.
 
@@ -41,7 +41,7 @@ def open_base(config: TrainConfig, context: Context, resume_from: Path | None, *
         checkpoint = open_checkpoint(resume_from)
         base = load_base(checkpoint, None, **place, llama=llama)
         return base, str(base.path.resolve() if checkpoint.local_base() else checkpoint.base_name)
-    option = config.base or str(demo_run(config.cache, context.progress) / "base")
+    option = config.base or str(demo_run() / "base")
     base = load_base(None, option, **place, llama=llama)
     return base, str(base.path.resolve()) if Path(option).expanduser().is_dir() else option
 
@@ -93,7 +93,7 @@ def run(config: TrainConfig, context: Context) -> Result:
     resume_from = checkpoint_of(wanted.resume_from)
     documents = texts(config)
     with context.timed("load_base"):
-        base, base_name = open_base(config, context, resume_from, llama=True)
+        base, base_name = open_base(config, resume_from, llama=True)
     with context.timed("data"):
         ids = token_ids(config, base, documents)
         chooser = random.Random(config.seed)
@@ -154,7 +154,7 @@ def run_moe(config: TrainConfig, context: Context) -> Result:
     done = 0 if resume_from is None else open_checkpoint(resume_from).step or 0
     documents = texts(config)
     with context.timed("load_base"):
-        base, base_name = open_base(config, context, resume_from, llama=False)
+        base, base_name = open_base(config, resume_from, llama=False)
     with context.timed("data"):
         skills = {name: token_ids(config, base, own) for name, own in _skills(config, documents).items()}
 

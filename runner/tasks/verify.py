@@ -15,7 +15,7 @@ def run(config: VerifyConfig, context: Context) -> Result:
     `verified` is null where no check failed and no manifest is there to prove anything. Raises CheckpointError for a
     path that is none.
     """
-    path = checkpoint_path(config, context)
+    path = checkpoint_path(config)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
     checks = []

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from runner.data.world import BOS, EOS, PAD, World
 from runner.errors import ConfigError
 from runner.training.batches import Batch, equal_length_batches, packed_samples, sentence_samples
+from runner.training.muon import Muon
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -71,13 +72,7 @@ def train_language_model(
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed_tokens" in name]
     optimizers = (
-        torch.optim.Muon(
-            matrices,
-            lr=settings.muon_learning_rate,
-            weight_decay=settings.weight_decay,
-            momentum=0.9,
-            adjust_lr_fn="match_rms_adamw",
-        ),
+        Muon(matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay),
         torch.optim.AdamW(others, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
     )
     schedules = [get_cosine_schedule_with_warmup(o, settings.warmup_steps, settings.max_steps) for o in optimizers]

@@ -13,13 +13,13 @@ from runner.evaluation.build import load
 from runner.families.npt.settings import TrainSettings
 from runner.tasks import train
 from runner.tasks.context import Context
-from runner.training.demo import ensure_demo
+from runner.training.demo import make_demo
 from tests.training.test_demo import SETTINGS
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return ensure_demo(tmp_path_factory.mktemp("cache"), settings=SETTINGS) / "base"
+    return make_demo(tmp_path_factory.mktemp("demo"), settings=SETTINGS) / "base"
 
 
 @pytest.fixture

@@ -29,12 +29,14 @@ def train_run(
     base_name: str,
     resume_from: Path | None = None,
     on_step: OnStep | None = None,
+    moments: str = "every",
 ) -> tuple[dict[str, float], list[Path]]:
     """Train NPT layers over `base`, writing `directory`/checkpoint-<step>; → the last losses, the checkpoints.
 
     `base_name` is what the checkpoints say their base is: a hub name, or a path that starts at the checkpoint.
-    `resume_from`: a checkpoint of the same training to go on from. Raises CheckpointError, ConfigError or ModelError;
-    DivergedError names the last good checkpoint.
+    `resume_from`: a checkpoint of the same training to go on from. `moments`: which checkpoints hold the optimizer's
+    state, twice the size of the weights, and can be gone on from: "every" one or the "last".
+    Raises CheckpointError, ConfigError or ModelError; DivergedError names the last good checkpoint.
     """
     state: Mapping[str, Any] | None = None
     if resume_from is None:
@@ -49,6 +51,8 @@ def train_run(
 
     def on_checkpoint(step: int, training_state: Mapping[str, Any]) -> None:
         target = directory / f"checkpoint-{step}"
+        if moments == "last" and step < settings.max_steps:
+            training_state = {name: x for name, x in training_state.items() if name != "optimizer_state_dict"}
         _save(target, model, training_state, settings, base_name=base_name)
         checkpoints.append(target)
 
