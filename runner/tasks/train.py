@@ -12,7 +12,7 @@ from pathlib import Path
 
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.runs import find_run
-from runner.config import TrainConfig, demo_run
+from runner.config import TrainConfig
 from runner.data.text import MAX_DOCUMENTS
 from runner.data.world import generate
 from runner.errors import ConfigError
@@ -26,6 +26,7 @@ from runner.families.lora_moe.skills import world_skills
 from runner.families.lora_moe.training import train_moe
 from runner.families.npt.save import train_run
 from runner.families.npt.settings import EquivalenceSettings, TrainSettings
+from runner.installation import demo_run
 from runner.results import Result, versions
 from runner.tasks.context import Context
 from runner.training.batches import document_batches
