@@ -10,7 +10,7 @@ from runner.comparison.differences import varying
 from runner.comparison.jobs import Job, read_job
 from runner.comparison.series import Series, display_names, make_series
 from runner.errors import ConfigError
-from runner.results import read_json
+from runner.files.atomic import read_json
 
 # Written by the parent of a sweep before its jobs start: which jobs there should be.
 PLAN_NAME = "sweep.json"

@@ -10,7 +10,8 @@ import yaml
 
 from runner.checkpoints.runs import step_in_name
 from runner.errors import printable
-from runner.results import FILE_NAME, read_json
+from runner.files.atomic import read_json
+from runner.results import FILE_NAME
 
 # libyaml's reader where it is there: ten times as fast, which a sweep of hundreds of jobs feels.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

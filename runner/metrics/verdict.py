@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from runner.config import config_directory
+from runner.installation import config_directory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,10 @@ from runner.comparison.jobs import Job
 from runner.comparison.points import checkpoint_name
 from runner.comparison.series import without_shared_ends
 from runner.errors import printable
+from runner.files.atomic import write_whole
 from runner.reports.console import Fact, Rows, known, percent, print_rows, short
 from runner.reports.page.build import page
 from runner.reports.picture import pictures
-from runner.results import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)

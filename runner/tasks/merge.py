@@ -28,7 +28,7 @@ from runner.families.family import Auto
 from runner.families.lora_moe import checkpoint as lora_moe
 from runner.families.npt.checkpoint import MERGE_SUMMARY
 from runner.files.staging import staged
-from runner.imports import importing
+from runner.installation import importing
 from runner.merge.execute import Content, expected_bytes, write_tensors
 from runner.merge.files import Files, check_written
 from runner.merge.inputs import Inputs, reading

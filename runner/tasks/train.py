@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.runs import find_run
-from runner.config import TrainConfig, demo_run
+from runner.config import TrainConfig
 from runner.data.text import MAX_DOCUMENTS, Data
 from runner.data.world import generate
 from runner.errors import ConfigError
@@ -15,6 +15,7 @@ from runner.evaluation.base_models import Base, load_base
 from runner.evaluation.placement import Placement
 from runner.evaluation.tokenizers import encode, load_tokenizer
 from runner.families.family import Family
+from runner.installation import demo_run
 from runner.progress import step_bar
 from runner.results import Result, versions
 from runner.tasks.context import Context
