@@ -100,6 +100,22 @@ def document_batches(
     return [torch.tensor([list(rows[number]) for number in numbers]) for numbers in batches]
 
 
+def epoch_batches(rows: Sequence[Sequence[int]], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The numbers of all rows, batched as by `rows_by_length`, in the order that `seed` gives to `epoch`."""
+    return rows_by_length([len(row) for row in rows], batch_size, random.Random(f"{seed}/{epoch}"))
+
+
+def endless_batches(
+    rows: Sequence[Sequence[int]], batch_size: int, seed: int, start: int = 0
+) -> Iterator[torch.Tensor]:
+    """Batches of token ids [B, T], epoch after epoch as by `epoch_batches`, from the batch `start` on."""
+    epoch, skip = divmod(start, len(epoch_batches(rows, batch_size, seed, 0)))
+    while True:
+        for numbers in epoch_batches(rows, batch_size, seed, epoch)[skip:]:
+            yield torch.tensor([list(rows[number]) for number in numbers])
+        epoch, skip = epoch + 1, 0
+
+
 def endless_order(count: int, seed: int, start: int = 0) -> Iterator[int]:
     """Indices below `count`, each once an epoch, from position `start` of the one order that `seed` gives."""
     epoch, skip = divmod(start, count)

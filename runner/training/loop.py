@@ -52,6 +52,11 @@ class Trained:
         return {}
 
 
+def is_logged(step: int, settings: TrainingSettings) -> bool:
+    """Whether a row of the log is written after `step`."""
+    return step % LOG_EVERY == 0 or step == settings.max_steps
+
+
 def take_steps(
     steps: Iterable[int],
     parameters: Sequence[torch.Tensor],

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -52,6 +52,10 @@ class TrainingSettings:
             check_number(name, getattr(self, name), zero_allowed=name in self.not_negative)
         if self.warmup_steps >= self.max_steps:
             raise ConfigError(f"train.warmup_steps={self.warmup_steps} must be below train.max_steps={self.max_steps}")
+
+    def values(self) -> dict[str, object]:
+        """The fields but for the checkpoint to go on from: what the trained weights are made with."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "resume_from"}
 
     def is_saved(self, step: int) -> bool:
         """Whether a checkpoint is written after `step`."""

@@ -1,15 +1,20 @@
-"""To go on from a saved optimizer and schedule, whose values come out of a file and are checked one by one."""
+"""To go on from a checkpoint: with its optimizer and schedule, whose values are checked, and the same recipe or not."""
 
+import hashlib
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from runner.errors import CheckpointError, ConfigError, ModelError
+from runner.files import manifest
 from runner.training.optimization import TrainingSettings
 
+# What the state of the optimizer and its schedule says again, whatever the settings say.
+RESTORED = ("learning_rate", "weight_decay")
 _LARGEST = 1 << 53  # of the whole numbers, those up to which a float counts one by one
 
 
@@ -23,6 +28,38 @@ def require_steps_left(path: Path, step: int, settings: TrainingSettings) -> Non
     """Raise ConfigError where the checkpoint at `path` is at the last step already."""
     if step >= settings.max_steps:
         raise ConfigError(f"train.resume_from={path}: is at step {step} already; give a larger train.max_steps")
+
+
+def recipe(settings: TrainingSettings, rows: Sequence[Sequence[int]], base_name: str) -> dict[str, object]:
+    """Settings, base, and the SHA-256 of the rows of token ids in their order, as values of JSON."""
+    text = json.dumps([list(row) for row in rows], separators=(",", ":"))
+    data = hashlib.sha256(text.encode()).hexdigest()
+    values = {"task": "train", "family": settings.family, "base": base_name, "data_sha256": data, **settings.values()}
+    plain: dict[str, object] = json.loads(json.dumps(values))
+    return plain
+
+
+def differences(checkpoint: Path, now: Mapping[str, object], harmless: Collection[str]) -> list[str]:
+    """In what a training with the recipe `now` that goes on from `checkpoint` is not the one that wrote it.
+
+    One line a difference; what is `harmless` changes no weight. Empty where it continues that training bit for bit.
+    Raises CheckpointError for a damaged manifest.
+    """
+    if not (checkpoint / manifest.FILE_NAME).is_file():
+        return [f"{checkpoint} has no {manifest.FILE_NAME}: what it was trained with is not known"]
+    before = manifest.read(checkpoint).get("recipe")
+    if not isinstance(before, Mapping):
+        return [f"{checkpoint / manifest.FILE_NAME} has no recipe: what it was trained with is not known"]
+    changed = [name for name in now if now[name] != before.get(name) and name not in harmless]
+    return [_difference(name, before.get(name), now[name]) for name in changed]
+
+
+def _difference(name: str, before: object, now: object) -> str:
+    if name == "data_sha256":
+        return "goes on with other data than the checkpoint's: not what one uninterrupted training would have given"
+    if name in RESTORED:
+        return f"{name} stays {before}, as the checkpoint's optimizer has it, and is not {now}"
+    return f"goes on with {name} {now} after {before}: not what one uninterrupted training would have given"
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: object) -> None:

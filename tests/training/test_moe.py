@@ -12,7 +12,7 @@ from runner import load
 from runner.errors import CheckpointError, ConfigError, DivergedError, ModelError, RunnerError
 from runner.evaluation.base_models import load_base
 from runner.evaluation.placement import Placement
-from runner.families.lora_moe import trainer as moe_trainer
+from runner.families.lora_moe import training as moe_training
 from runner.families.lora_moe.training import MoeSettings, train_moe
 from runner.files import staging as commit
 from tests.conftest import write_base
@@ -279,16 +279,6 @@ def test_what_cannot_be_trained(base, path, tmp_path, values, error, message):
     assert not list(tmp_path.glob("run/*"))
 
 
-def spoiled(step, weights):
-    """A callback that, at a step, puts other weights into the model: what a training that diverged leaves."""
-
-    def on_step(self, args, state, control, model=None, **kwargs):
-        if state.global_step == step:
-            weights(model)
-
-    return on_step
-
-
 @torch.no_grad()
 def huge(model):
     for name, parameter in model.named_parameters():
@@ -311,9 +301,16 @@ def nan(model):
 def test_what_diverged_is_not_saved_and_the_last_good_checkpoint_is_named(
     base, path, tmp_path, weights, message, monkeypatch
 ):
-    monkeypatch.setattr(moe_trainer.StepReports, "on_step_end", spoiled(20, weights))
+    """Put into the model at its last step: what a training that diverged leaves."""
+    models, make = [], moe_training.new_moe
+    monkeypatch.setattr(moe_training, "new_moe", lambda *a, **k: models.append(make(*a, **k)) or models[-1])
+
+    def spoil(step, figures):
+        if step == 20:
+            weights(models[-1])
+
     with pytest.raises(DivergedError, match=message) as raised:
-        train_moe(tmp_path / "run", base, skills(), SETTINGS, base_name=str(path))
+        train_moe(tmp_path / "run", base, skills(), SETTINGS, base_name=str(path), on_step=spoil)
     assert raised.value.exit_code == 1
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["checkpoint-10"]
     assert str(raised.value).endswith(f"the last good checkpoint is {tmp_path / 'run' / 'checkpoint-10'}")
@@ -334,8 +331,8 @@ def test_experts_that_are_much_worse_than_their_base_are_not_saved(trained, base
     with pytest.raises(
         DivergedError, match=r"after step 7 the cross-entropy is \d+\.\d\d nats a token, without the experts"
     ):
-        moe_trainer.require_learning(model, said, 7)
-    moe_trainer.require_learning(trained[0].model, said, 7)
+        moe_training.require_learning(model, said, 7)
+    moe_training.require_learning(trained[0].model, said, 7)
     assert model.training
     assert model.experts_on
 

@@ -1,5 +1,6 @@
 """The parts of the experts' training: settings, batches, skills, the first model."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,8 @@ import torch
 from runner.data.world import generate
 from runner.errors import ConfigError
 from runner.families.lora_moe.skills import add_skills, embedding, world_skills
-from runner.families.lora_moe.trainer import EqualLengthBatches, RowLoader
 from runner.families.lora_moe.training import MoeSettings, new_moe
-from runner.training.batches import cut
+from runner.training.batches import cut, endless_batches, epoch_batches
 
 WRONG = [
     ({"experts": 0}, "train.experts=0: must be a whole number, at least 1"),
@@ -43,21 +43,18 @@ def test_documents_are_cut_into_rows_that_predict_something():
 
 def test_an_epoch_has_every_row_once_in_batches_of_one_length():
     rows = [[i] * length for i, length in enumerate([3, 4, 3, 3, 4, 3, 3, 9])]
-    batches = EqualLengthBatches(rows, 2, seed=1)
     orders = []
     for epoch in (0, 1, 0):
-        batches.set_epoch(epoch)
-        orders.append(list(batches))
+        orders.append(epoch_batches(rows, 2, 1, epoch))
         assert sorted(number for batch in orders[-1] for number in batch) == list(range(8))
         assert all(len({len(rows[number]) for number in batch}) == 1 for batch in orders[-1])
-        assert len(orders[-1]) == len(batches) == 4
+        assert len(orders[-1]) == 4
     assert orders[0] == orders[2] != orders[1]
-    assert list(EqualLengthBatches(rows, 2, seed=2)) != orders[0]
-    loader = RowLoader(rows, batches)
-    loader.set_epoch(1)
-    assert [batch["input_ids"].tolist() for batch in loader] == [
-        [rows[number] for number in batch] for batch in orders[1]
-    ]
+    assert epoch_batches(rows, 2, 2, 0) != orders[0]
+    expected = [[rows[number] for number in batch] for batch in orders[0] + orders[1]]
+    for start in (0, 3, 4):
+        found = itertools.islice(endless_batches(rows, 2, 1, start), 8 - start)
+        assert [batch.tolist() for batch in found] == expected[start:]
 
 
 def test_the_world_is_divided_by_subject():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from runner.errors import ConfigError
 from runner.families.family import Family
 
 if TYPE_CHECKING:
@@ -43,15 +44,25 @@ class LoraMoe(Family):
         return True
 
     def check_training(self, settings: "TrainingSettings") -> None:
-        """As `Family.check_training`; no checkpoint records `router_features` and `experts`."""
-        from runner.families.lora_moe.training import MoeSettings, check_routing
+        """As `Family.check_training`."""
+        from runner.families.lora_moe.training import MoeSettings
 
         assert isinstance(settings, MoeSettings)
-        check_routing(settings, top_k=self.top_k, router_features=self.router_features, experts=self.experts)
+        if self.router_features is not None or not self.experts:
+            raise ConfigError(
+                "family.router_features and family.experts are no keys of task=train: a checkpoint does not record "
+                "them; give them when it is measured"
+            )
+        # With train.experts=auto their number is known later, and the model checks it.
+        if isinstance(settings.experts, int) and self.top_k is not None and not 1 <= self.top_k <= settings.experts:
+            raise ConfigError(
+                f"family.top_k={self.top_k}: with train.experts={settings.experts} it is a number from 1 to "
+                f"{settings.experts}"
+            )
 
     def training_texts(self, documents: Sequence[str], name: str | None) -> dict[str, list[str]]:
         """By skill."""
-        from runner.families.lora_moe.training import documents_by_skill
+        from runner.families.lora_moe.skills import documents_by_skill
 
         return documents_by_skill(documents, name)
 

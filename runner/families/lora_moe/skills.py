@@ -1,6 +1,6 @@
-"""The skill library: an embedding for each skill that the experts were trained on, and whether a skill is new to it.
+"""The skills of training data, and the library of them: an embedding for each skill that experts were trained on.
 
-Whether a skill is new to a library of skills: the cosine of its embedding to theirs (spec/formats.md §4).
+Whether a skill is new to a library is decided by the cosine of its embedding to theirs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,6 +42,8 @@ def similarity(
 Library = Mapping[int | str, torch.Tensor]
 # Texts of a skill that its embedding is made of: more of them change it little.
 TEXTS = 64
+# Sentences of the built-in world about one subject that make one document.
+SENTENCES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,16 @@ def world_skills(sentences: Sequence[str]) -> dict[str, list[str]]:
     for sentence in sentences:
         skills.setdefault(subjects.get(sentence, "numbers and dates"), []).append(sentence)
     return dict(sorted(skills.items()))
+
+
+def documents_by_skill(documents: Sequence[str], name: str | None) -> dict[str, list[str]]:
+    """The texts of each skill: all of the file `name`, or, without one, each subject of the built-in world."""
+    if name is not None:
+        return {name: list(documents)}
+    return {
+        subject: [" ".join(sentences[i : i + SENTENCES]) for i in range(0, len(sentences), SENTENCES)]
+        for subject, sentences in world_skills(documents).items()
+    }
 
 
 @torch.no_grad()

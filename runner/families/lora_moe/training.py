@@ -1,46 +1,56 @@
 """Training of LoRA experts and their router over a frozen base; it leaves a run directory of lora_moe checkpoints."""
 
-import hashlib
-import json
 import math
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch.nn import functional
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.utils import logging as transformers_logging
 
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
-from runner.errors import CheckpointError, ConfigError, ModelError
+from runner.errors import CheckpointError, ConfigError, DivergedError, ModelError
 from runner.evaluation.base_models import Base
 from runner.families.lora_moe import checkpoint as lora_moe
 from runner.families.lora_moe.checkpoint import MoeDetails
 from runner.families.lora_moe.model import Adapter, LoraMoeForCausalLM, build_moe
-from runner.families.lora_moe.skills import REDUCTIONS, Skill, add_skills, world_skills
+from runner.families.lora_moe.save import save_moe
+from runner.families.lora_moe.skills import REDUCTIONS, Skill, add_skills
 from runner.families.lora_moe.state import TRAINER_STATE, read_skills
-from runner.families.lora_moe.trainer import CheckpointWriter, MoeTrainer, StepReports
-from runner.files import manifest
-from runner.training.batches import NO_TEXT, cut
-from runner.training.loop import OnStep, Trained, TrainingInputs, naming_the_last
-from runner.training.optimization import TrainingSettings, check_whole
-from runner.training.resume import require_state, require_steps_left
+from runner.files.tensors import load_pickle
+from runner.training.batches import NO_TEXT, cut, endless_batches, epoch_batches
+from runner.training.loop import LOG_EVERY, OnStep, Trained, TrainingInputs, is_logged, naming_the_last, take_steps
+from runner.training.optimization import (
+    DIVERGED,
+    TrainingSettings,
+    check_whole,
+    optimizer_and_schedule,
+    require_finite,
+)
+from runner.training.resume import (
+    differences,
+    load_optimizer,
+    load_schedule,
+    recipe,
+    require_state,
+    require_steps_left,
+)
 
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # as the Trainer of transformers calls them
 AUTO = "auto"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Sentences of the built-in world about one subject that make one document.
-SENTENCES = 8
 # The router starts with hardly a preference: by how much, in units of its logits.
 ROUTER_SCALE = 0.02
-# What the state of the optimizer and its schedule says again, whatever the settings say.
-RESTORED = ("learning_rate", "weight_decay")
 # How often a checkpoint is written, and how skills are told apart, changes no weight.
 HARMLESS = ("save_every", "novelty", "novelty_threshold")
+# How much worse than the base alone, in nats a token, experts may be on the text that they are trained on.
+WORSE = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,30 +120,6 @@ class TrainedExperts(Trained):
         return {"skills": [asdict(skill) for skill in self.skills]}
 
 
-def check_routing(settings: MoeSettings, *, top_k: int | None, router_features: str | None, experts: bool) -> None:
-    """Raise ConfigError for keys of `family` that `settings` do not allow, or that no checkpoint records."""
-    if router_features is not None or not experts:
-        raise ConfigError(
-            "family.router_features and family.experts are no keys of task=train: a checkpoint does not record them; "
-            "give them when it is measured"
-        )
-    # With train.experts=auto their number is known later, and the model checks it.
-    if top_k is not None and isinstance(settings.experts, int) and not 1 <= top_k <= settings.experts:
-        raise ConfigError(
-            f"family.top_k={top_k}: with train.experts={settings.experts} it is a number from 1 to {settings.experts}"
-        )
-
-
-def documents_by_skill(documents: Sequence[str], name: str | None) -> dict[str, list[str]]:
-    """The texts of each skill: all of the file `name`, or, without one, each subject of the built-in world."""
-    if name is not None:
-        return {name: list(documents)}
-    return {
-        subject: [" ".join(sentences[i : i + SENTENCES]) for i in range(0, len(sentences), SENTENCES)]
-        for subject, sentences in world_skills(documents).items()
-    }
-
-
 def train(inputs: TrainingInputs, *, top_k: int | None) -> TrainedExperts:
     """`task=train family=lora_moe`. Raises as `train_moe`."""
     settings = inputs.settings
@@ -161,7 +147,7 @@ def train_moe(
 
     `base_name`: what the checkpoints say their base is. `top_k`: experts a token in evaluation, by default one, or as
     the checkpoint says. `resume_from`: a checkpoint of the same training to go on from, bit for bit as if it had never
-    stopped. `on_step` is called after each step, `on_log` for each row of the Trainer's log; both with figures.
+    stopped. `on_step` is called after each step, `on_log` for each row of the log; both with figures.
     Raises CheckpointError, ConfigError or ModelError; DivergedError names the last good checkpoint.
     """
     texts = {name: cut(documents, settings.sequence_length) for name, documents in skills.items()}
@@ -183,38 +169,145 @@ def train_moe(
         model = new_moe(base, settings, top_k=top_k)
     else:
         model = reopened_moe(checkpoint, base, settings, top_k=top_k)
-        findings = [f"train.resume_from: {text}" for text in differences(checkpoint.path, made_of)]
+        findings = [f"train.resume_from: {text}" for text in differences(checkpoint.path, made_of, HARMLESS)]
+    written: list[Path] = []
+
+    def on_checkpoint(step: int, add_state: Callable[[Path], None]) -> None:
+        target = directory / f"checkpoint-{step}"
+        save_moe(model, target, base_name=base_name, step=step, skills=library, recipe=made_of, add_files=add_state)
+        written.append(target)
+
+    with naming_the_last(written, resume_from):
+        figures = train_experts(
+            model, rows, settings, resume=checkpoint, on_step=on_step, on_log=on_log, on_checkpoint=on_checkpoint
+        )
+    return TrainedExperts(
+        format=lora_moe.NAME, model=model, figures=figures, checkpoints=written, skills=found, findings=findings
+    )
+
+
+def train_experts(
+    model: LoraMoeForCausalLM,
+    rows: Sequence[Sequence[int]],
+    settings: MoeSettings,
+    *,
+    on_checkpoint: Callable[[int, Callable[[Path], None]], None],
+    resume: Checkpoint | None = None,
+    on_step: OnStep | None = None,
+    on_log: OnStep | None = None,
+) -> dict[str, float]:
+    """Train the experts and the router of `model` in place on rows of token ids; → the last row of the log.
+
+    `on_checkpoint(step, add_state)` is called every `save_every` steps and after the last, for what is worth keeping;
+    `add_state(directory)` writes what training goes on from. `resume`: the checkpoint that `model` comes from. The
+    global generator is left as it was. Raises as `train_moe`.
+    """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name or name.startswith("router."))
-    checkpoints = CheckpointWriter(directory, base_name=base_name, skills=library, recipe=made_of)
-    directory.mkdir(parents=True, exist_ok=True)
-    devices = [base.model.device] if base.model.device.type == "cuda" else []
-    with (
-        tempfile.TemporaryDirectory(dir=directory, prefix=".trainer-") as scratch,
-        torch.random.fork_rng(devices),
-        _quiet(),
-        naming_the_last(checkpoints.written, resume_from),
-    ):
-        trainer = MoeTrainer(model, rows, settings, Path(scratch), balance_weight=settings.balance_weight)
-        reports = StepReports(trainer, on_step, on_log)
-        trainer.add_callback(checkpoints)
-        trainer.add_callback(reports)
-        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, schedule = optimizer_and_schedule(parameters, settings, model.device)
+    epoch = len(epoch_batches(rows, settings.batch_size, settings.seed, 0))
+    state = TrainerState(
+        max_steps=settings.max_steps,
+        logging_steps=LOG_EVERY,
+        save_steps=settings.save_every,
+        train_batch_size=settings.batch_size,
+        num_train_epochs=math.ceil(settings.max_steps / epoch),
+        total_flos=0.0,
+    )
+    if resume is not None:
+        state.global_step, state.log_history = _load_state(resume, optimizer, schedule)
+    batches = endless_batches(rows, settings.batch_size, settings.seed, state.global_step)
+    ids = torch.empty(0)
+
+    def losses(step: int) -> dict[str, torch.Tensor]:
+        nonlocal ids
+        ids = next(batches).to(model.device)
+        # Dropout must not depend on what was drawn before: a resumed training draws the same.
+        torch.manual_seed((settings.seed * 1_000_003 + step - 1) % 2**63)
+        output = model(ids)
+        cross_entropy = _cross_entropy(output.logits, ids)
+        use = output.expert_weights.detach().flatten(0, -2).mean(0)
+        return {
+            "loss": cross_entropy + settings.balance_weight * output.balance_loss,
+            "cross_entropy": cross_entropy,
+            "balance": output.balance_loss,
+            **{f"use_expert_{i}": share for i, share in enumerate(use)},
+            "learning_rate": torch.tensor(schedule.get_last_lr()[0], dtype=torch.float64),
+        }
+
+    def add_state(directory: Path) -> None:
+        torch.save(optimizer.state_dict(), directory / OPTIMIZER)
+        torch.save(schedule.state_dict(), directory / SCHEDULER)
+        state.save_to_json(str(directory / TRAINER_STATE))
+
+    row: dict[str, float] = {}
+    steps = range(state.global_step + 1, settings.max_steps + 1)
+    taken = take_steps(steps, parameters, [(optimizer, schedule)], losses, clip=settings.gradient_clip_value)
+    model.train()
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        for step, figures in taken:
+            state.global_step, state.epoch = step, step / epoch
+            if on_step is not None:
+                on_step(step, figures)
+            if is_logged(step, settings):
+                row = {("grad_norm" if n == "gradient_norm" else n): x for n, x in figures.items()}
+                row["epoch"] = state.epoch
+                state.log_history.append({**row, "step": step})
+                if on_log is not None:
+                    on_log(step, row)
+            if settings.is_saved(step):
+                require_finite(parameters, step)
+                require_learning(model, ids, step)
+                on_checkpoint(step, add_state)
     model.eval().requires_grad_(False)
-    return TrainedExperts(
-        format=lora_moe.NAME, model=model, figures=reports.last, checkpoints=checkpoints.written, skills=found,
-        findings=findings,
-    )  # fmt: skip
+    return row
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The Trainer sets how much transformers says for the whole process: put that back."""
-    before = transformers_logging.get_verbosity()
+def _load_state(checkpoint: Checkpoint, optimizer: AdamW, schedule: LambdaLR) -> tuple[int, list[dict[str, float]]]:
+    """Give optimizer and schedule the checkpoint's state; → its step, and the rows of the log up to there."""
+    for name, load in (
+        (OPTIMIZER, partial(load_optimizer, optimizer)),
+        (SCHEDULER, partial(load_schedule, schedule)),
+    ):
+        try:
+            load(load_pickle(checkpoint.path / name, tensors="mmap"))
+        except ModelError as error:
+            raise CheckpointError(f"{checkpoint.path / name}: is no state of this training: {error}") from error
+    state = TrainerState.load_from_json(str(checkpoint.path / TRAINER_STATE))
+    assert checkpoint.step is not None, "reopened_moe has looked"
+    return checkpoint.step, state.log_history
+
+
+@torch.no_grad()
+def require_learning(model: LoraMoeForCausalLM, ids: torch.Tensor, step: int) -> None:
+    """Raise DivergedError where on `ids` [B, T] the logits are not finite or all equal, or much worse than the base's.
+
+    The model is run as whoever opens the checkpoint runs it, in evaluation mode, and is left in its own mode.
+    """
+    before = model.training
+    model.eval()
     try:
-        yield
+        logits = model(ids).logits
+        own = _cross_entropy(logits, ids).item()
+        with model.experts(False):
+            base = _cross_entropy(model(ids).logits, ids).item()
     finally:
-        transformers_logging.set_verbosity(before)
+        model.train(before)
+    if not math.isfinite(own):
+        raise DivergedError(f"the logits are not finite after step {step}, not saved: {DIVERGED}")
+    if bool(logits.amax() == logits.amin()):
+        raise DivergedError(f"all logits are equal after step {step}, not saved: {DIVERGED}")
+    if own > base + WORSE:
+        raise DivergedError(
+            f"the training diverged: after step {step} the cross-entropy is {own:.2f} nats a token, without the "
+            f"experts {base:.2f}; not saved: {DIVERGED}"
+        )
+
+
+def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Of the next token, in nats, from logits [B, T, V]."""
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def new_moe(base: Base, settings: MoeSettings, *, top_k: int | None = None) -> LoraMoeForCausalLM:
@@ -263,7 +356,7 @@ def reopened_moe(
     assert isinstance(settings.experts, int), "whoever knows the skills has counted them"
     details: MoeDetails = checkpoint.details
     path = checkpoint.path
-    missing = [name for name in (TRAINER_STATE, OPTIMIZER_NAME, SCHEDULER_NAME) if not (path / name).is_file()]
+    missing = [name for name in (TRAINER_STATE, OPTIMIZER, SCHEDULER) if not (path / name).is_file()]
     require_state(path, missing or ([] if checkpoint.step is not None else ["step"]))
     assert checkpoint.step is not None
     try:
@@ -307,36 +400,3 @@ def _target_modules(base: Base, settings: MoeSettings) -> dict[str, tuple[int, i
             f"{', '.join(sorted(ends)) or 'none'}"
         )
     return {name: shape for name, shape in linears.items() if name.rpartition(".")[2] in settings.target_modules}
-
-
-def recipe(settings: MoeSettings, rows: Sequence[Sequence[int]], base_name: str) -> dict[str, Any]:
-    """Settings, base, and the SHA-256 of the rows of token ids in their order, as values of JSON."""
-    text = json.dumps([list(row) for row in rows], separators=(",", ":"))
-    data = hashlib.sha256(text.encode()).hexdigest()
-    own = {each.name: getattr(settings, each.name) for each in fields(MoeSettings)}
-    values = {"task": "train", "family": "lora_moe", "base": base_name, "data_sha256": data, **own}
-    plain: dict[str, Any] = json.loads(json.dumps(values))
-    return plain
-
-
-def differences(checkpoint: Path, now: Mapping[str, Any]) -> list[str]:
-    """In what a training with the recipe `now` that goes on from `checkpoint` is not the one that wrote it.
-
-    One line a difference; empty where it continues that training bit for bit. Raises CheckpointError for a damaged
-    manifest.
-    """
-    if not (checkpoint / manifest.FILE_NAME).is_file():
-        return [f"{checkpoint} has no {manifest.FILE_NAME}: what it was trained with is not known"]
-    before = manifest.read(checkpoint).get("recipe")
-    if not isinstance(before, Mapping):
-        return [f"{checkpoint / manifest.FILE_NAME} has no recipe: what it was trained with is not known"]
-    changed = [name for name in now if now[name] != before.get(name) and name not in HARMLESS]
-    return [_difference(name, before.get(name), now[name]) for name in changed]
-
-
-def _difference(name: str, before: Any, now: Any) -> str:
-    if name == "data_sha256":
-        return "goes on with other data than the checkpoint's: not what one uninterrupted training would have given"
-    if name in RESTORED:
-        return f"{name} stays {before}, as the checkpoint's optimizer has it, and is not {now}"
-    return f"goes on with {name} {now} after {before}: not what one uninterrupted training would have given"

@@ -9,7 +9,7 @@ all NPT layers active, from the base's.
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +26,7 @@ from runner.families.npt.save import flat_optimizer_state, stacked_optimizer_sta
 from runner.files.staging import staged
 from runner.files.tensors import load_pickle
 from runner.training.batches import NO_TEXT, document_batches, endless_order
-from runner.training.loop import LOG_EVERY, OnStep, Trained, TrainingInputs, naming_the_last, take_steps
+from runner.training.loop import OnStep, Trained, TrainingInputs, is_logged, naming_the_last, take_steps
 from runner.training.optimization import (
     TrainingSettings,
     check_whole,
@@ -290,7 +290,7 @@ def train(inputs: TrainingInputs) -> Trained:
 
     def on_step(step: int, figures: Mapping[str, float]) -> None:
         inputs.on_step(step, figures)
-        if step % LOG_EVERY == 0 or step == settings.max_steps:
+        if is_logged(step, settings):
             inputs.on_log(step, figures)
 
     figures, checkpoints = train_run(
@@ -360,7 +360,7 @@ def _save(
     }
     config = {
         "model_name": base_name,
-        **{each.name: getattr(settings, each.name) for each in fields(EquivalenceSettings)},
+        **settings.values(),
         "gradient_accumulation_steps": 1,
         "mixed_precision": False,
     }
