@@ -3,18 +3,41 @@
 What files say, as plain JSON values: for `task=inspect`.
 """
 
+from __future__ import annotations
+
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from runner.errors import CheckpointError
 from runner.files.stubs import Inert
 from runner.files.tensors import TensorInfo, TensorSource, open_weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from runner.checkpoints.reading import Reading
+
+
+class Severity(Enum):
+    """What a problem of a checkpoint stops: its opening; only a test of it, which fails; or nothing, but it is said."""
+
+    REFUSED = "refused"
+    FAILED = "failed"
+    ODD = "odd"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is wrong with one part of a checkpoint; `part` is named as the check that lists it: files, config, keys, …"""
+
+    part: str
+    text: str
+    severity: Severity = Severity.REFUSED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +115,7 @@ class Listing:
     _opened: dict[str, TensorSource] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, path: Path) -> "Listing":
+    def of(cls, path: Path) -> Listing:
         """The listing of an existing file or directory. Raises CheckpointError when there is none."""
         try:
             if path.is_dir():
@@ -115,20 +138,34 @@ class Listing:
             self._opened[name] = open_weights(self.file(name))
         return self._opened[name]
 
+    def names(self, name: str) -> list[str]:
+        """The tensors' names of one weights file; none where it cannot be read."""
+        try:
+            return list(self.weights(name).infos)
+        except CheckpointError:
+            return []
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFormat:
-    """One format: how it recognises itself, how it is opened, what `task=inspect` says of it.
+    """One format: how it recognises itself, how it is read, what `task=inspect` says of it.
 
     `matches` gives the evidence from names and shapes, or None; it never raises for another format's files.
-    `open` gives the checkpoint or raises CheckpointError. `describe` gives further fields of the result contract.
+    `read` gives every part with its problems (reading.py); a format with `open` alone gives the checkpoint or raises
+    CheckpointError. `describe` gives further fields of the result contract. A damaged checkpoint that nothing matches
+    is of the format that it still `resembles`, or of the one whose state `remains` where the weights are lost.
+    `adapters`: a few megabytes beside its base, unless something is wrong.
     """
 
     name: str
     family: str
     matches: Callable[[Listing], str | None]
-    open: Callable[[Listing], Checkpoint]
     describe: Callable[[Checkpoint], dict[str, Any]]
+    open: Callable[[Listing], Checkpoint] | None = None
+    read: Callable[[Listing], Reading] | None = None
+    resembles: Callable[[Listing], bool] | None = None
+    remains: Callable[[Listing], bool] | None = None
+    adapters: bool = False
 
 
 # Longer lists and texts of a foreign file are cut: inspect shows what is there, not all of it.
@@ -137,6 +174,8 @@ _ITEMS, _CHARACTERS = 200, 2000
 
 def plain(value: Any, depth: int = 6) -> Any:
     """`value` as JSON values: tensors as dtype and shape, foreign objects as their state, long things cut."""
+    import torch
+
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, str):
@@ -195,7 +234,7 @@ def totals(infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
         "keys": len(infos),
         "parameters": sum(info.numel for info in infos.values()),
         "bytes": sum(info.nbytes for info in infos.values()),
-        "dtypes": dict(Counter(dtype_name(info.dtype) for info in infos.values())),
+        "dtypes": dict(Counter(info.dtype_name for info in infos.values())),
     }
 
 

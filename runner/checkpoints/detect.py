@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
+from runner.checkpoints.reading import read, weight_names
 from runner.checkpoints.runs import step_in_name
 from runner.errors import CheckpointError, ConfigError
 
@@ -40,7 +41,7 @@ def open_checkpoint(path: Path, format_name: str = "auto", module: str | None = 
         raise ConfigError(f"format={format_name} is unknown; formats are {', '.join(known)}")
     listing = Listing.of(path)
     if format_name != "auto":
-        return _finished(known[format_name].open(listing))
+        return _finished(read(listing, known[format_name]).open())
     found, errors = _matching(listing, known)
     if not found:
         inside = [entry for entry in _directories(listing) if _matching(entry, known)[0]]
@@ -49,10 +50,57 @@ def open_checkpoint(path: Path, format_name: str = "auto", module: str | None = 
         if errors:
             raise errors[0]
         raise CheckpointError(_nothing_found(listing, known, inside))
+    return _finished(read(listing, known[_only(found, path)]).open())
+
+
+def recognise(
+    path: Path, format_name: str = "auto", module: str | None = None
+) -> tuple[Listing, CheckpointFormat | None]:
+    """What lies at `path`, however damaged, and the format that it shows itself to be; None where nothing does.
+
+    A directory that holds exactly one checkpoint is that checkpoint. Raises CheckpointError where nothing is there that
+    could be a checkpoint, or several formats match.
+    """
+    known = formats(module)
+    listing = Listing.of(path)
+    if format_name != "auto":
+        return listing, known[format_name]
+    name = _shown(listing, known)
+    if name is None:
+        inside = [(entry, found) for entry in _directories(listing) if (found := _shown(entry, known)) is not None]
+        if len(inside) == 1:
+            return inside[0][0], known[inside[0][1]]
+        if not weight_names(listing):
+            name = next((each.name for each in known.values() if each.remains and each.remains(listing)), None)
+            if name is None:
+                shown = ", ".join(listing.entries[:8]) or "nothing"
+                raise CheckpointError(f"{path}: holds no checkpoint that is known; it holds {shown}")
+    return listing, known[name] if name else None
+
+
+def several(path: Path) -> list[Path]:
+    """The checkpoints in a directory that is none itself, where it holds more than one; else []."""
+    if not path.is_dir():
+        return []
+    known, listing = formats(), Listing.of(path)
+    if _shown(listing, known) is not None:
+        return []
+    inside = [entry.path for entry in _directories(listing) if _shown(entry, known) is not None]
+    return inside if len(inside) > 1 else []
+
+
+def _shown(listing: Listing, known: Mapping[str, CheckpointFormat]) -> str | None:
+    """The name of the format that matches, else of the first that a damaged checkpoint resembles."""
+    if found := _matching(listing, known)[0]:
+        return _only(found, listing.path)
+    return next((each.name for each in known.values() if each.resembles and each.resembles(listing)), None)
+
+
+def _only(found: Mapping[str, str], path: Path) -> str:
     if len(found) > 1:
         shown = "; ".join(f"{name} ({evidence})" for name, evidence in found.items())
         raise CheckpointError(f"{path}: could be several formats: {shown}; choose one with format=")
-    return _finished(known[next(iter(found))].open(listing))
+    return next(iter(found))
 
 
 def _matching(listing: Listing, known: Mapping[str, CheckpointFormat]) -> tuple[dict[str, str], list[CheckpointError]]:
@@ -92,9 +140,7 @@ def _nothing_found(listing: Listing, known: Mapping[str, CheckpointFormat], insi
 def _finished(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with what every format has in common: the step in its name, and dtypes that are not float32."""
     findings = list(checkpoint.findings)
-    dtypes = sorted(
-        {str(info.dtype).removeprefix("torch.") for info in checkpoint.weights.infos.values()} - {"float32"}
-    )
+    dtypes = sorted({info.dtype_name for info in checkpoint.weights.infos.values()} - {"float32"})
     if dtypes:
         findings.append(f"weights are stored as {', '.join(dtypes)}")
     named = step_in_name(checkpoint.path.name)

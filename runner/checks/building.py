@@ -13,14 +13,13 @@ from runner.evaluation.base_models import Base, load_base
 from runner.families.gpt import model as gpt
 from runner.families.gpt import save as gpt_save
 from runner.families.gpt.checkpoint import Provenance
-from runner.families.gpt.layouts import read_details
+from runner.families.gpt.layouts import details_of
 from runner.families.lora.model import linear_shapes
 from runner.families.lora_moe.model import LoraMoeForCausalLM
 from runner.families.lora_moe.trained import save_moe
 from runner.families.npt.save import train_run
 from runner.families.npt.settings import EquivalenceSettings
 from runner.files.staging import staged
-from runner.files.tensors import TensorInfo
 from runner.training.language_model import save_language_model
 
 # The built-in base: large enough that every part of a Llama with grouped queries is there, small enough to be instant.
@@ -114,8 +113,7 @@ def _gpt(bench: Bench, root: Path) -> Path:
     tensors = {name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for name, shape in shapes.items()}
     tensors["scalars"] = torch.rand(GPT.num_scalars, generator=generator) + 0.3
     target = root / f"checkpoint-{STEP}"
-    infos = {name: TensorInfo(name=name, shape=tuple(t.shape), dtype=t.dtype) for name, t in tensors.items()}
-    details = read_details(infos, GPT.dialect, target)
+    details = details_of(tensors, GPT.dialect, target)
     with staged(target) as partial:
         gpt_save.save(partial, tensors, details, provenance=Provenance(step=STEP))
     return target

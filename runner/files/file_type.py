@@ -1,6 +1,7 @@
-"""What a file is, told by its first bytes and never by its name."""
+"""What a file is: how it holds tensors, told by its first bytes; which names are never those of weights."""
 
 import hashlib
+import re
 from enum import Enum
 from pathlib import Path
 
@@ -9,6 +10,12 @@ from runner.errors import CheckpointError
 # torch.save's legacy layout starts with its magic number as a pickle of protocol 2 (or an older one).
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_START = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+# What lies beside weights under the same suffixes: what trainers leave, and the router of lora_moe, which is no model.
+_BESIDE = re.compile(
+    r"(training_state|multi_layer_state|training_info|skill_library|scaler|router)\.pt|training_args\.bin"
+    r"|(optimizer|scheduler)\.(pt|bin)|rng_state(_\d+)?\.pth"
+)
 _FOREIGN = {
     b"version https://git-lfs": "a git-LFS pointer, not the file itself: fetch it with `git lfs pull`",
     b"GGUF": "a GGUF file: convert it to safetensors first",
@@ -26,6 +33,11 @@ class Kind(Enum):
     ZIP = "zip"
     LEGACY = "legacy"
     SAFETENSORS = "safetensors"
+
+
+def may_be_weights(name: str) -> bool:
+    """Whether a file of this name can hold weights: by its suffix, and as no state or router that lies beside them."""
+    return name.endswith(WEIGHT_SUFFIXES) and _BESIDE.fullmatch(name) is None
 
 
 def require_file(path: Path) -> int:

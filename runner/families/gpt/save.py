@@ -14,9 +14,8 @@ from runner.families.gpt.layouts import (
     VALUE_EMBEDDINGS,
     VOCABULARY_MULTIPLE,
     GptDetails,
-    read_details,
+    details_of,
 )
-from runner.files.tensors import TensorInfo
 
 WEIGHT_FILES = ("model.pt", "model.safetensors")
 
@@ -36,8 +35,7 @@ def save(
     that do not make the model which `details` describe.
     """
     path = directory / weights_file
-    infos = {name: TensorInfo(name=name, shape=tuple(t.shape), dtype=t.dtype) for name, t in tensors.items()}
-    found = read_details(infos, details.dialect, path)
+    found = details_of(tensors, details.dialect, path)
     assert replace(found, keys=details.keys) == details, "the tensors have other sizes than the details"
     if weights_file.endswith(".safetensors"):
         from safetensors.torch import save_file
