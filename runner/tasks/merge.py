@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from runner.checkpoints.runs import resolve
-from runner.config import DiagnoseConfig, Family, Format, MergeConfig
+from runner.config import DiagnoseConfig, Format, MergeConfig
 from runner.errors import ConfigError
 from runner.evaluation.base_models import Base
 from runner.evaluation.tokenizers import encode, load_tokenizer
+from runner.families.family import Auto
 from runner.families.lora_moe import checkpoint as lora_moe
 from runner.families.npt.checkpoint import MERGE_SUMMARY
 from runner.files.staging import staged
@@ -419,7 +420,7 @@ def measure(config: MergeConfig, partial: Path, context: Context, reference: Pat
     asked = DiagnoseConfig(
         task="diagnose",
         ckpt=str(partial),
-        family=Family(name="auto"),
+        family=Auto(),
         format=Format(name="auto"),
         reference=None if reference is None else str(reference),
         **options,
