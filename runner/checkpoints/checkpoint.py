@@ -153,7 +153,8 @@ class CheckpointFormat:
     `matches` gives the evidence from names and shapes, or None; it never raises for another format's files.
     `read` gives every part with its problems (reading.py); a format with `open` alone gives the checkpoint or raises
     CheckpointError. `describe` gives further fields of the result contract. A damaged checkpoint that nothing matches
-    is of the format that it still `resembles`, or of the one whose state `remains` where the weights are lost.
+    is of the format that it most `resembles`, or of the one of whose training most `remains` where the weights are
+    lost: 0 is not at all, and more the less another format could look like that.
     `adapters`: a few megabytes beside its base, unless something is wrong.
     """
 
@@ -163,8 +164,8 @@ class CheckpointFormat:
     describe: Callable[[Checkpoint], dict[str, Any]]
     open: Callable[[Listing], Checkpoint] | None = None
     read: Callable[[Listing], Reading] | None = None
-    resembles: Callable[[Listing], bool] | None = None
-    remains: Callable[[Listing], bool] | None = None
+    resembles: Callable[[Listing], int] | None = None
+    remains: Callable[[Listing], int] | None = None
     adapters: bool = False
 
 

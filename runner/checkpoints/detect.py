@@ -69,7 +69,7 @@ def open_checkpoint(path: Path, format_name: str = "auto", module: str | None = 
         raise ConfigError(f"format={format_name} is unknown; formats are {', '.join(known)}")
     listing = Listing.of(path)
     if format_name != "auto":
-        return _finished(read(listing, known[format_name]).open())
+        return finished(read(listing, known[format_name]).open())
     found, errors = _matching(listing, known)
     if not found:
         inside = [entry for entry in _directories(listing) if _matching(entry, known)[0]]
@@ -78,7 +78,7 @@ def open_checkpoint(path: Path, format_name: str = "auto", module: str | None = 
         if errors:
             raise errors[0]
         raise CheckpointError(_nothing_found(listing, known, inside))
-    return _finished(read(listing, known[_only(found, path)]).open())
+    return finished(read(listing, known[_only(found, path)]).open())
 
 
 def recognise(
@@ -99,7 +99,7 @@ def recognise(
         if len(inside) == 1:
             return inside[0][0], known[inside[0][1]]
         if not weight_names(listing):
-            name = next((each.name for each in known.values() if each.remains and each.remains(listing)), None)
+            name = _strongest({each.name: each.remains(listing) for each in known.values() if each.remains})
             if name is None:
                 shown = ", ".join(listing.entries[:8]) or "nothing"
                 raise CheckpointError(f"{path}: holds no checkpoint that is known; it holds {shown}")
@@ -121,7 +121,14 @@ def _shown(listing: Listing, known: Mapping[str, CheckpointFormat]) -> str | Non
     """The name of the format that matches, else of the first that a damaged checkpoint resembles."""
     if found := _matching(listing, known)[0]:
         return _only(found, listing.path)
-    return next((each.name for each in known.values() if each.resembles and each.resembles(listing)), None)
+    marks = {each.name: each.resembles(listing) for each in known.values() if each.resembles}
+    return _strongest(marks)
+
+
+def _strongest(marks: Mapping[str, int]) -> str | None:
+    """The name with the highest mark above 0."""
+    name = max(marks, key=lambda name: marks[name], default=None)
+    return name if name is not None and marks[name] > 0 else None
 
 
 def _only(found: Mapping[str, str], path: Path) -> str:
@@ -165,7 +172,7 @@ def _nothing_found(listing: Listing, known: Mapping[str, CheckpointFormat], insi
     return f"{listing.path}: No NPT layers found, nor any other known format ({', '.join(known)}); {seen}"
 
 
-def _finished(checkpoint: Checkpoint) -> Checkpoint:
+def finished(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with what every format has in common: the step in its name, and dtypes that are not float32."""
     findings = list(checkpoint.findings)
     dtypes = sorted({info.dtype_name for info in checkpoint.weights.infos.values()} - {"float32"})

@@ -6,11 +6,8 @@ import torch
 from torch import nn
 
 from runner.checks.check import Outcome, failed, passed
-from runner.checks.context import Bench
-from runner.checks.inputs import long_ids, prompts, ragged, right_padded
+from runner.checks.context import PADDING, CheckContext
 from runner.evaluation.forward import device_of, first_non_finite, limits, logit_chunks, logit_count, trace
-from runner.families.gpt.model import Gpt
-from runner.families.lora_moe.model import LoraMoeForCausalLM
 
 BATCH_SIZES = (1, 4, 16)
 # Products of other shapes add up in another order, and a random model amplifies that: to 3e-4 of the logits' size at
@@ -20,13 +17,11 @@ MEAN_TOLERANCE = 1e-4
 LARGEST_TOLERANCE = 2e-2
 # In bfloat16 and float16 a rounding is 2^16 and 2^13 times coarser.
 COARSE = {torch.bfloat16: 300.0, torch.float16: 40.0}
-# Router logits closer than this may be ordered otherwise by rounding alone.
-NEAR_TIE = 1e-2
 
 
-def build(bench: Bench) -> Outcome:
+def build(context: CheckContext) -> Outcome:
     """The model is built, strictly: every key is used, and nothing of it is left without weights."""
-    model = bench.model
+    model = context.model
     empty = sorted(name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta)
     if empty:
         return failed(f"{len(empty)} parameters have no weights: {', '.join(empty[:5])}")
@@ -34,9 +29,9 @@ def build(bench: Bench) -> Outcome:
     return passed(f"{type(model).__name__} with {count:,} parameters, {str(next(model.parameters()).dtype)[6:]}")
 
 
-def forward(bench: Bench) -> Outcome:
-    """Logits of the prompts and of a long sequence: one row a token, every value finite (and below a GPT's cap)."""
-    model, sequences = bench.model, [*prompts(bench), long_ids(bench)]
+def forward(context: CheckContext) -> Outcome:
+    """Logits of the prompts and of a long sequence: one row a token, every value finite (and within a soft cap)."""
+    model, sequences = context.model, [*context.prompts(), context.long_ids()]
     expected = logit_count(model)
     extremes = []
     for token_ids in sequences:
@@ -48,10 +43,9 @@ def forward(bench: Bench) -> Outcome:
             place = f"from {where[0]} on, first at position {where[1]}" if where else "in the last product"
             return failed(f"logits of {len(token_ids)} tokens are not finite: {place}", "Look at the weights there.")
         extremes += [low.item(), high.item()]
-    if isinstance(model, Gpt):
-        bounds = (0.0, 30.0) if model.config.dialect == "small" else (-15.0, 15.0)
-        if not bounds[0] <= min(extremes) <= max(extremes) <= bounds[1]:
-            return failed(f"logits from {min(extremes):.4g} to {max(extremes):.4g} leave the soft cap {bounds}")
+    bounds = context.own_family.traits(context.checkpoint).logit_bounds
+    if bounds is not None and not bounds[0] <= min(extremes) <= max(extremes) <= bounds[1]:
+        return failed(f"logits from {min(extremes):.4g} to {max(extremes):.4g} leave the soft cap {bounds}")
     longest = max(map(len, sequences))
     return passed(f"{len(sequences)} sequences of up to {longest} tokens: finite logits of {expected} entries")
 
@@ -68,10 +62,10 @@ def _logits(model: nn.Module, token_ids: torch.Tensor) -> tuple[tuple[int, int],
     return (count, width), torch.stack(lows).amin(), torch.stack(highs).amax()
 
 
-def batch(bench: Bench) -> Outcome:
+def batch(context: CheckContext) -> Outcome:
     """Batches of 1, 4 and 16 sequences, padded on the right, give each sequence the logits that it has alone."""
-    model = bench.model
-    sequences = ragged(bench, max(BATCH_SIZES))
+    model, traits = context.model, context.own_family.traits(context.checkpoint)
+    sequences = context.ragged(max(BATCH_SIZES))
     alone = [_run(model, ids[None]) for ids in sequences]
     coarse = COARSE.get(next(model.parameters()).dtype, 1.0)
     worst, ties = 0.0, 0
@@ -81,7 +75,7 @@ def batch(bench: Bench) -> Outcome:
         rows = [sequences[i] for i in chosen]
         together = _run(model, *right_padded(rows, filler=limits(model)[0] - 1))
         for row, (ids, own) in enumerate(zip(rows, (alone[i] for i in chosen), strict=True)):
-            length = _comparable(model, own, together, row, len(ids))
+            length = traits.comparable(model, own, together, row, len(ids))
             ties += length < len(ids)
             largest, mean = _relative_difference(own.logits[0, :length], together.logits[row, :length])
             if not (largest <= LARGEST_TOLERANCE * coarse and mean <= MEAN_TOLERANCE * coarse):
@@ -118,12 +112,12 @@ def _relative_difference(expected: torch.Tensor, found: torch.Tensor) -> tuple[f
     return difference.max().item(), difference.mean().item()
 
 
-def _comparable(model: nn.Module, alone: Any, together: Any, row: int, length: int) -> int:
-    """How many tokens of a sequence can be compared: up to one for which two experts are as good, which rounding may
-    order in either way."""
-    if not isinstance(model, LoraMoeForCausalLM) or model.top_k == len(model.names):
-        return length
-    chosen = (alone.expert_weights[0] > 0) != (together.expert_weights[row, :length] > 0)
-    best = alone.router_logits[0].float().topk(model.top_k + 1).values
-    ties = chosen.any(-1) & (best[:, -2] - best[:, -1] < NEAR_TIE)
-    return int(ties.nonzero()[0, 0]) if ties.any() else length
+def right_padded(sequences: list[torch.Tensor], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [B, T] of sequences [t], with positions of the token `filler` after each, the longest too."""
+    width = max(map(len, sequences)) + PADDING
+    ids = torch.full((len(sequences), width), filler)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = 1
+    return ids, mask

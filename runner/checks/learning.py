@@ -9,41 +9,36 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from runner.checks.behaviour import right_padded
 from runner.checks.check import Outcome, failed, passed
-from runner.checks.context import Bench
-from runner.checks.inputs import prompts, ragged, right_padded
+from runner.checks.context import CheckContext
 from runner.evaluation.forward import device_of
-from runner.families.lora_moe.model import LoraForCausalLM
-from runner.families.npt.model import NptLlamaForCausalLM
 from runner.files.tensors import is_finite
 
 # By how much of its largest value a step moves a parameter: visible in every precision, whatever the gradient's scale.
 STEP_SIZE = 1e-2
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes: NPT weights; adapters and router; all of a model without either."""
-    named = dict(model.named_parameters())
-    if isinstance(model, NptLlamaForCausalLM):
-        return {name: p for name, p in named.items() if ".updates." in name}
-    if isinstance(model, LoraForCausalLM):
-        return {name: p for name, p in named.items() if ".lora_" in name or name.startswith("router.")}
-    return named
+def trained(context: CheckContext) -> dict[str, nn.Parameter]:
+    """The parameters of the model that training changes."""
+    traits = context.own_family.traits(context.checkpoint)
+    return {name: parameter for name, parameter in context.model.named_parameters() if traits.is_trained(name)}
 
 
-def gradients(bench: Bench) -> Outcome:
+def gradients(context: CheckContext) -> Outcome:
     """A fine-tuning loss has a finite gradient for every parameter that should train, and for no other."""
-    bench.free("reloaded")
-    model = bench.model
-    wanted = trained(model)
+    context.free("reloaded")
+    model = context.model
+    wanted = trained(context)
     with _training(model, wanted):
-        _loss(bench, model).backward()
+        _loss(context, model).backward()
         reached = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         missing = sorted(wanted.keys() - reached.keys())
         stray = sorted(reached.keys() - wanted.keys())
         broken = sorted(name for name, gradient in reached.items() if not is_finite(gradient))
         zero = [name for name in wanted if name in reached and not bool(reached[name].any())]
-    unexplained = sorted(name for name in zero if not _is_zero_by_neighbours(name, wanted))
+    traits = context.own_family.traits(context.checkpoint)
+    unexplained = sorted(name for name in zero if not traits.may_be_zero(name, wanted))
     problems = [
         f"{what}: {', '.join(names[:4])}{f', … ({len(names)})' if len(names) > 4 else ''}"
         for what, names in (
@@ -60,18 +55,18 @@ def gradients(bench: Bench) -> Outcome:
     return passed(f"{len(wanted)} parameters have a gradient{said}, {_count(model) - len(wanted)} others none")
 
 
-def optimizer_step(bench: Bench) -> Outcome:
+def optimizer_step(context: CheckContext) -> Outcome:
     """One optimizer step changes every parameter that has a gradient, and not a bit of anything else."""
-    model = bench.model
-    wanted = trained(model)
+    model = context.model
+    wanted = trained(context)
     before = _digests(model)
     kept: list[tuple[nn.Parameter, torch.Tensor]] = []
     try:
         with _training(model, wanted):
-            _loss(bench, model).backward()
+            _loss(context, model).backward()
             moving = {name for name, p in wanted.items() if p.grad is not None and bool(p.grad.any())}
             stepped = [p for p in model.parameters() if p.grad is not None]
-            kept += [(p, p.detach().clone()) for p in stepped] if bench.own else []
+            kept += [(p, p.detach().clone()) for p in stepped] if context.own else []
             torch.optim.SGD([_group(p) for p in stepped], foreach=False).step()
         changed = {name for name, digest in _digests(model).items() if before[name] != digest}
     finally:
@@ -79,8 +74,8 @@ def optimizer_step(bench: Bench) -> Outcome:
         with torch.no_grad():
             for parameter, values in kept:
                 parameter.copy_(values)
-        if not bench.own:
-            bench.free("model", "checkpoint")  # a model may lie in the mapped file, and a step in its private copy
+        if not context.own:
+            context.free("model", "checkpoint", "reading")  # a model may lie in the mapped file, and a step in its private copy
     if stray := sorted(changed - wanted.keys()):
         return failed(f"a step also changes {', '.join(stray[:4])}", "Look for tensors that share memory.")
     if not moving:
@@ -117,28 +112,15 @@ def _group(parameter: nn.Parameter) -> dict[str, Any]:
     return {"params": [parameter], "lr": STEP_SIZE * max(largest, 1e-3) / slope if slope else 0.0}
 
 
-def _loss(bench: Bench, model: nn.Module) -> torch.Tensor:
+def _loss(context: CheckContext, model: nn.Module) -> torch.Tensor:
     """Mean cross-entropy of the next token over a padded batch, and the balance loss of a router."""
-    sequences = [*prompts(bench), ragged(bench, 1)[0]]
+    sequences = [*context.prompts(), context.ragged(1)[0]]
     ids, mask = (each.to(device_of(model)) for each in right_padded(sequences, filler=0))
     output = model(ids, attention_mask=mask)
     targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
     loss = cross_entropy(output.logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100)
     balance = getattr(output, "balance_loss", None)
     return loss if balance is None else loss + balance
-
-
-def _is_zero_by_neighbours(name: str, wanted: dict[str, nn.Parameter]) -> bool:
-    """Whether another factor of the same product is zero, as in adapters that were not trained yet."""
-    if ".lora_" in name:
-        other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
-        return not bool(wanted[other].any())
-    if ".updates." in name:
-        front = name.rpartition(".")[0]
-        return any(not bool(p.any()) for other, p in wanted.items() if other != name and other.startswith(f"{front}."))
-    if name.startswith("router.") and wanted[name].shape[0] == 1:
-        return True  # the softmax over one expert is constant
-    return any(not bool(parameter.any()) for parameter in wanted.values())
 
 
 def _digests(model: nn.Module) -> dict[str, int]:

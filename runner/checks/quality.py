@@ -8,15 +8,11 @@ score above 0.8, WARNING from 0.5 on (the score where each comparison is a WARNI
 both other words are the status warning.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runner.checks.check import PASS, WARNING, Outcome, skipped
-from runner.checks.context import Bench
-from runner.checks.inputs import prompt_ids, prompts
-from runner.checks.subjects import subject_of
-from runner.errors import CheckpointError
+from runner.checks.context import CheckContext
 from runner.evaluation.evaluator import Subject
 from runner.evaluation.forward import limits
 from runner.metrics import layers as layer_measures
@@ -41,27 +37,12 @@ def word_of(score: float) -> str:
     return "PASS" if score > 0.8 else "WARNING" if score >= 0.5 else "FAIL"
 
 
-def against_base(measure: Callable[[Bench, Subject], Outcome]) -> Callable[[Bench], Outcome]:
-    """`measure` as a check, which is skipped where the base is not found."""
-
-    @wraps(measure)
-    def check(bench: Bench) -> Outcome:
-        try:
-            subject = subject_of(bench)
-        except CheckpointError as error:
-            return skipped(f"nothing to compare with: {error}")
-        return measure(bench, subject)
-
-    return check
-
-
-@against_base
-def fidelity(bench: Bench, subject: Subject) -> Outcome:
+def fidelity(context: CheckContext, subject: Subject) -> Outcome:
     """Logits of the prompts against the base's."""
-    compared = [subject.compare(ids) for ids in prompts(bench)]
+    compared = [subject.compare(ids) for ids in context.prompts()]
     figures = summarise(compared)
     rows = [{"mse": c.mse, "cosine": c.cosine} if c.finite else {"mse": None, "cosine": None} for c in compared]
-    verdict = judge(figures["mse"], figures["cosine"], bench.config.verdict)
+    verdict = judge(figures["mse"], figures["cosine"], context.config.verdict)
     return _outcome(
         grade(figures["mse"], figures["cosine"]),
         _mean_score(rows),
@@ -71,10 +52,9 @@ def fidelity(bench: Bench, subject: Subject) -> Outcome:
     )
 
 
-@against_base
-def layers(bench: Bench, subject: Subject) -> Outcome:
+def layers(context: CheckContext, subject: Subject) -> Outcome:
     """Each NPT layer alone, all others standard, on the layer prompt."""
-    token_ids = prompt_ids(bench, bench.config.data.layer_prompt)
+    token_ids = context.prompt_ids(context.config.data.layer_prompt)
     reference, run = subject.layer_run(token_ids)
     rows = layer_measures.isolation(run, reference, token_ids, list(subject.npt.npt_layers))
     score = _mean_score(rows)
@@ -89,10 +69,9 @@ def layers(bench: Bench, subject: Subject) -> Outcome:
     )
 
 
-@against_base
-def progressive(bench: Bench, subject: Subject) -> Outcome:
+def progressive(context: CheckContext, subject: Subject) -> Outcome:
     """The lowest 1, 2, … n NPT layers together, on the layer prompt."""
-    token_ids = prompt_ids(bench, bench.config.data.layer_prompt)
+    token_ids = context.prompt_ids(context.config.data.layer_prompt)
     reference, run = subject.layer_run(token_ids)
     rows = layer_measures.progressive(run, reference, token_ids, list(subject.npt.npt_layers))
     score = _mean_score(rows)
@@ -107,17 +86,16 @@ def progressive(bench: Bench, subject: Subject) -> Outcome:
     )
 
 
-@against_base
-def generation(bench: Bench, subject: Subject) -> Outcome:
+def generation(context: CheckContext, subject: Subject) -> Outcome:
     """Continuations of the prompts at temperatures 0.1, 0.7 and 1.0, from the same seed as the base's."""
-    longest = limits(bench.model)[1]
+    longest = limits(context.model)[1]
     rows = []
-    for text in bench.config.data.prompts:
-        token_ids = prompt_ids(bench, text)
-        count = min(bench.config.tier.new_tokens, (longest or 1 << 30) - len(token_ids))
+    for text in context.config.data.prompts:
+        token_ids = context.prompt_ids(text)
+        count = min(context.config.tier.new_tokens, (longest or 1 << 30) - len(token_ids))
         for temperature in TEMPERATURES if count > 0 else ():
             row = subject.continuation(
-                token_ids, count, temperature=temperature, seed=bench.config.seed, decode=lambda ids: _text(bench, ids)
+                token_ids, count, temperature=temperature, seed=context.config.seed, decode=lambda ids: _text(context, ids)
             )
             rows.append({"prompt": text, **row})
     if not rows:
@@ -143,8 +121,8 @@ def _generation_score(row: Mapping[str, Any]) -> float:
     return float(row["agreement"] * (1 - max(0.0, extra)))
 
 
-def _text(bench: Bench, token_ids: list[int]) -> str:
-    return " ".join(map(str, token_ids)) if bench.tokenizer is None else str(bench.tokenizer.decode(token_ids))
+def _text(context: CheckContext, token_ids: list[int]) -> str:
+    return " ".join(map(str, token_ids)) if context.tokenizer is None else str(context.tokenizer.decode(token_ids))
 
 
 def _outcome(word: str, score: float, details: str, recommendation: str | None, data: Mapping[str, Any]) -> Outcome:

@@ -145,6 +145,11 @@ class TensorSource:
     stripped_prefix: str = ""
     reader: Callable[[str], torch.Tensor] = field(repr=False)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(info.nbytes for info in self.infos.values())
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, a view of the mapped file where its layout allows. Raises CheckpointError."""
         info = self.infos.get(name)

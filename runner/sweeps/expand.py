@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from runner.checkpoints.runs import Run, find_run, select, spell, step_in_name
-from runner.checks.detected import several
+from runner.checkpoints.detect import several
 from runner.errors import ConfigError
 from runner.overrides import CommandLine, quoted, split_list, unquoted
 

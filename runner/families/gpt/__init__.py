@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
     from runner.checkpoints.checkpoint import Checkpoint
     from runner.checks.check import Check
-    from runner.checks.context import Bench
-    from runner.checks.headers import Header
+    from runner.checks.context import CheckContext, Example, Traits
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
     from runner.merge.files import Files
@@ -42,9 +41,9 @@ class Gpt(Family):
 
     def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> None:
         """As `Family.save`."""
-        from runner.checks.saving import save_model
+        from runner.families.gpt.save import write_model
 
-        save_model(checkpoint, model, base, target)
+        write_model(checkpoint, model, target)
 
     def plan_merge(
         self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path
@@ -56,24 +55,29 @@ class Gpt(Family):
 
     def checks(self) -> "Mapping[str, Check]":
         """As `Family.checks`."""
-        from runner.checks.catalogue import OF_FAMILY
+        from runner.families.gpt.checks import CHECKS
 
-        return OF_FAMILY["gpt"]
-
-    def detect(self, path: Path, read_header: "Callable[[Path], Header]") -> str | None:
-        """As `Family.detect`."""
-        from runner.checks.detected import look
-
-        found = look(path, read_header)
-        return found.format if found.family == self.name else None
+        return CHECKS
 
     def check_buildable(self, base: str | None) -> None:
         """Without a base."""
         if base is not None:
             raise ConfigError("base= belongs to families that stand on a base; a gpt is complete by itself")
 
-    def build_small(self, bench: "Bench") -> Path:
+    def build_small(self, context: "CheckContext") -> Path:
         """As `Family.build_small`."""
-        from runner.checks.building import build
+        from runner.families.gpt.checks import build_small
 
-        return build(bench)
+        return build_small(context)
+
+    def examples(self) -> "Mapping[str, Example]":
+        """As `Family.examples`."""
+        from runner.families.gpt.checks import EXAMPLES
+
+        return EXAMPLES
+
+    def traits(self, checkpoint: "Checkpoint") -> "Traits":
+        """As `Family.traits`."""
+        from runner.families.gpt.checks import GptTraits
+
+        return GptTraits(checkpoint)

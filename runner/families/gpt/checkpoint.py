@@ -161,9 +161,10 @@ def _nested(listing: Listing, name: str) -> Mapping[Any, Any] | None:
     return state if isinstance(state, Mapping) else None
 
 
-def _resembles(listing: Listing) -> bool:
-    """Whether a file is named as these training scripts name theirs."""
-    return any(step_in_name(name) is not None and not listing.file(name).is_dir() for name in listing.entries)
+def _resembles(listing: Listing) -> int:
+    """1 where a file is named as these training scripts name theirs."""
+    named = (step_in_name(name) is not None and not listing.file(name).is_dir() for name in listing.entries)
+    return 1 if any(named) else 0
 
 
 def _read(dialect: Dialect, listing: Listing) -> Reading:

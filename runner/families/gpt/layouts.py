@@ -166,6 +166,11 @@ def _shapes(dialect: Dialect, depth: int, vocabulary: int, d: int) -> dict[str, 
     }
 
 
+def all_shapes(dialect: Dialect, depth: int, *, vocabulary: int, d: int) -> dict[str, Shape]:
+    """Name → shape of every tensor, the head and the scalars without padding."""
+    return {**_shapes(dialect, depth, vocabulary, d), HEAD[dialect]: (vocabulary, d), SCALARS: (5 * depth,)}
+
+
 def _wrong_shapes(infos: Mapping[str, TensorInfo], dialect: Dialect, depth: int) -> list[str]:
     vocabulary, width = infos[EMBEDDING].shape
     wrong = [

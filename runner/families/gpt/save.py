@@ -5,9 +5,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from runner.checkpoints.checkpoint import Checkpoint
 from runner.errors import ConfigError
 from runner.families.gpt.checkpoint import STATE, Provenance, metadata
+from runner.families.gpt.checkpoint import provenance as read_provenance
 from runner.families.gpt.layouts import (
     EMBEDDING,
     HEAD,
@@ -16,6 +19,7 @@ from runner.families.gpt.layouts import (
     GptDetails,
     details_of,
 )
+from runner.files.staging import staged
 
 WEIGHT_FILES = ("model.pt", "model.safetensors")
 
@@ -28,7 +32,7 @@ def save(
     provenance: Provenance,
     weights_file: str = WEIGHT_FILES[0],
 ) -> Path:
-    """Write one weights file into `directory` (a staged one: see commit.py); its path.
+    """Write one weights file into `directory` (a staged one); its path.
 
     A name that ends in .safetensors chooses that layout, where the provenance stands in the metadata; any
     other is the training script's. dtypes are kept; optimizers are not written. Raises CheckpointError for tensors
@@ -45,6 +49,19 @@ def save(
         beside = {name: value for name, value in asdict(provenance).items() if value is not None}
         torch.save({**beside, STATE: _own(tensors)}, path)
     return path
+
+
+def stored_tensors(checkpoint: Checkpoint, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a model under its checkpoint's names, in the dtypes that the checkpoint stores."""
+    state = model.state_dict()
+    return {name: state[name].to(checkpoint.weights.infos[name].dtype) for name in checkpoint.details.keys}
+
+
+def write_model(checkpoint: Checkpoint, model: nn.Module, target: Path) -> None:
+    """Write a model that was built from `checkpoint` as the new directory `target`."""
+    origin = read_provenance(checkpoint.weights)
+    with staged(target) as directory:
+        save(directory, stored_tensors(checkpoint, model), checkpoint.details, provenance=origin)
 
 
 def cut_vocabulary(

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
 from runner.checkpoints.reading import MERGED_MODEL, Parts, Reading, some
 from runner.errors import CheckpointError
+from runner.files.staging import staged
 from runner.files.shards import read_index
 from runner.files.strict_json import read_object
 from runner.files.tensors import TensorInfo, TensorSource, open_sharded, open_weights
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 NAME = "hf"
 FAMILY = "hf"
@@ -93,16 +95,16 @@ def matches(listing: Listing) -> str | None:
     return f"config.json of a {read_config(listing.path)['model_type']} with {len(weights.infos)} tensors"
 
 
-def resembles(listing: Listing) -> bool:
-    """Whether files lie there in which transformers saves a model."""
-    return bool(model_files(listing.path))
+def resembles(listing: Listing) -> int:
+    """1 where files lie there in which transformers saves a model."""
+    return 1 if model_files(listing.path) else 0
 
 
-def remains(listing: Listing) -> bool:
-    """Whether a config.json with a model type lies there, whose weights are lost."""
+def remains(listing: Listing) -> int:
+    """1 where a config.json with a model type lies there, whose weights are lost."""
     with contextlib.suppress(CheckpointError):
-        return isinstance(read_config(listing.path).get("model_type"), str)
-    return False
+        return 1 if isinstance(read_config(listing.path).get("model_type"), str) else 0
+    return 0
 
 
 def model_files(root: Path) -> list[Path]:
@@ -261,6 +263,21 @@ FORMATS = (
         remains=remains,
     ),
 )
+
+
+def stored_tensors(checkpoint: Checkpoint, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's weights under the names that the checkpoint stores: a tied head that it leaves out is left out again.
+
+    What no model computes with is read: gates before permanent updates, buffers that follow from the config.
+    """
+    state = model.state_dict()
+    return {name: state[name] if name in state else checkpoint.weights.read(name) for name in checkpoint.weights.infos}
+
+
+def write_model(checkpoint: Checkpoint, model: nn.Module, target: Path) -> None:
+    """Write a model that was built from `checkpoint` as the new directory `target`."""
+    with staged(target) as directory:
+        save(directory, stored_tensors(checkpoint, model), config=checkpoint.details.config)
 
 
 def save(

@@ -12,16 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.checkpoints.checkpoint import Listing
+from runner.checkpoints.checkpoint import Checkpoint, Listing
 from runner.checkpoints.reading import Parts
 from runner.errors import CheckpointError, ModelError
 from runner.families.lora import config as lora_config
 from runner.families.lora.config import LoraSettings, read_settings
 from runner.files.file_type import Kind, kind_of
+from runner.files.staging import staged
 from runner.files.tensors import TensorInfo, TensorSource, is_finite
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
@@ -337,6 +339,19 @@ def save_adapter(directory: Path, tensors: Mapping[str, torch.Tensor], config: M
     save_file(owned, directory / WEIGHT_FILES[0], metadata={"format": "pt"})
     text = json.dumps(dict(config), indent=2, sort_keys=True, ensure_ascii=False)
     (directory / lora_config.FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def write_model(checkpoint: Checkpoint, model: nn.Module, base: str, target: Path) -> None:
+    """Write a model that was built from `checkpoint` on the base at `base` as an adapter below the new `target`."""
+    from runner.families.lora_moe.model import LoraForCausalLM
+
+    assert isinstance(model, LoraForCausalLM)
+    (adapter,) = model.adapters()
+    settings = checkpoint.details.settings
+    pairs = {module: {"A": a, "B": b} for module, (a, b, _) in adapter.items()}
+    tensors = {key(module, matrix): tensor for module, pair in pairs.items() for matrix, tensor in pair.items()}
+    with staged(target) as directory:
+        save_adapter(directory / "adapter", tensors, {**settings.raw, "base_model_name_or_path": base})
 
 
 def adapter_config(

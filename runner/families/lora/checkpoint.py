@@ -31,9 +31,9 @@ def matches(listing: Listing) -> str | None:
     return None
 
 
-def resembles(listing: Listing) -> bool:
-    """Whether an adapter's config or weights are there."""
-    return bool({FILE_NAME, *WEIGHT_FILES} & {*listing.entries})
+def resembles(listing: Listing) -> int:
+    """3 where an adapter's config or weights are there."""
+    return 3 if {FILE_NAME, *WEIGHT_FILES} & {*listing.entries} else 0
 
 
 def read(listing: Listing) -> Reading:

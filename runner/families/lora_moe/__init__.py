@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
     from runner.checkpoints.checkpoint import Checkpoint
     from runner.checks.check import Check
-    from runner.checks.context import Bench
-    from runner.checks.headers import Header
+    from runner.checks.context import CheckContext, Example, Traits
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
     from runner.merge.files import Files
@@ -58,9 +57,9 @@ class LoraMoe(Family):
 
     def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> None:
         """As `Family.save`."""
-        from runner.checks.saving import save_model
+        from runner.families.lora_moe.checks import write_model
 
-        save_model(checkpoint, model, base, target)
+        write_model(checkpoint, model, str(base.resolve()) if base else "", target)
 
     def plan_merge(
         self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path
@@ -73,22 +72,33 @@ class LoraMoe(Family):
 
     def checks(self) -> "Mapping[str, Check]":
         """As `Family.checks`."""
-        from runner.checks.catalogue import OF_FAMILY
+        from runner.families.lora_moe.checks import CHECKS
 
-        return OF_FAMILY["lora_moe"]
-
-    def detect(self, path: Path, read_header: "Callable[[Path], Header]") -> str | None:
-        """As `Family.detect`."""
-        from runner.checks.detected import look
-
-        found = look(path, read_header)
-        return found.format if found.family == self.name else None
+        return CHECKS
 
     def check_buildable(self, base: str | None) -> None:
         """Over any base."""
 
-    def build_small(self, bench: "Bench") -> Path:
+    def build_small(self, context: "CheckContext") -> Path:
         """As `Family.build_small`."""
-        from runner.checks.building import build
+        from runner.families.lora_moe.checks import build_small
 
-        return build(bench)
+        return build_small(context)
+
+    def examples(self) -> "Mapping[str, Example]":
+        """As `Family.examples`."""
+        from runner.families.lora_moe.checks import write_example
+
+        return {self.name: write_example}
+
+    def base_misfits(self, checkpoint: "Checkpoint", config: Mapping[str, Any]) -> list[str]:
+        """As `Family.base_misfits`."""
+        from runner.families.lora_moe.checks import base_misfits
+
+        return base_misfits(checkpoint, config)
+
+    def traits(self, checkpoint: "Checkpoint") -> "Traits":
+        """As `Family.traits`."""
+        from runner.families.lora_moe.checks import MoeTraits
+
+        return MoeTraits()

@@ -114,11 +114,10 @@ def matches(listing: Listing) -> str | None:
     return None
 
 
-def resembles(listing: Listing) -> bool:
-    """Whether a router or directories of experts are there."""
-    return listing.path.is_dir() and (
-        bool(router_files(listing.path)) or any(map(_EXPERT.fullmatch, listing.entries)) or matches(listing) is not None
-    )
+def resembles(listing: Listing) -> int:
+    """4 where a router or directories of experts are there."""
+    parts = router_files(listing.path) if listing.path.is_dir() else []
+    return 4 if parts or any(map(_EXPERT.fullmatch, listing.entries)) else 0
 
 
 def read(listing: Listing) -> Reading:

@@ -196,16 +196,16 @@ def matches(listing: Listing) -> str | None:
     return f"{name}: {sum(map(is_key, listing.weights(name).infos))} NPT keys"
 
 
-def resembles(listing: Listing) -> bool:
-    """Whether the file that the format names is there, or one whose names look like NPT layers."""
-    return bool({*WEIGHT_FILES} & {*listing.entries}) or any(
-        _SIMILAR.fullmatch(key) for name in weight_names(listing) for key in listing.names(name)
-    )
+def resembles(listing: Listing) -> int:
+    """3 where the file that the format names is there, or one whose names look like NPT layers."""
+    named = bool({*WEIGHT_FILES} & {*listing.entries})
+    similar = (_SIMILAR.fullmatch(key) for name in weight_names(listing) for key in listing.names(name))
+    return 3 if named or any(similar) else 0
 
 
-def remains(listing: Listing) -> bool:
-    """Whether a trainer's state lies there, whose weights are lost."""
-    return bool({TRAINING_STATE, MULTI_LAYER_STATE} & {*listing.entries})
+def remains(listing: Listing) -> int:
+    """3 where a trainer's state lies there, whose weights are lost."""
+    return 3 if {TRAINING_STATE, MULTI_LAYER_STATE} & {*listing.entries} else 0
 
 
 def read(listing: Listing) -> Reading:

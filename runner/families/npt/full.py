@@ -56,17 +56,16 @@ def matches(listing: Listing) -> str | None:
     return f"{count} adapter keys among the weights" if count else None
 
 
-def resembles(listing: Listing) -> bool:
-    """Whether it is a model with what its training left, or with adapter keys in a file that can be read."""
+def resembles(listing: Listing) -> int:
+    """2 where it is a model with what its training left, or with adapter keys in a file that can be read."""
     files = hf.model_files(listing.path)
-    return bool(files) and (
-        TRAINING_INFO in listing.entries or any(is_key(key) for file in files for key in listing.names(file.name))
-    )
+    keys = (is_key(key) for file in files for key in listing.names(file.name))
+    return 2 if files and (TRAINING_INFO in listing.entries or any(keys)) else 0
 
 
-def remains(listing: Listing) -> bool:
-    """Whether what its training left lies there, and the weights are lost."""
-    return TRAINING_INFO in listing.entries
+def remains(listing: Listing) -> int:
+    """2 where what its training left lies there, and the weights are lost."""
+    return 2 if TRAINING_INFO in listing.entries else 0
 
 
 def read(listing: Listing) -> Reading:

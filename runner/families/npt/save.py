@@ -1,4 +1,4 @@
-"""Training that leaves a run directory: checkpoints in the npt_delta layout, and how to go on from one."""
+"""Training that leaves a run directory, and how to go on from one; a loaded model written back in its own layout."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
 from runner.errors import CheckpointError, ConfigError
 from runner.evaluation.base_models import Base
 from runner.evaluation.build import build_npt, npt_tensors
+from runner.families.hf import checkpoint as hf
 from runner.families.npt import checkpoint as npt_delta
+from runner.families.npt import full as npt_full
 from runner.families.npt.model import NptLlamaForCausalLM
 from runner.families.npt.settings import EquivalenceSettings
 from runner.families.npt.training import OnStep, initial_updates, train_equivalence
@@ -52,6 +56,27 @@ def train_run(
 
     figures = train_equivalence(model, batches, settings, on_step=on_step, on_checkpoint=on_checkpoint, resume=state)
     return figures, checkpoints
+
+
+def write_model(checkpoint: Checkpoint, model: nn.Module, base: str, target: Path) -> None:
+    """Write a model that was built from `checkpoint` on the base at `base` as the new directory `target`."""
+    assert isinstance(model, NptLlamaForCausalLM)
+    own = npt_tensors(model)
+    if checkpoint.format != npt_full.NAME:
+        state = {"global_step": checkpoint.step} if checkpoint.step is not None else None
+        with staged(target) as directory:
+            npt_delta.save(
+                directory, own, training_state=state, multi_layer_state=None, config={"model_name": base}
+            )
+        return
+    tensors = hf.stored_tensors(checkpoint, model)
+    for layer in checkpoint.layers:
+        for matrix, names in layer.keys["gate"].items():
+            # Linear weights: transposed to what npt_delta has.
+            tensors[names[0]] = own[npt_delta.key(layer.layer, "single", "gate", matrix, 0, 1)].T
+    info = checkpoint.directory / npt_full.TRAINING_INFO
+    with staged(target) as directory:
+        hf.save(directory, tensors, config=checkpoint.details.config, beside=[info] if info.is_file() else [])
 
 
 def _save(
