@@ -33,7 +33,7 @@ class Severity(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is wrong with one part of a checkpoint; `part` is named as the check that lists it: files, config, keys, …"""
+    """What is wrong with one part of a checkpoint; `part` is named as the check that lists it, as files or keys."""
 
     part: str
     text: str
@@ -168,10 +168,16 @@ class CheckpointFormat:
     remains: Callable[[Listing], int] | None = None
     adapters: bool = False
 
+    def __post_init__(self) -> None:
+        assert self.read or self.open, f"{self.name}: a format needs read or open"
+        if self.read and not self.open:
+            read = self.read
+            object.__setattr__(self, "open", lambda listing: read(listing).open())
+
 
 # What writes a converted checkpoint into a directory; it returns where each checkpoint lies in it (".": the directory
 # itself) and the tensors that it must hold, each read when it is called.
-Expected = Mapping[str, Mapping[str, Callable[[], torch.Tensor]]]
+Expected = Mapping[str, Mapping[str, Callable[[], "torch.Tensor"]]]
 Writer = Callable[[Path], Expected]
 
 # Longer lists and texts of a foreign file are cut: inspect shows what is there, not all of it.

@@ -16,9 +16,9 @@ from typing import Any
 
 from runner.checkpoints.reading import Severity
 from runner.checks.context import BUILT, CheckContext
+from runner.checks.memory import peak_bytes, reset_peak
 from runner.config import did_you_mean
 from runner.errors import ConfigError, RunnerError, printable
-from runner.checks.memory import peak_bytes, reset_peak
 
 log = logging.getLogger(__name__)
 
@@ -228,7 +228,8 @@ def checks_for(context: CheckContext, names: Iterable[str]) -> list[Check]:
     """
     own = dict(ENVIRONMENT)
     if context.has_checkpoint:
-        own |= SHARED | (context.family.checks() if context.family else {})
+        own |= SHARED
+        own.update(context.family.checks() if context.family else {})
     known = {*ENVIRONMENT, *SHARED, *(name for family in context.families.values() for name in family.checks())}
     names = tuple(names)
     for name in names:

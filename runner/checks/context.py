@@ -324,7 +324,11 @@ def fresh(base: Base, device_map: DeviceMap | None = None) -> Base:
     from runner.evaluation.base_models import build_plain
 
     weights = open_checkpoint(base.path, "hf").weights
-    values, dtype, device = read_object(base.path / "config.json", "config", 16 << 20), base.model.dtype, base.model.device
+    values, dtype, device = (
+        read_object(base.path / "config.json", "config", 16 << 20),
+        base.model.dtype,
+        base.model.device,
+    )
     model = build_plain(values, weights, weights.infos, dtype, device, device_map)
     return replace(base, model=model, key=(*base.key, "fresh"))
 

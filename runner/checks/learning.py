@@ -75,7 +75,9 @@ def optimizer_step(context: CheckContext) -> Outcome:
             for parameter, values in kept:
                 parameter.copy_(values)
         if not context.own:
-            context.free("model", "checkpoint", "reading")  # a model may lie in the mapped file, and a step in its private copy
+            context.free(
+                "model", "checkpoint", "reading"
+            )  # a model may lie in the mapped file, and a step in its private copy
     if stray := sorted(changed - wanted.keys()):
         return failed(f"a step also changes {', '.join(stray[:4])}", "Look for tensors that share memory.")
     if not moving:

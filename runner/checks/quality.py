@@ -95,7 +95,11 @@ def generation(context: CheckContext, subject: Subject) -> Outcome:
         count = min(context.config.tier.new_tokens, (longest or 1 << 30) - len(token_ids))
         for temperature in TEMPERATURES if count > 0 else ():
             row = subject.continuation(
-                token_ids, count, temperature=temperature, seed=context.config.seed, decode=lambda ids: _text(context, ids)
+                token_ids,
+                count,
+                temperature=temperature,
+                seed=context.config.seed,
+                decode=lambda ids: _text(context, ids),
             )
             rows.append({"prompt": text, **row})
     if not rows:

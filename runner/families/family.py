@@ -4,7 +4,7 @@ One class a family, named by conf/family/<name>.yaml; `Auto` takes that of the c
 need when they are called, so a family costs nothing until it is used. What a family lacks raises ConfigError.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar

@@ -130,7 +130,9 @@ def _checks(config: TestConfig, checked: CheckContext) -> list[Check]:
     if not tier.checks:
         raise ConfigError(f"tier={tier.name} checks nothing: it is for task=diagnose; take tier=quick, minimal or full")
     if checked.path is not None:
-        raise ConfigError(f"tier={tier.name}: none of its checks ({', '.join(names)}) applies to family {checked.family_name}")
+        raise ConfigError(
+            f"tier={tier.name}: none of its checks ({', '.join(names)}) applies to family {checked.family_name}"
+        )
     raise ConfigError(f"tier={tier.name}: its checks are of a checkpoint; give one as ckpt=, or name {BUILT!r} first")
 
 

@@ -69,7 +69,7 @@ def metadata(origin: Provenance) -> dict[str, str]:
 
 def _value(source: TensorSource, entries: Mapping[str, Any], name: str) -> Any:
     """An entry beside the weights; a tensor of one element as the number that it holds."""
-    value = entries.get(name)
+    value: Any = entries.get(name)
     if _is_tensor(value) and value.numel() == 1:
         return load_pickle(source.path, tensors="mmap")[name].item()
     return value

@@ -1,6 +1,6 @@
 """Plain causal language models in Hugging Face directories, and one LoRA adapter over such a model (peft)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
 from runner.checkpoints.reading import MERGED_MODEL, Parts, Reading, some
 from runner.errors import CheckpointError
-from runner.files.staging import staged
 from runner.files.shards import read_index
+from runner.files.staging import staged
 from runner.files.strict_json import read_object
 from runner.files.tensors import TensorInfo, TensorSource, open_sharded, open_weights
 
@@ -189,7 +189,9 @@ def compare_with_config(
     missing = sorted(set(shapes) - tied - set(infos))
     unexpected = sorted(set(infos) - own - set(shapes) - buffers)
     if missing or unexpected:
-        parts.fail("keys", some([f"missing {name}" for name in missing] + [f"unexpected {name}" for name in unexpected]))
+        parts.fail(
+            "keys", some([f"missing {name}" for name in missing] + [f"unexpected {name}" for name in unexpected])
+        )
     wrong = [
         f"{name} is {list(infos[name].shape)}, by config.json {list(shape)}"
         for name, shape in shapes.items()

@@ -96,11 +96,11 @@ def read_adapter(directory: Path, label: str, parts: Parts) -> tuple[AdapterDeta
     if len(found) > 1:
         parts.refuse("adapters", f"{label} holds {' and '.join(found)} in {directory}; keep the one that is meant")
     listing = Listing.of(directory)
-    sources = [parts.weights(listing, name) for name in found]
-    if settings is None or len(sources) != 1 or sources[0] is None:
+    opened = [parts.weights(listing, name) for name in found]
+    source = opened[0] if len(opened) == 1 else None
+    if settings is None or source is None:
         return None
-    (source,) = sources
-    path = directory / found[0]
+    path = source.path
     strange = [] if kind_of(path) is Kind.SAFETENSORS else list(source.extras)
     pairs, missing, unknown = _pairs(path, source.infos, settings, parts)
     unknown += strange

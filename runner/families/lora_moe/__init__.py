@@ -1,6 +1,6 @@
 """Mixtures of LoRA experts under a router (DyLoRA-MoE)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
 from runner.checkpoints.reading import Parts, Reading, look_for_merged_model
-from runner.errors import CheckpointError, ModelError
+from runner.errors import ModelError
 from runner.families.lora.adapter import (
     WEIGHT_FILES,
     AdapterDetails,
@@ -128,7 +128,8 @@ def read(listing: Listing) -> Reading:
         text = f"{root}: is a file; a {NAME} checkpoint is the directory with config.json and a router"
         parts.refuse("layout", text)
         return parts.reading(root, (root,), None)
-    config, config_findings = None, ()
+    config: dict[str, Any] | None = None
+    config_findings: tuple[str, ...] = ()
     with parts.within("config"):
         config, config_findings = read_config(root)
     opened_router = open_router(root, parts)
@@ -270,8 +271,8 @@ def _expert_places(root: Path, parts: Parts) -> dict[str, Path]:
     if stray and root not in found:
         text = f"{len(places)} adapters, and {', '.join(stray)} beside them: of no expert, and not read"
         parts.odd("layout", text)
-    shown = sorted(kinds)
-    parts.is_sound("layout", f"{len(places)} adapters, {' and '.join(shown)}", layout="+".join(shown))
+    found_kinds = sorted(kinds)
+    parts.is_sound("layout", f"{len(places)} adapters, {' and '.join(found_kinds)}", layout="+".join(found_kinds))
     return places
 
 
@@ -318,7 +319,9 @@ def _missing_keys(experts: Sequence[Expert], parts: Parts) -> list[str]:
             lacking = [key(module, matrix) for module in sorted(everything - own[expert.name]) for matrix in "AB"]
             others = [name for name in lacking if name not in expert.keys and name not in expert.adapter.missing]
             if others:
-                parts.fail("keys", f"{expert.name} lacks {others[0]}, … ({len(others)} in all), which other experts have")
+                parts.fail(
+                    "keys", f"{expert.name} lacks {others[0]}, … ({len(others)} in all), which other experts have"
+                )
             missing |= {weight_name(expert, name) for name in others}
     modules = sum(len(expert.adapter.modules) for expert in experts)
     parts.is_sound("keys", f"{modules} modules with A and B, nothing else")

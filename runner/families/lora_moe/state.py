@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.checkpoints.checkpoint import Listing
 from runner.checkpoints.reading import Parts
 from runner.errors import CheckpointError
 from runner.files.file_type import Kind, kind_of

@@ -1,6 +1,6 @@
 """NPT: a Llama whose attention modulates the weights of its MLPs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -88,7 +88,7 @@ class Npt(Family):
 
     def examples(self) -> "Mapping[str, Example]":
         """As `Family.examples`."""
-        from runner.families.npt import checks, checkpoint, full
+        from runner.families.npt import checkpoint, checks, full
 
         return {checkpoint.NAME: checks.write_delta, full.NAME: checks.write_full}
 

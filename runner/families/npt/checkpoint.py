@@ -33,9 +33,7 @@ PROJECTIONS = {"": "gate", "_gate": "gate", "_up": "up", "_down": "down"}
 MATRICES = ("W_down", "W_a_up", "W_b_up")
 
 _FRONT = r"(?:layer_(?P<delta>\d+)_np|model\.layers\.(?P<full>\d+)\.np_component)"
-_KEY = re.compile(
-    _FRONT + r"\.(?P<matrix>W_down|W_a_up|W_b_up)(?P<suffix>_gate|_up|_down)?(?:\.(?P<rank>\d+))?"
-)
+_KEY = re.compile(_FRONT + r"\.(?P<matrix>W_down|W_a_up|W_b_up)(?P<suffix>_gate|_up|_down)?(?:\.(?P<rank>\d+))?")
 _SIMILAR = re.compile(_FRONT + r"\..+")
 
 
@@ -104,7 +102,7 @@ def _layer(
     missing: list[str],
     unknown: list[str],
 ) -> NptLayer | None:
-    """One layer from its names by (suffix, matrix) and rank; None where names are missing or unknown, or sizes wrong."""
+    """One layer from its names by (suffix, matrix) and rank; None where it is not whole or its sizes contradict."""
     suffixes = {suffix for suffix, _ in found}
     modulation = "triple" if "_down" in suffixes else "single" if suffixes == {""} else "dual"
     terms = _terms(found)

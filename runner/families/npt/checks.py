@@ -175,7 +175,7 @@ def control(context: CheckContext) -> Outcome:
 
 
 def plain_subject(context: CheckContext) -> Subject:
-    """The NPT model of `context` beside the plain model of the same weights: its base, or for npt_full its own Llama."""
+    """The NPT model beside the plain model of the same weights: its base, or for npt_full its own Llama."""
     from runner.evaluation.evaluator import Subject
     from runner.evaluation.forward import logit_count
     from runner.evaluation.reference import Reference
@@ -184,7 +184,9 @@ def plain_subject(context: CheckContext) -> Subject:
     model = context.model
     assert isinstance(model, NptLlamaForCausalLM)
     # A key of its own: traces kept under an id() could be those of a model that is gone.
-    plain = Reference(context.own.model, context.own.key) if context.own else Reference(model.plain(), ("plain", object()))
+    plain = (
+        Reference(context.own.model, context.own.key) if context.own else Reference(model.plain(), ("plain", object()))
+    )
     return Subject(model=model, reference=plain, plain=plain, shared_below=0, vocab_size=logit_count(model))
 
 

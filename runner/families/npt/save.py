@@ -65,9 +65,7 @@ def write_model(checkpoint: Checkpoint, model: nn.Module, base: str, target: Pat
     if checkpoint.format != npt_full.NAME:
         state = {"global_step": checkpoint.step} if checkpoint.step is not None else None
         with staged(target) as directory:
-            npt_delta.save(
-                directory, own, training_state=state, multi_layer_state=None, config={"model_name": base}
-            )
+            npt_delta.save(directory, own, training_state=state, multi_layer_state=None, config={"model_name": base})
         return
     tensors = hf.stored_tensors(checkpoint, model)
     for layer in checkpoint.layers:
