@@ -4,7 +4,6 @@ One reading serves both who needs the whole (`open`: refused where anything stan
 look at each part by itself.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, Problem, Severity
+from runner.checkpoints.model_directory import MERGED_MODEL
 from runner.errors import CheckpointError
 from runner.files.file_type import may_be_weights
 from runner.files.tensors import TensorSource, load_pickle
-
-# The files in which transformers saves a model.
-MERGED_MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
 from runner.checkpoints.detect import families, finished, open_checkpoint, recognise
-from runner.checkpoints.reading import MERGED_MODEL, Reading, read
+from runner.checkpoints.model_directory import MERGED_MODEL, has_tokenizer, open_model_weights, read_config
+from runner.checkpoints.reading import Reading, read
 from runner.config import AUTO, TestConfig
 from runner.errors import CheckpointError, ConfigError
-from runner.files.strict_json import read_object
 
 if TYPE_CHECKING:
     import torch
@@ -79,8 +79,8 @@ class CheckedFamily(Protocol):
     def can_save(self, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint of this format is written here."""
 
-    def save(self, checkpoint: Checkpoint, model: nn.Module, base: Path | None, target: Path) -> None:
-        """Write the model as the new directory `target`."""
+    def save(self, checkpoint: Checkpoint, model: nn.Module, base: Path | None, target: Path) -> Path:
+        """Write the model into the new directory `target`; where it lies."""
 
     def check_buildable(self, base: str | None) -> None:
         """Raise ConfigError where `build_small` cannot build over `base`."""
@@ -216,11 +216,8 @@ class CheckContext:
     @cached_property
     def saved(self) -> Path:
         """Where the checkpoint lies, loaded and saved again below `scratch`. Raises what the saver raises."""
-        target = self.scratch / "saved"
-        self.own_family.save(self.checkpoint, self.model, self.own.path if self.own else None, target)
-        entries = [entry for entry in target.iterdir() if entry.is_dir()]
-        # An adapter lies in a directory of its own below the one that is written.
-        return entries[0] if len(entries) == 1 and entries[0].name == "adapter" else target
+        base = self.own.path if self.own else None
+        return self.own_family.save(self.checkpoint, self.model, base, self.scratch / "saved")
 
     @cached_property
     def placement(self) -> Placement:
@@ -260,13 +257,13 @@ class CheckContext:
     def reloaded(self) -> nn.Module:
         """A fresh model built from `saved`: it shares nothing with `model`, whose base a saver may have changed."""
         checkpoint = open_checkpoint(self.saved, self.checkpoint.format, self.config.format.module)
-        base = None if self.own is None else fresh(self.own, self.config.family.device_map)
+        base = None if self.own is None else fresh(self.own, self.placement)
         return self.own_family.build(checkpoint, base, self.placement)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer of the checkpoint, its base, or `tokenizer=`; None where there is none."""
-        from runner.evaluation.tokenizers import has_tokenizer, load_tokenizer
+        from runner.evaluation.tokenizers import load_tokenizer
 
         directories = [self.checkpoint.directory, *([self.own.path] if self.own else [])]
         if self.config.tokenizer is None and not any(map(has_tokenizer, directories)):
@@ -319,17 +316,12 @@ class CheckContext:
             self.__dict__.pop(name, None)
 
 
-def fresh(base: Base, device_map: DeviceMap | None = None) -> Base:
+def fresh(base: Base, placement: Placement) -> Base:
     """The same base, read from its files once more."""
     from runner.evaluation.base_models import build_plain
 
-    weights = open_checkpoint(base.path, "hf").weights
-    values, dtype, device = (
-        read_object(base.path / "config.json", "config", 16 << 20),
-        base.model.dtype,
-        base.model.device,
-    )
-    model = build_plain(values, weights, weights.infos, dtype, device, device_map)
+    weights = open_model_weights(base.path)
+    model = build_plain(read_config(base.path), weights, weights.infos, placement)
     return replace(base, model=model, key=(*base.key, "fresh"))
 
 

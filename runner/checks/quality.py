@@ -13,7 +13,7 @@ from typing import Any
 
 from runner.checks.check import PASS, WARNING, Outcome, skipped
 from runner.checks.context import CheckContext
-from runner.evaluation.evaluator import Subject
+from runner.evaluation.evaluator import Evaluator
 from runner.evaluation.forward import limits
 from runner.metrics import layers as layer_measures
 from runner.metrics.fidelity import summarise
@@ -37,9 +37,9 @@ def word_of(score: float) -> str:
     return "PASS" if score > 0.8 else "WARNING" if score >= 0.5 else "FAIL"
 
 
-def fidelity(context: CheckContext, subject: Subject) -> Outcome:
+def fidelity(context: CheckContext, evaluator: Evaluator) -> Outcome:
     """Logits of the prompts against the base's."""
-    compared = [subject.compare(ids) for ids in context.prompts()]
+    compared = [evaluator.compare(ids) for ids in context.prompts()]
     figures = summarise(compared)
     rows = [{"mse": c.mse, "cosine": c.cosine} if c.finite else {"mse": None, "cosine": None} for c in compared]
     verdict = judge(figures["mse"], figures["cosine"], context.config.verdict)
@@ -52,11 +52,11 @@ def fidelity(context: CheckContext, subject: Subject) -> Outcome:
     )
 
 
-def layers(context: CheckContext, subject: Subject) -> Outcome:
+def layers(context: CheckContext, evaluator: Evaluator) -> Outcome:
     """Each NPT layer alone, all others standard, on the layer prompt."""
     token_ids = context.prompt_ids(context.config.data.layer_prompt)
-    reference, run = subject.layer_run(token_ids)
-    rows = layer_measures.isolation(run, reference, token_ids, list(subject.npt.npt_layers))
+    reference, run = evaluator.layer_run(token_ids)
+    rows = layer_measures.isolation(run, reference, token_ids, list(evaluator.switchable.npt_layers))
     score = _mean_score(rows)
     worst = max(rows, key=_badness)
     poor = [str(row["layer"]) for row in rows if grade(row["mse"], row["cosine"]) == "FAIL"]
@@ -69,11 +69,11 @@ def layers(context: CheckContext, subject: Subject) -> Outcome:
     )
 
 
-def progressive(context: CheckContext, subject: Subject) -> Outcome:
+def progressive(context: CheckContext, evaluator: Evaluator) -> Outcome:
     """The lowest 1, 2, … n NPT layers together, on the layer prompt."""
     token_ids = context.prompt_ids(context.config.data.layer_prompt)
-    reference, run = subject.layer_run(token_ids)
-    rows = layer_measures.progressive(run, reference, token_ids, list(subject.npt.npt_layers))
+    reference, run = evaluator.layer_run(token_ids)
+    rows = layer_measures.progressive(run, reference, token_ids, list(evaluator.switchable.npt_layers))
     score = _mean_score(rows)
     trend = layer_measures.trend([row["mse"] for row in rows])
     first_poor = next((row["count"] for row in rows if grade(row["mse"], row["cosine"]) == "FAIL"), None)
@@ -86,7 +86,7 @@ def progressive(context: CheckContext, subject: Subject) -> Outcome:
     )
 
 
-def generation(context: CheckContext, subject: Subject) -> Outcome:
+def generation(context: CheckContext, evaluator: Evaluator) -> Outcome:
     """Continuations of the prompts at temperatures 0.1, 0.7 and 1.0, from the same seed as the base's."""
     longest = limits(context.model)[1]
     rows = []
@@ -94,14 +94,7 @@ def generation(context: CheckContext, subject: Subject) -> Outcome:
         token_ids = context.prompt_ids(text)
         count = min(context.config.tier.new_tokens, (longest or 1 << 30) - len(token_ids))
         for temperature in TEMPERATURES if count > 0 else ():
-            row = subject.continuation(
-                token_ids,
-                count,
-                temperature=temperature,
-                seed=context.config.seed,
-                decode=lambda ids: _text(context, ids),
-            )
-            rows.append({"prompt": text, **row})
+            rows.append({"prompt": text, **evaluator.continuation(token_ids, count, temperature=temperature)})
     if not rows:
         return skipped(f"the prompts fill the model's {longest} positions")
     score = sum(map(_generation_score, rows)) / len(rows)
@@ -123,10 +116,6 @@ def generation(context: CheckContext, subject: Subject) -> Outcome:
 def _generation_score(row: Mapping[str, Any]) -> float:
     extra = (row["repetition"] or 0.0) - (row["reference_repetition"] or 0.0)
     return float(row["agreement"] * (1 - max(0.0, extra)))
-
-
-def _text(context: CheckContext, token_ids: list[int]) -> str:
-    return " ".join(map(str, token_ids)) if context.tokenizer is None else str(context.tokenizer.decode(token_ids))
 
 
 def _outcome(word: str, score: float, details: str, recommendation: str | None, data: Mapping[str, Any]) -> Outcome:

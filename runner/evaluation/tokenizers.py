@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from runner.checkpoints.model_directory import has_tokenizer
 from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.evaluation.base_models import TOKENIZER_PATTERNS, is_hub_name, snapshot
-from runner.families.hf.checkpoint import has_tokenizer
 
 
 def load_tokenizer(option: str | None, directories: Sequence[Path]) -> Any:

@@ -22,6 +22,7 @@ from runner.checkpoints.runs import resolve
 from runner.config import DiagnoseConfig, Format, MergeConfig
 from runner.errors import ConfigError
 from runner.evaluation.base_models import Base
+from runner.evaluation.placement import Placement
 from runner.evaluation.tokenizers import encode, load_tokenizer
 from runner.families.family import Auto
 from runner.families.lora_moe import checkpoint as lora_moe
@@ -127,7 +128,9 @@ def _measured(config: MergeConfig, content: "Content", partial: Path, context: C
     from runner.merge.functional import check_functions
 
     with context.timed("functional"):
-        base = load_base(open_checkpoint(partial), config.base, device=config.device, dtype=config.dtype, llama=True)
+        base = load_base(
+            open_checkpoint(partial), config.base, Placement(device=config.device, dtype=config.dtype), llama=True
+        )
         places = [source.checkpoint.directory for source in content.plan.sources]
         prompts = encoded_prompts(config, places, base)
         checked = check_functions(partial, content.plan, base, prompts)
@@ -361,7 +364,7 @@ def _functional(config: MergeConfig, files: Files, partial: Path, context: Conte
     from runner.families.lora_moe.merge import check_experts
 
     with context.timed("functional"):
-        base = load_base(open_checkpoint(partial), config.base, device=config.device, dtype=config.dtype)
+        base = load_base(open_checkpoint(partial), config.base, Placement(device=config.device, dtype=config.dtype))
         prompts = encoded_prompts(config, [source.checkpoint.directory for source in files.sources], base)
         checked = check_experts(partial, files, base, prompts)
         measured = measure(config, partial, context)

@@ -4,13 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runner.evaluation import build as loading
+from runner.checkpoints import model_directory as hf_save
 from runner.families.gpt import save as gpt_save
 from runner.families.hf import Hf
-from runner.families.hf import checkpoint as hf_save
-from runner.families.lora import adapter as adapters
+from runner.families.lora import adapter
+from runner.families.lora_moe import model as lora_moe_model
 from runner.families.lora_moe import save as lora_moe_save
 from runner.families.npt import checkpoint as npt_delta
+from runner.families.npt import model as npt_model
 from tests.checks.benches import bench_of, failing, rows_of, write_npt_full
 from tests.conftest import MIXED, npt_tensors, write_base, write_npt
 from tests.gpt_files import random_state, script_file
@@ -141,15 +142,15 @@ def on_expert(index, change):
     return lambda experts: [(c, change(t)) if i == index else (c, t) for i, (c, t) in enumerate(experts)]
 
 
-def on_reload(patch, name, change):
-    """From the second call on, what a function of runner.evaluation.build gives is changed: a reader that errs."""
-    real, calls = getattr(loading, name), []
+def on_reload(patch, module, name, change):
+    """From the second call on, what a function of `module` gives is changed: a reader that errs."""
+    real, calls = getattr(module, name), []
 
     def read(*args, **options):
         calls.append(name)
         return change(real(*args, **options)) if len(calls) > 1 else real(*args, **options)
 
-    patch.setattr(loading, name, read)
+    patch.setattr(module, name, read)
 
 
 def provenance_is_lost(patch):
@@ -157,9 +158,9 @@ def provenance_is_lost(patch):
 
 
 def adapter_alpha_is_lost(patch):
-    real = adapters.save_adapter
+    real = adapter.save_adapter
     patch.setattr(
-        adapters, "save_adapter", lambda place, tensors, config: real(place, tensors, {**config, "lora_alpha": 3})
+        adapter, "save_adapter", lambda place, tensors, config: real(place, tensors, {**config, "lora_alpha": 3})
     )
 
 
@@ -183,7 +184,7 @@ FAULTS = {
     ),
     "npt reader forgets the down projection": (
         "npt_delta",
-        lambda p: on_reload(p, "npt_updates", lambda u: {i: {n: x for n, x in r.items() if n != "down"} for i, r in u.items()}),
+        lambda p: on_reload(p, npt_model, "npt_updates", lambda u: {i: {n: x for n, x in r.items() if n != "down"} for i, r in u.items()}),
         "roundtrip", "other logits",
     ),
     "npt_full saver writes the gate before permanent updates": (
@@ -208,7 +209,7 @@ FAULTS = {
         "lora_moe", lambda p: moe_saves(p, experts=lambda e: [e[1], e[0], e[2]]), "roundtrip", "other logits",
     ),
     "moe reader swaps experts": (
-        "lora_moe", lambda p: on_reload(p, "read_experts", lambda e: (e[1], e[0], e[2])), "roundtrip", "other logits",
+        "lora_moe", lambda p: on_reload(p, lora_moe_model, "read_experts", lambda e: (e[1], e[0], e[2])), "roundtrip", "other logits",
     ),
     "moe saver swaps the router's rows": (
         "lora_moe", lambda p: moe_saves(p, router=lambda r: (r[0].flip(0), r[1])), "router", "gate.weight differs",

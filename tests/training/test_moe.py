@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from runner import load
 from runner.errors import CheckpointError, ConfigError, ModelError, RunnerError
 from runner.evaluation.base_models import load_base
-from runner.evaluation.build import load
+from runner.evaluation.placement import Placement
 from runner.families.lora_moe.settings import MoeSettings
 from runner.families.lora_moe.training import train_moe
 from runner.files import staging as commit
@@ -44,7 +45,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(path):
-    return load_base(None, path, device="cpu")
+    return load_base(None, path, Placement(device="cpu"))
 
 
 @pytest.fixture(scope="module")

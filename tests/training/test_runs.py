@@ -10,6 +10,7 @@ import torch
 
 from runner.errors import CheckpointError, ConfigError
 from runner.evaluation.base_models import load_base
+from runner.evaluation.placement import Placement
 from runner.families.npt.save import train_run
 from runner.families.npt.settings import EquivalenceSettings
 from runner.files.staging import verify
@@ -18,7 +19,7 @@ from runner.files.staging import verify
 @pytest.fixture
 def saved_base(base, tmp_path):
     base.save_pretrained(tmp_path / "base")
-    return load_base(None, tmp_path / "base", device="cpu", llama=True)
+    return load_base(None, tmp_path / "base", Placement(device="cpu"), llama=True)
 
 
 def trained(directory: Path, base, batches, settings, **options) -> list[Path]:

@@ -72,7 +72,7 @@ def convert(context: CheckContext) -> Outcome:
     from runner.files.staging import staged
 
     original = checkpoint = context.checkpoint
-    tensors = gpt_save.stored_tensors(checkpoint, context.model)
+    tensors = gpt_save.model_tensors(checkpoint, context.model)
     for number, weights_file in enumerate(reversed(gpt_save.WEIGHT_FILES)):
         target = context.scratch / f"converted-{number}"
         with staged(target) as partial:

@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from runner.checkpoints.checkpoint import Checkpoint
+from runner.checkpoints.checkpoint import Checkpoint, Expected, Writer
 from runner.errors import ConfigError
-from runner.families.gpt.checkpoint import STATE, Provenance, metadata
-from runner.families.gpt.checkpoint import provenance as read_provenance
+from runner.families.gpt.checkpoint import STATE, Provenance, metadata, provenance
 from runner.families.gpt.layouts import (
     EMBEDDING,
     HEAD,
@@ -32,7 +31,7 @@ def save(
     provenance: Provenance,
     weights_file: str = WEIGHT_FILES[0],
 ) -> Path:
-    """Write one weights file into `directory` (a staged one); its path.
+    """Write one weights file into `directory` (a staged one: see commit.py); its path.
 
     A name that ends in .safetensors chooses that layout, where the provenance stands in the metadata; any
     other is the training script's. dtypes are kept; optimizers are not written. Raises CheckpointError for tensors
@@ -51,19 +50,6 @@ def save(
     return path
 
 
-def stored_tensors(checkpoint: Checkpoint, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of a model under its checkpoint's names, in the dtypes that the checkpoint stores."""
-    state = model.state_dict()
-    return {name: state[name].to(checkpoint.weights.infos[name].dtype) for name in checkpoint.details.keys}
-
-
-def write_model(checkpoint: Checkpoint, model: nn.Module, target: Path) -> None:
-    """Write a model that was built from `checkpoint` as the new directory `target`."""
-    origin = read_provenance(checkpoint.weights)
-    with staged(target) as directory:
-        save(directory, stored_tensors(checkpoint, model), checkpoint.details, provenance=origin)
-
-
 def cut_vocabulary(
     tensors: Mapping[str, torch.Tensor], details: GptDetails, vocab_size: int
 ) -> tuple[dict[str, torch.Tensor], GptDetails]:
@@ -79,6 +65,34 @@ def cut_vocabulary(
     tables = (EMBEDDING, *VALUE_EMBEDDINGS, HEAD[details.dialect])
     cut = {name: tensor[:vocab_size] if name in tables else tensor for name, tensor in tensors.items()}
     return cut, replace(details, vocab_size=vocab_size, head_rows=vocab_size)
+
+
+def model_tensors(checkpoint: Checkpoint, model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's weights under its checkpoint's names, in the dtypes that the checkpoint stores."""
+    state = model.state_dict()
+    return {name: state[name].to(checkpoint.weights.infos[name].dtype) for name in checkpoint.details.keys}
+
+
+def save_model(checkpoint: Checkpoint, model: nn.Module, target: Path) -> None:
+    """Write `model`, built from `checkpoint`, as the directory `target`."""
+    origin = provenance(checkpoint.weights)
+    with staged(target) as directory:
+        save(directory, model_tensors(checkpoint, model), checkpoint.details, provenance=origin)
+
+
+def conversion(checkpoint: Checkpoint, to: str, vocab_size: int | None) -> Writer:
+    """What writes the checkpoint in the container `to`, its vocabulary cut to `vocab_size`. Raises ConfigError."""
+    details: GptDetails = checkpoint.details
+    tensors = {name: checkpoint.weights.read(name) for name in details.keys}
+    if vocab_size is not None:
+        tensors, details = cut_vocabulary(tensors, details, vocab_size)
+
+    def write(directory: Path) -> Expected:
+        origin = provenance(checkpoint.weights)
+        save(directory, tensors, details, provenance=origin, weights_file=f"model.{to}")
+        return {".": {name: lambda tensor=tensor: tensor for name, tensor in tensors.items()}}
+
+    return write
 
 
 def _own(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

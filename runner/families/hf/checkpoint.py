@@ -1,42 +1,28 @@
-"""`hf`: a plain Hugging Face causal LM directory: config.json and weights, single or sharded. Read and written."""
-
-from __future__ import annotations
+"""`hf`: a plain Hugging Face causal LM directory: config.json and weights, single or sharded."""
 
 import contextlib
-import json
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
-from runner.checkpoints.reading import MERGED_MODEL, Parts, Reading, some
+from runner.checkpoints.model_directory import (
+    MERGED_MODEL,
+    SHARDED,
+    SINGLE,
+    architecture,
+    is_model_directory,
+    open_model_weights,
+    read_config,
+)
+from runner.checkpoints.reading import Parts, Reading, some
 from runner.errors import CheckpointError
 from runner.files.shards import read_index
-from runner.files.staging import staged
-from runner.files.strict_json import read_object
-from runner.files.tensors import TensorInfo, TensorSource, open_sharded, open_weights
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from runner.files.tensors import TensorInfo, TensorSource, open_sharded
 
 NAME = "hf"
 FAMILY = "hf"
-CONFIG = "config.json"
-SINGLE = ("model.safetensors", "pytorch_model.bin")
-SHARDED = tuple(f"{name}.index.json" for name in SINGLE)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-# What inspect shows of a config.json.
-SHOWN = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings",
-)  # fmt: skip
-# Model types of other formats, whose directories may hold weights as pollution.
-_OTHERS = ("dylora-moe",)
-_OTHER_PARTS = ("peft_adapters", "dylo_moe_state", "adapter_config.json")
-_CONFIG_LIMIT = 16 << 20
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _OPTIONAL = ("num_key_value_heads", "head_dim")
 # No model has more; a wild number is no reason to list billions of names.
@@ -49,40 +35,6 @@ class HfDetails:
     """`config`: config.json as it was read."""
 
     config: Mapping[str, Any]
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as a dict. Raises CheckpointError where it is missing or no JSON object."""
-    path = directory / CONFIG
-    if not path.is_file():
-        raise CheckpointError(f"{directory}: has no config.json, so it is no Hugging Face model directory")
-    return read_object(path, "config.json", _CONFIG_LIMIT)
-
-
-def open_model_weights(directory: Path) -> TensorSource:
-    """The weights of the directory, headers only. Raises CheckpointError where none or several candidates lie there."""
-    found = [name for name in (*SINGLE, *SHARDED) if (directory / name).exists()]
-    if not found:
-        raise CheckpointError(f"{directory}: holds no weights ({', '.join((*SINGLE, *SHARDED))})")
-    if len(found) > 1:
-        raise CheckpointError(f"{directory}: holds {' and '.join(found)}; keep the one that is meant")
-    path = directory / found[0]
-    return open_sharded(path) if found[0] in SHARDED else open_weights(path)
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """Whether tokenizer files lie in the directory."""
-    return any((directory / name).is_file() for name in TOKENIZER_FILES)
-
-
-def is_model_directory(listing: Listing) -> bool:
-    """Whether it holds a config.json with a model type of its own, and weights beside it."""
-    if not listing.path.is_dir() or CONFIG not in listing.entries:
-        return False
-    if not any(name in listing.entries for name in (*SINGLE, *SHARDED)) or set(_OTHER_PARTS) & set(listing.entries):
-        return False
-    model_type = read_config(listing.path).get("model_type")
-    return isinstance(model_type, str) and model_type not in _OTHERS
 
 
 def matches(listing: Listing) -> str | None:
@@ -250,8 +202,7 @@ def read(listing: Listing) -> Reading:
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """The architecture, as config.json gives it."""
-    config = checkpoint.details.config
-    return {"architecture": {name: config[name] for name in SHOWN if name in config}}
+    return {"architecture": architecture(checkpoint.details.config)}
 
 
 FORMATS = (
@@ -265,38 +216,3 @@ FORMATS = (
         remains=remains,
     ),
 )
-
-
-def stored_tensors(checkpoint: Checkpoint, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's weights under the names that the checkpoint stores: a tied head that it leaves out is left out again.
-
-    What no model computes with is read: gates before permanent updates, buffers that follow from the config.
-    """
-    state = model.state_dict()
-    return {name: state[name] if name in state else checkpoint.weights.read(name) for name in checkpoint.weights.infos}
-
-
-def write_model(checkpoint: Checkpoint, model: nn.Module, target: Path) -> None:
-    """Write a model that was built from `checkpoint` as the new directory `target`."""
-    with staged(target) as directory:
-        save(directory, stored_tensors(checkpoint, model), config=checkpoint.details.config)
-
-
-def save(
-    directory: Path, tensors: Mapping[str, torch.Tensor], *, config: Mapping[str, Any], beside: Iterable[Path] = ()
-) -> None:
-    """Write the files into `directory` (a staged one).
-
-    `tensors`: all weights by their names; `config` becomes config.json; `beside`: files that are copied as they are.
-    The weights file holds copies of its own, never views of larger storages.
-    """
-    import torch
-    from safetensors.torch import save_file
-
-    owned = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    save_file(owned, directory / SINGLE[0], metadata={"format": "pt"})
-    for file in beside:
-        shutil.copyfile(file, directory / file.name)
-    (directory / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")

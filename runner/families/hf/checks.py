@@ -51,9 +51,8 @@ def small_base(context: CheckContext, root: Path) -> tuple[Base, str]:
     from runner.files.staging import staged
     from runner.training.language_model import save_language_model
 
-    options = vars(context.placement)
     if context.config.base is not None:
-        base = load_base(None, context.config.base, **options)
+        base = load_base(None, context.config.base, context.placement)
         return base, str(base.path.resolve())
     directory = root / "base"
     if not directory.is_dir():
@@ -64,4 +63,4 @@ def small_base(context: CheckContext, root: Path) -> tuple[Base, str]:
         with torch.random.fork_rng(devices=[]), staged(directory) as partial:
             torch.manual_seed(context.config.seed)
             save_language_model(LlamaForCausalLM(config), train_tokenizer(generate(0), VOCABULARY), partial)
-    return load_base(None, directory, **options), "../base"
+    return load_base(None, directory, context.placement), "../base"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.checkpoints.checkpoint import Checkpoint, Listing
+from runner.checkpoints.checkpoint import Listing
 from runner.checkpoints.reading import Parts
 from runner.errors import CheckpointError, ModelError
 from runner.families.lora import config as lora_config
@@ -23,7 +23,6 @@ from runner.files.tensors import TensorInfo, TensorSource, is_finite
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
@@ -341,17 +340,14 @@ def save_adapter(directory: Path, tensors: Mapping[str, torch.Tensor], config: M
     (directory / lora_config.FILE_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def write_model(checkpoint: Checkpoint, model: nn.Module, base: str, target: Path) -> None:
-    """Write a model that was built from `checkpoint` on the base at `base` as an adapter below the new `target`."""
-    from runner.families.lora_moe.model import LoraForCausalLM
-
-    assert isinstance(model, LoraForCausalLM)
-    (adapter,) = model.adapters()
-    settings = checkpoint.details.settings
-    pairs = {module: {"A": a, "B": b} for module, (a, b, _) in adapter.items()}
-    tensors = {key(module, matrix): tensor for module, pair in pairs.items() for matrix, tensor in pair.items()}
+def save_peft(details: AdapterDetails, factors: Factors, base: Path | None, target: Path) -> Path:
+    """Write the adapter of a peft checkpoint, as its model has it now, below the directory `target`; where it lies."""
+    tensors = {key(module, "A"): a for module, (a, _, _) in factors.items()}
+    tensors |= {key(module, "B"): b for module, (_, b, _) in factors.items()}
+    config = {**details.settings.raw, "base_model_name_or_path": str(base.resolve()) if base else ""}
     with staged(target) as directory:
-        save_adapter(directory / "adapter", tensors, {**settings.raw, "base_model_name_or_path": base})
+        save_adapter(directory / "adapter", tensors, config)
+    return target / "adapter"
 
 
 def adapter_config(

@@ -21,7 +21,7 @@ from runner.errors import CheckpointError, ModelError
 if TYPE_CHECKING:
     from torch import nn
 
-    from runner.evaluation.evaluator import Subject
+    from runner.evaluation.evaluator import Evaluator
 
 # Of the tiny layouts.
 HIDDEN, INNER, RANK = 8, 12, 2
@@ -31,12 +31,12 @@ def _quality(name: str, title: str) -> Check:
     """A check of runner/checks/quality.py against the base; skipped where the base is not found."""
 
     def run(context: CheckContext) -> Outcome:
-        measure: Callable[[CheckContext, Subject], Outcome] = getattr(import_module("runner.checks.quality"), name)
+        measure: Callable[[CheckContext, Evaluator], Outcome] = getattr(import_module("runner.checks.quality"), name)
         try:
-            subject = subject_of(context)
+            evaluator = base_evaluator(context)
         except CheckpointError as error:
             return skipped(f"nothing to compare with: {error}")
-        return measure(context, subject)
+        return measure(context, evaluator)
 
     return Check(name=name, title=title, run=run, needs=("control",), integrity=False)
 
@@ -162,11 +162,11 @@ def control(context: CheckContext) -> Outcome:
 
     from runner.evaluation.forward import device_of
 
-    subject = plain_subject(context)
+    evaluator = plain_evaluator(context)
     token_ids = min(context.prompts(), key=len)
-    compared = subject.control(token_ids)
-    exact = device_of(subject.model).type == "cpu" and subject.npt.dtype == torch.float32
-    allowed = 0.0 if exact else subject.compare_to_floor(token_ids).mse
+    compared = evaluator.control(token_ids)
+    exact = device_of(evaluator.model).type == "cpu" and context.model.dtype == torch.float32
+    allowed = 0.0 if exact else evaluator.compare_to_floor(token_ids).mse
     mse = compared.mse if compared.finite else float("nan")
     said = f"all layers standard against the plain model: mse {mse:g}, allowed {allowed:g}"
     if not mse <= allowed:
@@ -174,31 +174,24 @@ def control(context: CheckContext) -> Outcome:
     return passed(said, mse=mse)
 
 
-def plain_subject(context: CheckContext) -> Subject:
+def plain_evaluator(context: CheckContext) -> Evaluator:
     """The NPT model beside the plain model of the same weights: its base, or for npt_full its own Llama."""
-    from runner.evaluation.evaluator import Subject
-    from runner.evaluation.forward import logit_count
+    from runner.evaluation.evaluator import Evaluator, plain_reference
     from runner.evaluation.reference import Reference
-    from runner.families.npt.model import NptLlamaForCausalLM
 
-    model = context.model
-    assert isinstance(model, NptLlamaForCausalLM)
-    # A key of its own: traces kept under an id() could be those of a model that is gone.
-    plain = (
-        Reference(context.own.model, context.own.key) if context.own else Reference(model.plain(), ("plain", object()))
-    )
-    return Subject(model=model, reference=plain, plain=plain, shared_below=0, vocab_size=logit_count(model))
+    own = Reference(context.own.model, context.own.key) if context.own else None
+    plain = plain_reference(context.model, own)
+    tokenizer, seed = context.tokenizer, context.config.seed
+    return Evaluator(model=context.model, reference=plain, plain=plain, tokenizer=tokenizer, seed=seed)
 
 
-def subject_of(context: CheckContext) -> Subject:
-    """The NPT model of `context` beside its base model. Raises CheckpointError where the base is not found."""
+def base_evaluator(context: CheckContext) -> Evaluator:
+    """The NPT model beside its base model. Raises CheckpointError where the base is not found."""
     from runner.evaluation.base_models import load_base
     from runner.evaluation.reference import Reference
 
-    base = context.own or load_base(context.checkpoint, context.config.base, **vars(context.placement))
-    subject = plain_subject(context)
-    shared = min(subject.npt.npt_layers) if context.own else 0
-    return replace(subject, reference=Reference(base.model, base.key), shared_below=shared)
+    base = context.own or load_base(context.checkpoint, context.config.base, context.placement)
+    return replace(plain_evaluator(context), reference=Reference(base.model, base.key))
 
 
 STEP = 1

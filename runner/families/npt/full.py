@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, NptLayer
+from runner.checkpoints.model_directory import architecture, is_model_directory, open_model_weights
 from runner.checkpoints.reading import Parts, Reading, load_mapping, some
 from runner.families.hf import checkpoint as hf
 from runner.families.npt.checkpoint import check_sizes, sized_layer
@@ -50,9 +51,9 @@ def is_key(name: str) -> bool:
 
 def matches(listing: Listing) -> str | None:
     """Evidence: adapter keys in the model's weights."""
-    if not hf.is_model_directory(listing):
+    if not is_model_directory(listing):
         return None
-    count = sum(map(is_key, hf.open_model_weights(listing.path).infos))
+    count = sum(map(is_key, open_model_weights(listing.path).infos))
     return f"{count} adapter keys among the weights" if count else None
 
 
@@ -133,7 +134,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "modulation_scale": details.scale,
         "training": dict(checkpoint.training),
-        "architecture": {name: details.config[name] for name in hf.SHOWN if name in details.config},
+        "architecture": architecture(details.config),
     }
 
 
