@@ -2,8 +2,8 @@
 
 from runner.checks.check import Outcome, failed, part_outcome, passed, skipped
 from runner.checks.context import CheckContext
-from runner.errors import RunnerError
-from runner.files.file_type import Kind, kind_of
+from runner.errors import DamagedError, RunnerError
+from runner.files.file_type import BESIDE, Kind, kind_of
 from runner.files.strict_json import read_object
 from runner.files.tensors import TensorSource
 
@@ -82,8 +82,13 @@ def finite(context: CheckContext) -> Outcome:
     from runner.files.tensors import non_finite
 
     weights = context.checkpoint.weights
-    bad = non_finite(weights)
-    bad += [f"{source.path.name}: {name}" for source in context.reading.beside for name in non_finite(source)]
+    try:
+        bad = non_finite(weights)
+        bad += [f"{source.path.name}: {name}" for source in context.reading.beside for name in non_finite(source)]
+    except DamagedError as error:
+        if "hashes" not in context.config.tier.checks:
+            raise
+        return skipped(f"{error} (see hashes)")  # which fails for it, so that a fault shows once
     if bad:
         shown = ", ".join(bad[:4]) + (f", … ({len(bad)} in all)" if len(bad) > 4 else "")
         return failed(f"NaN or Inf in {shown}", "go back to the last checkpoint before the training diverged")
@@ -93,10 +98,13 @@ def finite(context: CheckContext) -> Outcome:
 def hashes(context: CheckContext) -> Outcome:
     """Every file is as it was written, by the SHA-256 of its manifest, and every record of a .pt by its CRC."""
     from runner.files import manifest, staging
-    from runner.files.archive import verify_crc
+    from runner.files.archive import is_zip, verify_crc
 
     root = context.directory
     with_crcs = [path for path in context.reading.files if kind_of(path) is Kind.ZIP]
+    if context.reading.path.is_dir():
+        beside = [path for path in sorted(root.rglob("*")) if BESIDE.fullmatch(path.name) and path.is_file()]
+        with_crcs += [path for path in beside if is_zip(path)]
     for path in with_crcs:
         verify_crc(path)
     if context.reading.path.is_dir() and (root / manifest.FILE_NAME).is_file():

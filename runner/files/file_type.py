@@ -7,12 +7,13 @@ from pathlib import Path
 
 from runner.errors import CheckpointError
 
+ZIP_START = b"PK\x03\x04"
 # torch.save's legacy layout starts with its magic number as a pickle of protocol 2 (or an older one).
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_START = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 # What lies beside weights under the same suffixes: what trainers leave, and the router of lora_moe, which is no model.
-_BESIDE = re.compile(
+BESIDE = re.compile(
     r"(training_state|multi_layer_state|training_info|skill_library|scaler|router)\.pt|training_args\.bin"
     r"|(optimizer|scheduler)\.(pt|bin)|rng_state(_\d+)?\.pth"
 )
@@ -37,7 +38,7 @@ class Kind(Enum):
 
 def may_be_weights(name: str) -> bool:
     """Whether a file of this name can hold weights: by its suffix, and as no state or router that lies beside them."""
-    return name.endswith(WEIGHT_SUFFIXES) and _BESIDE.fullmatch(name) is None
+    return name.endswith(WEIGHT_SUFFIXES) and BESIDE.fullmatch(name) is None
 
 
 def require_file(path: Path) -> int:
@@ -61,7 +62,7 @@ def kind_of(path: Path) -> Kind:
             start = file.read(512)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    if start.startswith(b"PK\x03\x04"):
+    if start.startswith(ZIP_START):
         return Kind.ZIP
     if start.startswith(b"\x80") and start[2:].startswith(_LEGACY_START):
         return Kind.LEGACY

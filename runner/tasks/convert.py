@@ -9,6 +9,7 @@ from runner.checkpoints.detect import open_checkpoint
 from runner.config import Conversion, ConvertConfig
 from runner.errors import ConfigError, RunnerError
 from runner.families.family import Family
+from runner.files.archive import require_crc
 from runner.files.file_type import sha256_of
 from runner.files.staging import staged
 from runner.results import Result, versions
@@ -27,6 +28,9 @@ def run(config: ConvertConfig, context: Context) -> Result:
     if wanted.vocab_size is not None and not family.can_cut_vocabulary:
         raise ConfigError(f"convert.vocab_size belongs to GPT checkpoints; {checkpoint.path} is {checkpoint.format}")
     write = family.convert(checkpoint, wanted, target)
+    with context.timed("check"):
+        for file in checkpoint.weights.files:
+            require_crc(file)
     with context.timed("hash"):
         inputs = {file.name: sha256_of(file) for file in checkpoint.weights.files}
     recipe = {"task": "convert", "format": checkpoint.format, "to": wanted.to, "vocab_size": wanted.vocab_size}

@@ -22,7 +22,7 @@ from runner.errors import CheckpointError
 from runner.families.gpt.layouts import MEDIUM_DEPTH, SCALARS, Dialect, GptDetails, component, read_details
 from runner.files.file_type import Kind, kind_of
 from runner.files.strict_json import parse_object
-from runner.files.tensors import TensorSource, load_pickle, open_weights
+from runner.files.tensors import TensorSource, open_weights, read_entry
 
 STATE = "model"
 TOP_LEVEL = ("step", "code", "optimizers", "val_loss")
@@ -71,7 +71,7 @@ def _value(source: TensorSource, entries: Mapping[str, Any], name: str) -> Any:
     """An entry beside the weights; a tensor of one element as the number that it holds."""
     value: Any = entries.get(name)
     if _is_tensor(value) and value.numel() == 1:
-        return load_pickle(source.path, tensors="mmap")[name].item()
+        return read_entry(source.path, name).item()
     return value
 
 
