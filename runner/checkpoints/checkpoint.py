@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -20,8 +20,6 @@ from runner.files.tensors import TensorInfo, TensorSource, open_weights
 
 if TYPE_CHECKING:
     import torch
-
-    from runner.checkpoints.reading import Reading
 
 
 class Severity(Enum):
@@ -144,6 +142,43 @@ class Listing:
             return list(self.weights(name).infos)
         except CheckpointError:
             return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sound:
+    """What a part without problems holds: a line for people, `data` for machines."""
+
+    text: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """`checkpoint`: None where a part is missing without which there is none. `files`: those that hold its weights,
+    readable or not; `sources`: those that could be opened; `beside`: tensors that are no weights, but no less finite.
+    """
+
+    path: Path
+    checkpoint: Checkpoint | None
+    files: tuple[Path, ...]
+    sources: tuple[TensorSource, ...] = ()
+    beside: tuple[TensorSource, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    sound: Mapping[str, Sound] = field(default_factory=dict)
+
+    def open(self) -> Checkpoint:
+        """The checkpoint. Raises CheckpointError with every problem that stands against opening it."""
+        raise_refused(self.problems, self.path)
+        assert self.checkpoint is not None, "a checkpoint, or what stands against it"
+        return self.checkpoint
+
+
+def raise_refused(problems: Sequence[Problem], path: Path) -> None:
+    """Raise CheckpointError with all that stands against opening what lies at `path`."""
+    texts = [problem.text for problem in problems if problem.severity is Severity.REFUSED]
+    if texts:
+        shown = "; ".join(dict.fromkeys(texts))
+        raise CheckpointError(shown if str(path) in shown else f"{path}: {shown}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,46 +4,25 @@ One reading serves both who needs the whole (`open`: refused where anything stan
 look at each part by itself.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, Problem, Severity
+from runner.checkpoints.checkpoint import (
+    Checkpoint,
+    CheckpointFormat,
+    Listing,
+    Problem,
+    Reading,
+    Severity,
+    Sound,
+    raise_refused,
+)
 from runner.checkpoints.model_directory import MERGED_MODEL
 from runner.errors import CheckpointError
 from runner.files.file_type import may_be_weights
 from runner.files.tensors import TensorSource, load_pickle
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sound:
-    """What a part without problems holds: a line for people, `data` for machines."""
-
-    text: str
-    data: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """`checkpoint`: None where a part is missing without which there is none. `files`: those that hold its weights,
-    readable or not; `sources`: those that could be opened; `beside`: tensors that are no weights, but no less finite.
-    """
-
-    path: Path
-    checkpoint: Checkpoint | None
-    files: tuple[Path, ...]
-    sources: tuple[TensorSource, ...] = ()
-    beside: tuple[TensorSource, ...] = ()
-    problems: tuple[Problem, ...] = ()
-    sound: Mapping[str, Sound] = field(default_factory=dict)
-
-    def open(self) -> Checkpoint:
-        """The checkpoint. Raises CheckpointError with every problem that stands against opening it."""
-        _raise_refused(self.problems, self.path)
-        assert self.checkpoint is not None, "a checkpoint, or what stands against it"
-        return self.checkpoint
 
 
 class Parts:
@@ -84,7 +63,7 @@ class Parts:
 
     def raise_refused(self, path: Path) -> None:
         """Raise CheckpointError where anything stands against opening `path`."""
-        _raise_refused(self.problems, path)
+        raise_refused(self.problems, path)
 
     def weights(self, listing: Listing, name: str) -> TensorSource | None:
         """The tensors of a weights file; None, and a problem of the files, where it cannot be read."""
@@ -107,13 +86,6 @@ class Parts:
             problems=tuple(self.problems),
             sound=self.sound,
         )
-
-
-def _raise_refused(problems: Sequence[Problem], path: Path) -> None:
-    texts = [problem.text for problem in problems if problem.severity is Severity.REFUSED]
-    if texts:
-        shown = "; ".join(dict.fromkeys(texts))
-        raise CheckpointError(shown if str(path) in shown else f"{path}: {shown}")
 
 
 def read(listing: Listing, found: CheckpointFormat | None) -> Reading:

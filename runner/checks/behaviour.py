@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from runner.checks.check import Outcome, failed, passed
-from runner.checks.context import PADDING, CheckContext
+from runner.checks.check import failed, passed
+from runner.checks.context import PADDING, CheckContext, Outcome
 from runner.evaluation.forward import device_of, first_non_finite, limits, logit_chunks, logit_count, trace
 
 BATCH_SIZES = (1, 4, 16)

@@ -9,60 +9,20 @@ check (fidelity, layers, progressive, generation) gives a score, warns at most, 
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
 from runner.checkpoints.reading import Severity
-from runner.checks.context import BUILT, CheckContext
+from runner.checks.context import BUILT, FAIL, PASS, SKIPPED, WARNING, Check, CheckContext, Outcome
 from runner.checks.memory import peak_bytes, reset_peak
 from runner.config import did_you_mean
 from runner.errors import ConfigError, RunnerError, printable
 
 log = logging.getLogger(__name__)
 
-PASS, WARNING, FAIL, SKIPPED = "pass", "warning", "fail", "skipped"
-STATUSES = (PASS, WARNING, FAIL, SKIPPED)
 # The most problems of one part that a row lists.
 _SHOWN = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a check found, in one line of `details`.
-
-    `score`: 0 to 1, of quality checks only. `data`: figures for machines (kept in `result.json`).
-    """
-
-    status: str
-    details: str
-    score: float | None = None
-    recommendation: str | None = None
-    data: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        assert self.status in STATUSES, self.status
-        assert self.score is None or 0 <= self.score <= 1, self.score
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One check: `run` gives its outcome, or raises RunnerError, which is a failure with that message.
-
-    `title` says in a few words what it looks at. `needs`: names of checks without whose success it means nothing; where
-    one of them failed or was skipped it is skipped, so that a fault shows once. Those left out of the tier are no
-    obstacle. `unless_failed`: the same, but such a check may have found nothing to look at. `unless_explained`: skipped
-    where any check before it failed, which then says the same more clearly.
-    """
-
-    name: str
-    title: str
-    run: Callable[[CheckContext], Outcome]
-    integrity: bool = True
-    needs: tuple[str, ...] = ()
-    unless_failed: tuple[str, ...] = ()
-    unless_explained: bool = False
 
 
 def passed(details: str, **data: Any) -> Outcome:

@@ -1,9 +1,9 @@
-"""What the checks of one run share, each made when a check first asks for it."""
+"""What a check is, what it asks of the family that it tests, and what the checks of one run share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from runner.checks.check import Check
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import DeviceMap, Placement
 
 Item = TypeVar("Item")
+PASS, WARNING, FAIL, SKIPPED = "pass", "warning", "fail", "skipped"
+STATUSES = (PASS, WARNING, FAIL, SKIPPED)
 # The check that builds a checkpoint where none was named; a tier without it needs one.
 BUILT = "built"
 # The family that is built where none is named, and that of what is too damaged to show it.
@@ -34,6 +35,43 @@ SEEDED_LENGTH = 64
 # Of padded batches: the longest sequence, and the positions after it.
 LONGEST = 32
 PADDING = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a check found, in one line of `details`.
+
+    `score`: 0 to 1, of quality checks only. `data`: figures for machines (kept in `result.json`).
+    """
+
+    status: str
+    details: str
+    score: float | None = None
+    recommendation: str | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.status in STATUSES, self.status
+        assert self.score is None or 0 <= self.score <= 1, self.score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One check: `run` gives its outcome, or raises RunnerError, which is a failure with that message.
+
+    `title` says in a few words what it looks at. `needs`: names of checks without whose success it means nothing; where
+    one of them failed or was skipped it is skipped, so that a fault shows once. Those left out of the tier are no
+    obstacle. `unless_failed`: the same, but such a check may have found nothing to look at. `unless_explained`: skipped
+    where any check before it failed, which then says the same more clearly.
+    """
+
+    name: str
+    title: str
+    run: Callable[[CheckContext], Outcome]
+    integrity: bool = True
+    needs: tuple[str, ...] = ()
+    unless_failed: tuple[str, ...] = ()
+    unless_explained: bool = False
 
 
 class Shows(Protocol):

@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from runner.checks.check import FAIL, WARNING, Outcome, checks_for, failed, passed, run_checks
-from runner.checks.context import CheckContext, CheckedFamily, Item
+from runner.checks.check import checks_for, failed, passed, run_checks
+from runner.checks.context import FAIL, WARNING, CheckContext, CheckedFamily, Item, Outcome
 from runner.config import Format
 from runner.errors import RunnerError
 

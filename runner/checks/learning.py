@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from runner.checks.behaviour import right_padded
-from runner.checks.check import Outcome, failed, passed
-from runner.checks.context import CheckContext
+from runner.checks.check import failed, passed
+from runner.checks.context import CheckContext, Outcome
 from runner.evaluation.forward import device_of
 from runner.files.tensors import is_finite
 

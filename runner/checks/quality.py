@@ -11,8 +11,8 @@ both other words are the status warning.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runner.checks.check import PASS, WARNING, Outcome, skipped
-from runner.checks.context import CheckContext
+from runner.checks.check import skipped
+from runner.checks.context import PASS, WARNING, CheckContext, Outcome
 from runner.evaluation.evaluator import Evaluator
 from runner.evaluation.forward import limits
 from runner.metrics import layers as layer_measures

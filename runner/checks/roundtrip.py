@@ -8,8 +8,8 @@ from torch import nn
 
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
-from runner.checks.check import WARNING, Outcome, failed, passed, skipped
-from runner.checks.context import CheckContext
+from runner.checks.check import failed, passed, skipped
+from runner.checks.context import WARNING, CheckContext, Outcome
 from runner.evaluation.forward import device_of
 
 # The largest difference of a logit that counts as the same; nothing but equal bits is expected.

@@ -1,7 +1,7 @@
 """Checks of every checkpoint: its files, their size, its base, its hashes, and that the format's own code opens it."""
 
-from runner.checks.check import Outcome, failed, part_outcome, passed, skipped
-from runner.checks.context import CheckContext
+from runner.checks.check import failed, part_outcome, passed, skipped
+from runner.checks.context import CheckContext, Outcome
 from runner.errors import DamagedError, RunnerError
 from runner.files.file_type import BESIDE, Kind, kind_of
 from runner.files.strict_json import read_object

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoints.runs import resolve, step_in_name
-from runner.checks.check import FAIL, PARTS, STATUSES, WARNING, Check, checks_for, run_checks
-from runner.checks.context import BUILT, CheckContext, check_base, check_buildable
+from runner.checks.check import PARTS, checks_for, run_checks
+from runner.checks.context import BUILT, FAIL, STATUSES, WARNING, Check, CheckContext, check_base, check_buildable
 from runner.config import TestConfig
 from runner.errors import ConfigError
 from runner.results import Result, versions

@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.checks.check import Outcome, by_name, check, failed, part_check, passed
-from runner.checks.context import CheckContext, Traits
+from runner.checks.check import by_name, check, failed, part_check, passed
+from runner.checks.context import CheckContext, Outcome, Traits
 from runner.checks.environment import write_zeros
 from runner.families.gpt.layouts import HEAD_SIZE, MEDIUM_DEPTH, SMALLEST_DEPTH, Dialect, all_shapes
 

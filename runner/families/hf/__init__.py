@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from runner.checkpoints.checkpoint import Checkpoint
-    from runner.checks.check import Check
-    from runner.checks.context import Example, Traits
+    from runner.checks.context import Check, Example, Traits
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
 

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from runner.checkpoints.checkpoint import Checkpoint
-    from runner.checks.check import Check
-    from runner.checks.context import CheckContext, Example, Traits
+    from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
     from runner.families.lora_moe.model import LoraMoeForCausalLM

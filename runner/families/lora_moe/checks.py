@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.checks.check import Outcome, by_name, check, failed, part_check, passed, skipped
-from runner.checks.context import BUILT, CheckContext
+from runner.checks.check import by_name, check, failed, part_check, passed, skipped
+from runner.checks.context import BUILT, CheckContext, Outcome
 from runner.checks.environment import write_zeros
 from runner.errors import ModelError
 from runner.families.lora import checks as lora

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from runner.checkpoints.checkpoint import Checkpoint, Writer
-    from runner.checks.check import Check
-    from runner.checks.context import CheckContext, Example, Traits
+    from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.config import Conversion
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement

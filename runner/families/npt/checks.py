@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.checks.check import Check, Outcome, by_name, check, failed, part_check, passed, skipped
-from runner.checks.context import BUILT, CheckContext, Traits
+from runner.checks.check import by_name, check, failed, part_check, passed, skipped
+from runner.checks.context import BUILT, Check, CheckContext, Outcome, Traits
 from runner.checks.environment import write_zeros
 from runner.errors import CheckpointError, ModelError
 
