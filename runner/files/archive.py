@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from runner.errors import CheckpointError, DamagedError
 from runner.files.file_type import LEGACY_MAGIC, ZIP_START, Kind, kind_of
-from runner.files.pickle_check import MAX_PICKLE_BYTES, Container, scan
+from runner.files.pickle_check import MAX_PICKLE_BYTES, scan
+from runner.files.pickle_values import Container, entries
 
 # torch.save's legacy layout starts with its magic number as a pickle of protocol 2 (or an older one).
 
@@ -275,20 +276,17 @@ def check_legacy(path: Path) -> None:
         keys = scan(file, path).value
         if not isinstance(keys, Container) or not all(isinstance(key, str) for key in keys.items):
             raise CheckpointError(f"{path}: damaged torch.save file (no list of storages)")
-        if sorted(keys.items) != sorted(storages):
+        names = [key for key in keys.items if isinstance(key, str)]
+        if sorted(names) != sorted(storages):
             raise CheckpointError(f"{path}: damaged torch.save file (its storages are not those that its tensors use)")
-        for key in keys.items:
+        for key in names:
             _check_storage(path, file, key, storages[key].record_bytes // storages[key].item_bytes)
             file.seek(storages[key].record_bytes, 1)
         _check_size(path, file.tell())
 
 
-def _little_endian(system: Any) -> bool:
-    if not isinstance(system, Container):
-        return True
-    values = system.items[1::2]
-    pairs = dict(zip(system.items[: 2 * len(values) : 2], values, strict=True))
-    return pairs.get("little_endian", True) is True
+def _little_endian(system: object) -> bool:
+    return entries(system).get("little_endian", True) is True
 
 
 def _check_storage(path: Path, file: BinaryIO, key: str, count: int) -> None:

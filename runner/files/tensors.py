@@ -86,8 +86,8 @@ def _load(path: Path, options: dict[str, Any]) -> Any:
         with _LOCK, skip, torch.serialization.safe_globals(_INERT_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, weights_only=True, **options)
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, OSError, EOFError,
-            pickle.UnpicklingError) as error:  # fmt: skip
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, OSError,
+            EOFError, pickle.UnpicklingError) as error:  # fmt: skip
         # torch's own text is left out: it advises to switch the safe loading off.
         raise CheckpointError(
             f"{path}: torch cannot load this file ({type(error).__name__}): damaged, or not a dict of plain tensors"
@@ -303,7 +303,7 @@ class _PickleReader:
 
     @cached_property
     def _records(self) -> Mapping[Any, Any]:
-        from runner.files.pickle_check import entries
+        from runner.files.pickle_values import entries
 
         records = entries(self._mapped.records)
         return entries(records.get(self._nested)) if self._nested else records
@@ -316,7 +316,7 @@ class _PickleReader:
             raise CheckpointError(f"{self._path}: {name}: changed since it was opened")
         if self._mapped.crcs is not None:
             from runner.files.archive import STORAGE
-            from runner.files.pickle_check import Tensor
+            from runner.files.pickle_values import Tensor
 
             record = self._records.get(name)
             if not isinstance(record, Tensor):
