@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.config import Conversion, TrainConfig
     from runner.evaluation.base_models import Base
-    from runner.evaluation.placement import DeviceMap, Placement
+    from runner.evaluation.placement import Placement
     from runner.merge.execute import Content
     from runner.merge.files import Files
     from runner.merge.spec import MergeSpec
@@ -34,7 +34,7 @@ class Family:
     """
 
     name: str
-    device_map: "DeviceMap | None" = None
+    device_map: str | Mapping[str, int | str] | None = None
 
     # The modules that hold its formats, each as FORMATS.
     format_modules: ClassVar[tuple[str, ...]] = ()

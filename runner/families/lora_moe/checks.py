@@ -87,7 +87,7 @@ def build_small(context: CheckContext) -> Path:
     from runner.families.hf.checks import small_base
     from runner.families.lora.model import linear_shapes
     from runner.families.lora_moe.model import LoraMoeForCausalLM
-    from runner.families.lora_moe.trained import save_moe
+    from runner.families.lora_moe.save import save_moe
 
     root = context.scratch / "built"
     base, name = small_base(context, root)
@@ -117,7 +117,7 @@ def build_small(context: CheckContext) -> Path:
 
 def write_model(checkpoint: Checkpoint, model: nn.Module, base: str, target: Path) -> None:
     """Write a model that was built from `checkpoint` on the base at `base` as the new directory `target`."""
-    from runner.families.lora_moe.trained import save_moe
+    from runner.families.lora_moe.save import save_moe
 
     library = checkpoint.details.skills
     skills = None if library is None else read_skills(library)
