@@ -155,14 +155,15 @@ class Sound:
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """`checkpoint`: None where a part is missing without which there is none. `files`: those that hold its weights,
-    readable or not; `sources`: those that could be opened; `beside`: tensors that are no weights, but no less finite.
+    readable or not; `sources`: those that could be opened; `beside` opens tensors that are no weights, but finite as
+    they are.
     """
 
     path: Path
     checkpoint: Checkpoint | None
     files: tuple[Path, ...]
     sources: tuple[TensorSource, ...] = ()
-    beside: tuple[TensorSource, ...] = ()
+    beside: tuple[Callable[[], TensorSource], ...] = ()
     problems: tuple[Problem, ...] = ()
     sound: Mapping[str, Sound] = field(default_factory=dict)
 

@@ -64,9 +64,7 @@ def open_checkpoint(path: Path, format_name: str = "auto", module: str | None = 
     A directory that holds exactly one checkpoint is that checkpoint. Raises CheckpointError where no format or
     several match, with what was seen, and for a checkpoint that its format refuses.
     """
-    known = formats(module)
-    if format_name not in ("auto", *known):
-        raise ConfigError(f"format={format_name} is unknown; formats are {', '.join(known)}")
+    known = _known(format_name, module)
     listing = Listing.of(path)
     if format_name != "auto":
         return finished(read(listing, known[format_name]).open())
@@ -89,7 +87,7 @@ def recognise(
     A directory that holds exactly one checkpoint is that checkpoint. Raises CheckpointError where nothing is there that
     could be a checkpoint, or several formats match.
     """
-    known = formats(module)
+    known = _known(format_name, module)
     listing = Listing.of(path)
     if format_name != "auto":
         return listing, known[format_name]
@@ -104,6 +102,14 @@ def recognise(
                 shown = ", ".join(listing.entries[:8]) or "nothing"
                 raise CheckpointError(f"{path}: holds no checkpoint that is known; it holds {shown}")
     return listing, known[name] if name else None
+
+
+def _known(format_name: str, module: str | None) -> dict[str, CheckpointFormat]:
+    """Every format by name. Raises ConfigError where `format_name` is none of them."""
+    known = formats(module)
+    if format_name not in ("auto", *known):
+        raise ConfigError(f"format={format_name} is unknown; formats are {', '.join(known)}")
+    return known
 
 
 def several(path: Path) -> list[Path]:

@@ -4,7 +4,7 @@ One reading serves both who needs the whole (`open`: refused where anything stan
 look at each part by itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,11 @@ class Parts:
         return None
 
     def reading(
-        self, path: Path, files: tuple[Path, ...], checkpoint: Checkpoint | None, beside: tuple[TensorSource, ...] = ()
+        self,
+        path: Path,
+        files: tuple[Path, ...],
+        checkpoint: Checkpoint | None,
+        beside: tuple[Callable[[], TensorSource], ...] = (),
     ) -> Reading:
         """All that was found."""
         return Reading(

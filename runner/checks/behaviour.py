@@ -1,13 +1,19 @@
-"""What every model must do: be built from all of its keys, give finite logits, and not mind company or padding."""
+"""What every model must do: be built from all of its keys, give finite logits, and not mind company or padding; and
+what training must reach, and what it must leave alone: gradients and one optimizer step."""
 
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from runner.checks.check import failed, passed
 from runner.checks.context import PADDING, CheckContext, Outcome
 from runner.evaluation.forward import device_of, first_non_finite, limits, logit_chunks, logit_count, trace
+from runner.files.tensors import is_finite
 
 BATCH_SIZES = (1, 4, 16)
 # Products of other shapes add up in another order, and a random model amplifies that: to 3e-4 of the logits' size at
@@ -17,6 +23,8 @@ MEAN_TOLERANCE = 1e-4
 LARGEST_TOLERANCE = 2e-2
 # In bfloat16 and float16 a rounding is 2^16 and 2^13 times coarser.
 COARSE = {torch.bfloat16: 300.0, torch.float16: 40.0}
+# By how much of its largest value a step moves a parameter: visible in every precision, whatever the gradient's scale.
+STEP_SIZE = 1e-2
 
 
 def build(context: CheckContext) -> Outcome:
@@ -121,3 +129,123 @@ def right_padded(sequences: list[torch.Tensor], filler: int) -> tuple[torch.Tens
         ids[row, : len(sequence)] = sequence
         mask[row, : len(sequence)] = 1
     return ids, mask
+
+
+def trained(context: CheckContext) -> dict[str, nn.Parameter]:
+    """The parameters of the model that training changes."""
+    traits = context.own_family.traits(context.checkpoint)
+    return {name: parameter for name, parameter in context.model.named_parameters() if traits.is_trained(name)}
+
+
+def gradients(context: CheckContext) -> Outcome:
+    """A fine-tuning loss has a finite gradient for every parameter that should train, and for no other."""
+    context.free("reloaded")
+    model = context.model
+    wanted = trained(context)
+    with _training(model, wanted):
+        _loss(context, model).backward()
+        reached = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        missing = sorted(wanted.keys() - reached.keys())
+        stray = sorted(reached.keys() - wanted.keys())
+        broken = sorted(name for name, gradient in reached.items() if not is_finite(gradient))
+        zero = [name for name in wanted if name in reached and not bool(reached[name].any())]
+    traits = context.own_family.traits(context.checkpoint)
+    unexplained = sorted(name for name in zero if not traits.may_be_zero(name, wanted))
+    problems = [
+        f"{what}: {', '.join(names[:4])}{f', … ({len(names)})' if len(names) > 4 else ''}"
+        for what, names in (
+            ("no gradient reaches", missing),
+            ("a gradient reaches what should not train", stray),
+            ("the gradient is not finite", broken),
+            ("the gradient is zero everywhere", unexplained),
+        )
+        if names
+    ]
+    if problems:
+        return failed("; ".join(problems), "Look at requires_grad, detach and no_grad in the model.")
+    said = f" ({len(zero)} zero for now: what they are multiplied with is zero)" if zero else ""
+    return passed(f"{len(wanted)} parameters have a gradient{said}, {_count(model) - len(wanted)} others none")
+
+
+def optimizer_step(context: CheckContext) -> Outcome:
+    """One optimizer step changes every parameter that has a gradient, and not a bit of anything else."""
+    model = context.model
+    wanted = trained(context)
+    before = _digests(model)
+    kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+    try:
+        with _training(model, wanted):
+            _loss(context, model).backward()
+            moving = {name for name, p in wanted.items() if p.grad is not None and bool(p.grad.any())}
+            stepped = [p for p in model.parameters() if p.grad is not None]
+            kept += [(p, p.detach().clone()) for p in stepped] if context.own else []
+            torch.optim.SGD([_group(p) for p in stepped], foreach=False).step()
+        changed = {name for name, digest in _digests(model).items() if before[name] != digest}
+    finally:
+        # The base is shared with whoever comes next, and what was stepped may lie in its memory.
+        with torch.no_grad():
+            for parameter, values in kept:
+                parameter.copy_(values)
+        if not context.own:
+            context.free(
+                "model", "checkpoint", "reading"
+            )  # a model may lie in the mapped file, and a step in its private copy
+    if stray := sorted(changed - wanted.keys()):
+        return failed(f"a step also changes {', '.join(stray[:4])}", "Look for tensors that share memory.")
+    if not moving:
+        return failed(
+            "every gradient is zero, so no step can change anything: the factors that multiply each other are all zero",
+            "start the training again: one factor of each product must begin with other values than zero",
+        )
+    if moving - changed:
+        return failed(f"a step leaves {', '.join(sorted(moving - changed)[:4])} as it was")
+    return passed(f"changes {len(changed)} parameters; {len(before) - len(changed)} other tensors keep every bit")
+
+
+@contextmanager
+def _training(model: nn.Module, wanted: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Within the block the model is in training mode and `wanted` require gradients; afterwards all is as before."""
+    was_training, required = model.training, {name: p.requires_grad for name, p in wanted.items()}
+    model.train()
+    for parameter in wanted.values():
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for parameter in model.parameters():
+            parameter.grad = None
+        for name, parameter in wanted.items():
+            parameter.requires_grad_(required[name])
+
+
+def _group(parameter: nn.Parameter) -> dict[str, Any]:
+    """A parameter with a learning rate of its own. Plain SGD: moments would take twice the memory of the weights."""
+    assert parameter.grad is not None
+    largest, slope = (each.detach().abs().max().item() for each in (parameter, parameter.grad))
+    return {"params": [parameter], "lr": STEP_SIZE * max(largest, 1e-3) / slope if slope else 0.0}
+
+
+def _loss(context: CheckContext, model: nn.Module) -> torch.Tensor:
+    """Mean cross-entropy of the next token over a padded batch, and the balance loss of a router."""
+    sequences = [*context.prompts(), context.ragged(1)[0]]
+    ids, mask = (each.to(device_of(model)) for each in right_padded(sequences, filler=0))
+    output = model(ids, attention_mask=mask)
+    targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+    loss = cross_entropy(output.logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+    balance = getattr(output, "balance_loss", None)
+    return loss if balance is None else loss + balance
+
+
+def _digests(model: nn.Module) -> dict[str, int]:
+    """A checksum of the bytes of every parameter and buffer."""
+    return {name: _crc32(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _crc32(tensor: torch.Tensor) -> int:
+    values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(values)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(1 for _ in model.parameters())

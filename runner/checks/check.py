@@ -137,8 +137,12 @@ def part_outcome(context: CheckContext, part: str, advice: str | None = None, od
         return Outcome(status=WARNING, details="; ".join(problem.text for problem in problems), recommendation=odd)
     if part in reading.sound:
         return passed(reading.sound[part].text, **reading.sound[part].data)
-    others = [problem.text for problem in reading.problems if problem.severity is Severity.REFUSED]
-    return failed(f"cannot be looked at: {'; '.join(others[:1]) or 'the format says nothing of it'}")
+    # Another problem stands in the way: said here where no other check of the tier says it.
+    others = [problem for problem in reading.problems if problem.severity is Severity.REFUSED]
+    listed = [problem.part for problem in others if problem.part in context.config.tier.checks]
+    if listed:
+        return skipped(f"needs {listed[0]}")
+    return failed(others[0].text if others else f"the format says nothing of {part}")
 
 
 def by_name(*checks: Check) -> dict[str, Check]:
@@ -176,8 +180,8 @@ SHARED = by_name(
     check("save", "saved again, it has the same names and shapes", "checks.roundtrip.save", "model"),
     check("roundtrip", "reloaded, it gives the same logits", "checks.roundtrip.roundtrip", "forward", "save", "router"),
     check("batch", "padded batches give the logits of each alone", "checks.behaviour.batch", "forward"),
-    check("gradients", "they reach what should train", "checks.learning.gradients", "forward", "modes"),
-    check("optimizer_step", "a step changes nothing else", "checks.learning.optimizer_step", "gradients"),
+    check("gradients", "they reach what should train", "checks.behaviour.gradients", "forward", "modes"),
+    check("optimizer_step", "a step changes nothing else", "checks.behaviour.optimizer_step", "gradients"),
 )  # fmt: skip
 
 

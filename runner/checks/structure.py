@@ -84,7 +84,8 @@ def finite(context: CheckContext) -> Outcome:
     weights = context.checkpoint.weights
     try:
         bad = non_finite(weights)
-        bad += [f"{source.path.name}: {name}" for source in context.reading.beside for name in non_finite(source)]
+        for source in (opened() for opened in context.reading.beside):
+            bad += [f"{source.path.name}: {name}" for name in non_finite(source)]
     except DamagedError as error:
         if "hashes" not in context.config.tier.checks:
             raise

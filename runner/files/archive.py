@@ -1,8 +1,7 @@
-"""The zip archive that torch.save writes: checked before torch sees it, since torch's own reader checks little.
+"""Both layouts of torch.save, checked before torch sees a file, since torch's own reader checks little.
 
-What a file is, told by its first bytes and never by its name.
-
-The layout that torch.save wrote before zip: four pickles, the list of storage keys, then the raw storages.
+One is a zip archive of a pickle and a record for each storage. The other, which torch wrote before, is four pickles,
+the list of storage keys, then the raw storages.
 """
 
 import copy

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +197,7 @@ def read(listing: Listing) -> Reading:
             unknown=tuple(weight_name(expert, name) for expert in experts for name in expert.adapter.unknown),
             findings=(*config_findings, *step_findings, *_findings(root, details)),
         )
-    beside = (skill_source(skills),) if skills is not None and checkpoint is not None else ()
+    beside = () if skills is None else (partial(skill_source, skills),)
     return parts.reading(root, files, checkpoint, beside)
 
 
