@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from runner.checkpoints.checkpoint import Checkpoint, Listing
 from runner.errors import CheckpointError
 from runner.files.strict_json import read_object
-from runner.files.tensors import TensorSource, open_sharded, open_weights
+from runner.files.tensors import TensorSource, open_sharded, open_weights, owned
 
 if TYPE_CHECKING:
     import torch
@@ -82,13 +82,9 @@ def save(
     `tensors`: all weights by their names; `config` becomes config.json; `beside`: files that are copied as they are.
     The weights file holds copies of its own, never views of larger storages.
     """
-    import torch
     from safetensors.torch import save_file
 
-    owned = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    save_file(owned, directory / SINGLE[0], metadata={"format": "pt"})
+    save_file(owned(tensors), directory / SINGLE[0], metadata={"format": "pt"})
     for file in beside:
         shutil.copyfile(file, directory / file.name)
     write_config(directory, config)

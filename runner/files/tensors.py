@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from runner.errors import CheckpointError
 from runner.files.file_type import Kind, kind_of
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Inert", "check_pickle", "file_offset", "load_pickle", "map_pickle"]
 
+Key = TypeVar("Key", bound=int | str)
 # torch's table of allowed names belongs to the process, not to the call.
 _LOCK = threading.Lock()
 _INERT_GLOBALS: list[Any] = [(stand_in, name) for name, stand_in in (STAND_INS | FUNCTIONS).items()]
@@ -344,6 +345,15 @@ class _SafetensorsReader:
             return self._file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self._path}: {name}: cannot be read ({error})") from error
+
+
+def owned(tensors: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
+    """Copies on the CPU, each with a storage of its own: a file of them is no larger than they are."""
+    import torch
+
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
 
 
 def non_finite(source: TensorSource, names: Iterable[str] | None = None) -> list[str]:

@@ -207,12 +207,6 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 FORMATS = (
     CheckpointFormat(
-        name=NAME,
-        family=FAMILY,
-        matches=matches,
-        describe=describe,
-        read=read,
-        resembles=resembles,
-        remains=remains,
+        name=NAME, family=FAMILY, matches=matches, describe=describe, read=read, resembles=resembles, remains=remains
     ),
 )

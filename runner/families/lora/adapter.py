@@ -19,7 +19,7 @@ from runner.families.lora import config as lora_config
 from runner.families.lora.config import LoraSettings, read_settings
 from runner.files.file_type import Kind, kind_of
 from runner.files.staging import staged
-from runner.files.tensors import TensorInfo, TensorSource, is_finite
+from runner.files.tensors import TensorInfo, TensorSource, is_finite, owned
 
 if TYPE_CHECKING:
     import torch
@@ -328,14 +328,10 @@ def save_adapter(directory: Path, tensors: Mapping[str, torch.Tensor], config: M
 
     The file holds copies of its own, never views of larger storages.
     """
-    import torch
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True)
-    owned = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    save_file(owned, directory / WEIGHT_FILES[0], metadata={"format": "pt"})
+    save_file(owned(tensors), directory / WEIGHT_FILES[0], metadata={"format": "pt"})
     text = json.dumps(dict(config), indent=2, sort_keys=True, ensure_ascii=False)
     (directory / lora_config.FILE_NAME).write_text(text + "\n", encoding="utf-8")
 

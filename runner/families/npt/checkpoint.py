@@ -15,7 +15,7 @@ from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing,
 from runner.checkpoints.reading import Parts, Reading, load_mapping, look_for_merged_model, some, weight_names
 from runner.errors import CheckpointError
 from runner.files.strict_json import read_object
-from runner.files.tensors import TensorInfo, load_pickle
+from runner.files.tensors import TensorInfo, load_pickle, owned
 
 if TYPE_CHECKING:
     import torch
@@ -332,15 +332,12 @@ def save(
     """
     import torch
 
-    owned = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
     if weights_file.endswith(".safetensors"):
         from safetensors.torch import save_file
 
-        save_file(owned, directory / weights_file)
+        save_file(owned(tensors), directory / weights_file)
     else:
-        torch.save(owned, directory / weights_file)
+        torch.save(owned(tensors), directory / weights_file)
     if training_state is not None:
         torch.save(dict(training_state), directory / TRAINING_STATE)
     if multi_layer_state is not None:
@@ -368,12 +365,6 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 FORMATS = (
     CheckpointFormat(
-        name=NAME,
-        family=FAMILY,
-        matches=matches,
-        describe=describe,
-        read=read,
-        resembles=resembles,
-        remains=remains,
+        name=NAME, family=FAMILY, matches=matches, describe=describe, read=read, resembles=resembles, remains=remains
     ),
 )

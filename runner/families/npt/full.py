@@ -181,12 +181,6 @@ def _plain(value: Any) -> dict[str, Any]:
 
 FORMATS = (
     CheckpointFormat(
-        name=NAME,
-        family=FAMILY,
-        matches=matches,
-        describe=describe,
-        read=read,
-        resembles=resembles,
-        remains=remains,
+        name=NAME, family=FAMILY, matches=matches, describe=describe, read=read, resembles=resembles, remains=remains
     ),
 )
