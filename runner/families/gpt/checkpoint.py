@@ -116,8 +116,6 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-__all__ = ["FORMATS", "GptDetails"]
-
 FAMILY = "gpt"
 # What no other architecture calls its attention, with the wrapper prefixes that a file may have.
 _MARKS: Mapping[Dialect, re.Pattern[str]] = {

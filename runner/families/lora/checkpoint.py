@@ -71,11 +71,6 @@ def read(listing: Listing) -> Reading:
     return parts.reading(listing.path, files, checkpoint)
 
 
-def open_peft(listing: Listing) -> Checkpoint:
-    """The checkpoint, from headers. Raises CheckpointError."""
-    return read(listing).open()
-
-
 def _directory(listing: Listing) -> Path:
     return listing.path.parent if listing.path.name in WEIGHT_FILES else listing.path
 

@@ -201,11 +201,6 @@ def read(listing: Listing) -> Reading:
     return parts.reading(root, files, checkpoint, beside)
 
 
-def open_moe(listing: Listing) -> Checkpoint:
-    """The checkpoint, from headers. Raises CheckpointError where parts are missing or contradict each other."""
-    return read(listing).open()
-
-
 def _settings(
     root: Path, config: Mapping[str, Any], values: Mapping[str, Any], router: Router | None, parts: Parts
 ) -> tuple[int, float]:
