@@ -143,8 +143,8 @@ def read(listing: Listing) -> Reading:
         if config is not None and not parts.has("layout"):
             _agree_on_experts(config, router, list(places), root, parts)
     files = tuple(sorted({*router_files(root), *(file for place in places.values() for file in _adapter_files(place))}))
-    read = {name: read_adapter(place, name, parts) for name, place in places.items()}
-    opened = {name: each for name, each in read.items() if each is not None}
+    tried = {name: read_adapter(place, name, parts) for name, place in places.items()}
+    opened = {name: each for name, each in tried.items() if each is not None}
     experts = tuple(
         Expert(
             name=name,
