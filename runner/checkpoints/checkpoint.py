@@ -178,7 +178,8 @@ def raise_refused(problems: Sequence[Problem], path: Path) -> None:
     """Raise CheckpointError with all that stands against opening what lies at `path`."""
     texts = [problem.text for problem in problems if problem.severity is Severity.REFUSED]
     if texts:
-        shown = "; ".join(dict.fromkeys(texts))
+        lead = texts[0].partition(": ")[0]  # the place, mostly: said once
+        shown = "; ".join([texts[0], *(text.removeprefix(f"{lead}: ") for text in dict.fromkeys(texts[1:]))])
         raise CheckpointError(shown if str(path) in shown else f"{path}: {shown}")
 
 

@@ -92,11 +92,12 @@ def read_details(
     """
     blocks = {int(match[1]) for name in infos if (match := _BLOCK.fullmatch(name))}
     depth = min(1 + max(blocks), sum(map(bool, map(_BLOCK.fullmatch, infos)))) if blocks else 0
-    _check_blocks(infos, blocks, depth, dialect, where, parts)
     expected = (*_shapes(dialect, depth, 0, 0), HEAD[dialect], SCALARS)
     missing, unexpected = sorted(set(expected) - set(infos)), sorted({*infos, *foreign} - set(expected))
     if missing or unexpected:
         parts.refuse("keys", f"{where}: missing keys {missing}, unexpected keys {unexpected}")
+    _check_blocks(infos, blocks, depth, dialect, where, parts)
+    if missing or unexpected:
         return None
     parts.is_sound("keys", f"{len(infos)} keys")
     if not_floating := sorted(name for name in infos if not infos[name].is_floating):

@@ -137,11 +137,11 @@ def read(listing: Listing) -> Reading:
     router = opened_router[0] if opened_router else None
     values = router.values if router else {}
     top_k, temperature = _settings(root, config, values, router, parts) if config is not None else (TOP_K, TEMPERATURE)
-    places = _expert_places(root, parts)
+    names, places = _expert_places(root, parts)
     if router is not None:
         parts.is_sound("gate", f"{router.file.name}: {router.num_experts} experts, hidden size {router.hidden_size}")
-        if config is not None and not parts.has("layout"):
-            _agree_on_experts(config, router, list(places), root, parts)
+        if config is not None and names:
+            _agree_on_experts(config, router, names, root, parts)
     files = tuple(sorted({*router_files(root), *(file for place in places.values() for file in _adapter_files(place))}))
     tried = {name: read_adapter(place, name, parts) for name, place in places.items()}
     opened = {name: each for name, each in tried.items() if each is not None}
@@ -233,8 +233,9 @@ def _settings(
     return found["top_k"], found["temperature"]
 
 
-def _expert_places(root: Path, parts: Parts) -> dict[str, Path]:
-    """The adapter's directory of each expert, by number: its own, or, as PEFT nests it, one of the same name in it.
+def _expert_places(root: Path, parts: Parts) -> tuple[list[str], dict[str, Path]]:
+    """The experts' names by number, and of each that has an adapter where that lies: in the expert's own directory,
+    or, as PEFT nests it, in one of the same name in it.
 
     Where experts lie in several directories, or an adapter in two places or in none, that is a problem of `layout`.
     """
@@ -249,7 +250,8 @@ def _expert_places(root: Path, parts: Parts) -> dict[str, Path]:
         held = " and in ".join(map(str, found))
         parts.refuse("layout", f"{root}: holds experts in {held}; keep those that are meant")
     places, kinds = {}, set()
-    for directory in next(iter(found.values()), []):
+    directories = next(iter(found.values()), [])
+    for directory in directories:
         name = directory.name
         flat, nested = _is_adapter(directory), _is_adapter(directory / name)
         if flat and nested:
@@ -269,7 +271,7 @@ def _expert_places(root: Path, parts: Parts) -> dict[str, Path]:
         parts.odd("layout", text)
     found_kinds = sorted(kinds)
     parts.is_sound("layout", f"{len(places)} adapters, {' and '.join(found_kinds)}", layout="+".join(found_kinds))
-    return places
+    return [directory.name for directory in directories], places
 
 
 def _is_adapter(place: Path) -> bool:
