@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from runner.checks.check import failed, passed
-from runner.checks.context import PADDING, CheckContext, Outcome
+from runner.checks.context import MODEL, PADDING, CheckContext, Outcome
 from runner.evaluation.forward import device_of, first_non_finite, limits, logit_chunks, logit_count, trace
 from runner.files.tensors import is_finite
 
@@ -187,9 +187,7 @@ def optimizer_step(context: CheckContext) -> Outcome:
             for parameter, values in kept:
                 parameter.copy_(values)
         if not context.own:
-            context.free(
-                "model", "checkpoint", "reading"
-            )  # a model may lie in the mapped file, and a step in its private copy
+            context.free(*MODEL)  # a model may lie in the mapped file, and a step in its private copy
     if stray := sorted(changed - wanted.keys()):
         return failed(f"a step also changes {', '.join(stray[:4])}", "Look for tensors that share memory.")
     if not moving:

@@ -140,6 +140,8 @@ def part_outcome(context: CheckContext, part: str, advice: str | None = None, od
     # Another problem stands in the way: said here where no other check of the tier says it.
     others = [problem for problem in reading.problems if problem.severity is Severity.REFUSED]
     listed = [problem.part for problem in others if problem.part in context.config.tier.checks]
+    if context.format is not None and context.format.read is None:
+        return skipped("the format's own code reads it as a whole")
     if listed:
         return skipped(f"needs {listed[0]}")
     return failed(others[0].text if others else f"the format says nothing of {part}")

@@ -32,6 +32,8 @@ BUILT = "built"
 DEFAULT_FAMILY, UNKNOWN = "npt", "unknown"
 # Tokens that stand for a prompt where there is no tokenizer.
 SEEDED_LENGTH = 64
+# The model, and what may hold the mapped file that it lies in.
+MODEL = ("model", "checkpoint", "reading", "recognised")
 # Of padded batches: the longest sequence, and the positions after it.
 LONGEST = 32
 PADDING = 3
@@ -346,7 +348,7 @@ class CheckContext:
 
     def free_all(self) -> None:
         """Forget every model."""
-        self.free("model", "reloaded", "own", "checkpoint", "reading")
+        self.free("reloaded", "own", *MODEL)
 
     def free(self, *names: str) -> None:
         """Forget what was made under these names; it is made again if it is asked for."""
