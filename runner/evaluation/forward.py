@@ -128,11 +128,11 @@ def logits(model: nn.Module, final: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def compare_finals(
-    reference: LogitChunks, subject_head: Head, subject_final: torch.Tensor, token_ids: torch.Tensor, vocab_size: int
+    reference: LogitChunks, head: Head, final: torch.Tensor, token_ids: torch.Tensor, vocab_size: int
 ) -> Comparison:
     """Compare a reference's logits, in chunks of positions, with those that a head gives to its input [1, T, d]."""
-    parts = subject_final[0].split(chunk_size(vocab_size))
-    return compare(((theirs, subject_head(ours)) for theirs, ours in zip(reference, parts, strict=True)), token_ids)
+    parts = final[0].split(chunk_size(vocab_size))
+    return compare(((theirs, head(ours)) for theirs, ours in zip(reference, parts, strict=True)), token_ids)
 
 
 @torch.inference_mode()

@@ -38,13 +38,13 @@ class MeasurementRun:
 
 def control(job: MeasurementRun) -> None:
     """All layers standard must equal the plain model: exactly on a CPU in float32, elsewhere within the floor."""
-    subject = job.evaluator
-    token_ids = subject.encode(min(job.config.data.prompts, key=len))
-    compared = subject.control(token_ids)
+    evaluator = job.evaluator
+    token_ids = evaluator.encode(min(job.config.data.prompts, key=len))
+    compared = evaluator.control(token_ids)
     allowed: float | None = 0.0
-    exact = device_of(subject.model).type == "cpu" and next(subject.model.parameters()).dtype == torch.float32
+    exact = device_of(evaluator.model).type == "cpu" and next(evaluator.model.parameters()).dtype == torch.float32
     if compared.squared_difference and not exact:
-        lowest = subject.compare_to_floor(token_ids)
+        lowest = evaluator.compare_to_floor(token_ids)
         allowed = lowest.mse if lowest.finite else None
     passed = compared.finite and allowed is not None and compared.mse <= allowed
     mse = compared.mse if compared.finite else None
@@ -61,7 +61,7 @@ def control(job: MeasurementRun) -> None:
             f"control: with all layers standard the mse is {mse}, not 0: the architecture is at fault"
         )
     if job.setup.against_base and job.setup.has_own_base_weights:
-        own = subject.plain_against_reference(token_ids)
+        own = evaluator.plain_against_reference(token_ids)
         if own.squared_difference:
             job.result.findings.append(
                 f"the checkpoint's base weights differ from the base model's: without adapters its mse is {own.mse:.6g}"
@@ -129,14 +129,14 @@ def generation(job: MeasurementRun) -> None:
 def text(job: MeasurementRun) -> None:
     """Fidelity and perplexity over text or token shards, in sequences of up to the tier's length."""
     sequences, facts = _text_sequences(job)
-    subject = job.evaluator
+    evaluator = job.evaluator
     facts |= {"documents": len(sequences), "tokens": sum(map(len, sequences)), "longest": max(map(len, sequences))}
     tracked = job.context.track(sequences, "text")
-    if subject.reference is None:
-        logprobs = [subject.next_logprobs(ids) for ids in tracked]
+    if evaluator.reference is None:
+        logprobs = [evaluator.next_logprobs(ids) for ids in tracked]
         job.result.metrics["text"] = {**facts, **perplexity(logprobs)}
         return
-    comparisons = [subject.compare(ids) for ids in tracked]
+    comparisons = [evaluator.compare(ids) for ids in tracked]
     job.result.metrics["text"] = {**facts, **summarise(comparisons), **perplexities(comparisons)}
     names = [f"text document {i}" for i in range(len(sequences))]
     _report_non_finite(job, names, sequences, comparisons)
@@ -168,7 +168,7 @@ def _long_document() -> str:
 
 
 def floor(job: MeasurementRun) -> None:
-    """What no subject can beat: the reference against itself in another precision."""
+    """What no model can beat: the reference against itself in another precision."""
     sequences = [job.evaluator.encode(text) for text in job.config.data.prompts]
     job.result.metrics["floor"] = summarise([job.evaluator.compare_to_floor(ids) for ids in sequences])
 

@@ -139,6 +139,12 @@ def test_its_settings_are_keys_of_the_command_line(words, run):
     assert run(*words, "family=npt").err.count("is of the family bigram") == 1
 
 
+def test_a_sweep_over_both(words, run):
+    outcome = run("-m", *words[:2], "ckpt=one,other", "reference=one")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("bigram") >= 1
+
+
 def test_inspect(words, run):
     result = run(*words, "task=inspect").result
     assert (result["family"], result["vocab_size"], result["parameters"]) == ("bigram", 50, 2500)
