@@ -31,7 +31,7 @@ def save(
     provenance: Provenance,
     weights_file: str = WEIGHT_FILES[0],
 ) -> Path:
-    """Write one weights file into `directory` (a staged one: see commit.py); its path.
+    """Write one weights file into `directory` (a staged one); its path.
 
     A name that ends in .safetensors chooses that layout, where the provenance stands in the metadata; any
     other is the training script's. dtypes are kept; optimizers are not written. Raises CheckpointError for tensors

@@ -40,7 +40,7 @@ def save(
     router: tuple[torch.Tensor, torch.Tensor],
     skills: Mapping[int | str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the files of a checkpoint into `directory` (a staged one: see commit.py).
+    """Write the files of a checkpoint into `directory` (a staged one).
 
     `experts`: adapter_config.json and tensors by the names of `adapters.key`, in the order of the router's rows;
     `router`: weight [experts, d] and bias [experts]; `skills`: embeddings [d] by id. The files hold copies of their

@@ -326,7 +326,7 @@ def save(
     config: Mapping[str, Any],
     weights_file: str = WEIGHT_FILES[0],
 ) -> None:
-    """Write the files of a checkpoint into `directory` (a staged one: see commit.py).
+    """Write the files of a checkpoint into `directory` (a staged one).
 
     `tensors` holds names as `key` gives them. The file holds copies of its own, never views of larger storages.
     """
