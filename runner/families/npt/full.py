@@ -97,8 +97,9 @@ def read(listing: Listing) -> Reading:
     arguments, adapter = _plain(info.get("args")), _plain(info.get("adapter_config"))
     scale = _scale(where, arguments, adapter, parts)
     ranks = {layer.np_rank for layer in layers}
-    if "r" in adapter and ranks and ranks != {adapter["r"]}:
-        text = f"{where}: {TRAINING_INFO} says rank {adapter['r']}, the keys say {sorted(ranks)}"
+    rank = adapter.get("r")
+    if rank is not None and ranks and (type(rank) is not int or ranks != {rank}):
+        text = f"{where}: {TRAINING_INFO} says rank {rank!r:.80}, the keys say {sorted(ranks)}"
         parts.refuse("loading", text)
     step = info.get("step")
     checkpoint = Checkpoint(
@@ -109,7 +110,7 @@ def read(listing: Listing) -> Reading:
         weights=model.weights,
         layers=layers,
         details=NptFullDetails(config=model.config, scale=scale, adapter_keys=own, arguments=arguments),
-        base_name=arguments.get("model_name"),
+        base_name=name if isinstance(name := arguments.get("model_name"), str) else None,
         step=step if isinstance(step, int) else None,
         training={"arguments": arguments, "adapter_config": adapter},
         findings=() if info else (f"no {TRAINING_INFO}: modulation_scale is taken as {DEFAULT_SCALE}",),
