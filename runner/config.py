@@ -12,9 +12,13 @@ from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING
 
 from runner.errors import ConfigError
+
+# The family of whatever checkpoint is opened.
+AUTO = "auto"
 
 
 def config_directory() -> Path:
@@ -24,6 +28,20 @@ def config_directory() -> Path:
         if (directory / "config.yaml").is_file():
             return directory
     raise ConfigError("the installation has no conf/ directory; install runner again")
+
+
+def config_directories() -> tuple[Path, ...]:
+    """conf/, and the directory that --config-dir names where there is one."""
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
+    given = [Path(source.path).resolve() for source in sources if source.schema == "file"]
+    return tuple(dict.fromkeys((config_directory(), *given)))
+
+
+def group_files(group: str) -> dict[str, Path]:
+    """The YAML of each choice of a group by its name, those of --config-dir included."""
+    return {
+        file.stem: file for directory in config_directories() for file in sorted((directory / group).glob("*.yaml"))
+    }
 
 
 def keys_below(root: str, task: str) -> list[str]:
@@ -186,27 +204,6 @@ PATH_KEYS = {
 }  # fmt: skip
 # Keys that a group's choice sets for all tasks alike and that nobody overrides.
 FIXED_KEYS = ("verdict",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """A model family; `auto` takes that of the checkpoint.
-
-    `device_map`: auto, or module → device, for a Llama (and what stands on one) larger than one device.
-    For lora_moe: `top_k` in the place of the checkpoint's own, `router_features` all_experts, base or expert_0, and
-    whether the `experts` are on.
-    """
-
-    name: str
-    device_map: Any = None
-    top_k: int | None = None
-    router_features: str | None = None
-    experts: bool = True
-
-    def routing(self) -> dict[str, Any]:
-        """The options that take the place of the checkpoint's own."""
-        given = {"top_k": self.top_k, "router_features": self.router_features}
-        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "files": GROUND,
     "metrics": GROUND,
     "data": GROUND | {"files"},
-    "checkpoints": GROUND | {"files"},
+    "checkpoints": GROUND | {"files", "config"},
     "evaluation": KNOWLEDGE,
     "generation": KNOWLEDGE | {"evaluation"},
     "checks": KNOWLEDGE | {"evaluation"},

@@ -131,6 +131,11 @@ class CheckpointFormat:
     describe: Callable[[Checkpoint], dict[str, Any]]
 
 
+# What writes a converted checkpoint into a directory; it returns where each checkpoint lies in it (".": the directory
+# itself) and the tensors that it must hold, each read when it is called.
+Expected = Mapping[str, Mapping[str, Callable[[], torch.Tensor]]]
+Writer = Callable[[Path], Expected]
+
 # Longer lists and texts of a foreign file are cut: inspect shows what is there, not all of it.
 _ITEMS, _CHARACTERS = 200, 2000
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from runner.checkpoints.checkpoint import Checkpoint
     from runner.evaluation.base_models import Base
+    from runner.evaluation.placement import Placement
 
 Item = TypeVar("Item")
 # The check that builds a checkpoint where none was named; a tier without it needs one.
@@ -137,29 +138,39 @@ class Bench:
         spread = self.config.family.device_map
         return {"device": self.config.device, "dtype": self.config.dtype, "device_map": spread}
 
+    @property
+    def placement(self) -> "Placement":
+        """The same, as one value."""
+        from runner.evaluation.placement import Placement
+
+        return Placement(**self.options)
+
+    @cached_property
+    def own_family(self) -> Any:
+        """The Family of the checkpoint, with the settings that were asked for."""
+        return self.config.family.of(self.checkpoint)
+
     @cached_property
     def own(self) -> "Base | None":
         """The base that the checkpoint's format needs to run; None for one that is complete by itself."""
-        from runner.evaluation.build import own_base
-
-        return own_base(self.checkpoint, self.config.base, **self.options)
+        base: Base | None = self.own_family.load_base(self.checkpoint, self.config.base, self.placement)
+        return base
 
     @cached_property
     def model(self) -> "nn.Module":
         """The checkpoint's model in evaluation mode."""
-        from runner.evaluation.build import build
-
-        return build(self.checkpoint, self.own, routing=self.config.family.routing(), **self.options)
+        model: nn.Module = self.own_family.build(self.checkpoint, self.own, self.placement)
+        return model
 
     @cached_property
     def reloaded(self) -> "nn.Module":
         """A fresh model built from `saved`: it shares nothing with `model`, whose base a saver may have changed."""
         from runner.checkpoints.detect import open_checkpoint
-        from runner.evaluation.build import build
 
         checkpoint = open_checkpoint(self.saved, self.checkpoint.format, self.config.format.module)
         base = None if self.own is None else fresh(self.own, self.config.family.device_map)
-        return build(checkpoint, base, routing=self.config.family.routing(), **self.options)
+        model: nn.Module = self.own_family.build(checkpoint, base, self.placement)
+        return model
 
     @cached_property
     def tokenizer(self) -> Any:

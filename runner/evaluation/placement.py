@@ -1,6 +1,7 @@
 """A model spread over devices: each part runs where its weights lie, and what it is given is moved there first."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,20 @@ from runner.errors import ConfigError
 
 # How accelerate may spread a model by itself.
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
-DeviceMap = str | Mapping[str, Any]
+DeviceMap = str | Mapping[str, int | str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a model lies and in what precision it computes.
+
+    `device`: auto (cuda, then mps, then cpu) or torch's name. `dtype`: float32, bfloat16, float16, or stored (that of
+    the embedding). `device_map`: auto, or module → device: spread over devices.
+    """
+
+    device: str = "auto"
+    dtype: str = "float32"
+    device_map: DeviceMap | None = None
 
 
 def place(model: PreTrainedModel, device: torch.device, device_map: DeviceMap | None) -> None:

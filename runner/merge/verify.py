@@ -18,13 +18,12 @@ from runner.merge.plan import MergeOutput, TensorFile
 
 
 def check_structure(written: Path, output: MergeOutput) -> Checkpoint:
-    """The checkpoint that a reader finds in `written`. Raises RunnerError unless its tensors are those of the plan.
+    """The checkpoint that a reader finds in `written`.
 
-    Their names, dtypes, shapes and order are compared; what the family's `read_back` compares comes first.
+    Raises RunnerError unless names, dtypes, shapes and order of its tensors are as planned.
     """
     checkpoint = open_checkpoint(written, output.format)
     checkpoint.require_complete()
-    output.read_back(checkpoint)
     wanted = [(name, tensor.dtype, tensor.shape) for name, tensor in output.weights.items()]
     if [(name, info.dtype, info.shape) for name, info in checkpoint.weights.infos.items()] != wanted:
         raise RunnerError(f"{written}: verification failed: names, shapes or order of its tensors are not as planned")
@@ -79,7 +78,7 @@ def _safetensors(path: Path) -> dict[str, Placed]:
 
 
 def expected(file: Path, at: str, wanted: Any, found: Any) -> Iterator[Expected]:
-    """The tensors of `wanted`, a value with tensors in it, at their places in `file`, as whose content `found` was read.
+    """The tensors inside `wanted`, at their places in `file`, as whose content `found` was read.
 
     `at` is the way to this value. Raises RunnerError where they differ in anything but the bytes of tensors.
     """

@@ -1,8 +1,8 @@
 """Writes the files of a merge from tensors that never are in memory at once: each file is only appended to.
 
 torch.save's format is a zip archive of stored records: `data.pkl`, in which each storage is a persistent id, then a
-record for each storage, its bytes at a multiple of 64 so that it can be mapped; the same values give the same bytes,
-whatever wrote them. `torch.load(weights_only=True, mmap=True)` reads it. A safetensors file has the order of its tensors.
+record for each storage, its bytes at a multiple of 64 so that it can be mapped. The same values give the same bytes,
+whatever wrote them, and `torch.load(weights_only=True, mmap=True)` reads it.
 """
 
 import codecs
@@ -30,7 +30,7 @@ from runner.files.readback import forget
 from runner.files.safetensors_header import DTYPES, MAX_HEADER_BYTES
 from runner.files.tensors import is_finite
 from runner.merge.lazy_tensor import LazyTensor, as_bytes, replaced
-from runner.merge.plan import TensorFile
+from runner.merge.plan import MergeOutput, TensorFile
 
 # Smaller writes are gathered up to this many bytes.
 BUFFER = 1 << 18
@@ -114,9 +114,11 @@ def new_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -
         os.close(descriptor)
 
 
-def expected_bytes(files: Iterable[TensorFile], small: int) -> int:
-    """About how much space `files` and a number of small ones take, never less."""
-    return sum(tensor.nbytes + RECORD_BYTES for file in files for tensor in file.tensors) + SMALL_FILE * small
+def expected_bytes(output: MergeOutput) -> int:
+    """About how much space `output` takes, never less."""
+    tensors = [tensor for file in output.tensor_files for tensor in file.tensors]
+    small = len(output.texts) + 2  # the summary, the manifest
+    return sum(tensor.nbytes + RECORD_BYTES for tensor in tensors) + SMALL_FILE * small
 
 
 def write_tensors(
@@ -189,9 +191,9 @@ _FUNCTIONS = (_utils._rebuild_tensor_v2, _utils._rebuild_tensor_v3, codecs.encod
 
 
 def write_torch_file(sink: Sink, folder: str, value: Any) -> None:
-    """Write `value`, plain containers of plain values and `LazyTensor`s, as torch.save would; `folder` is the archive's.
+    """Write `value`, plain containers of plain values and `LazyTensor`s, as torch.save would.
 
-    Raises OSError, TypeError for other values, and what the tensors raise.
+    `folder` is that of the archive. Raises OSError, TypeError for other values, and what the tensors raise.
     """
     tensors: list[LazyTensor] = []
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:

@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from runner.checkpoints.checkpoint import Checkpoint
+from runner.checkpoints.checkpoint import Checkpoint, Expected, Writer
 from runner.checkpoints.detect import open_checkpoint
 from runner.config import Conversion, ConvertConfig
 from runner.errors import ConfigError, RunnerError
@@ -34,10 +34,6 @@ _MODEL_FILES = (
     "merges.txt",
     *hf.TOKENIZER_FILES,
 )
-
-# Writes into a directory; returns where each checkpoint lies in it and the tensors that it must hold.
-Expected = Mapping[str, Mapping[str, Callable[[], torch.Tensor]]]
-Writer = Callable[[Path], Expected]
 
 
 def run(config: ConvertConfig, context: Context) -> Result:

@@ -5,15 +5,17 @@ Nothing heavy is imported at the top: the sources' bytes are being checked while
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.checkpoints.runs import resolve
-from runner.config import DiagnoseConfig, Family, Format, MergeConfig
+from runner.config import DiagnoseConfig, Format, MergeConfig
 from runner.errors import CheckpointError, ConfigError
+from runner.families.family import Auto, Family
+from runner.families.npt import Npt
 from runner.imports import importing
 from runner.merge.inputs import Inputs, reading
 from runner.merge.spec import MergeSpec
@@ -24,22 +26,22 @@ from runner.training.progress import byte_bar
 
 if TYPE_CHECKING:
     from runner.checkpoints.checkpoint import Checkpoint
-    from runner.merge.plan import MergeOutput
+    from runner.merge.plan import JsonObject, MergeOutput
 
 # The files that a source is likely to consist of; what else there is, is read once it is known.
 _LIKELY = ("npt_weights.pt", "npt_weights.safetensors", "training_state.pt", "multi_layer_state.pt", "config.json")
 # What the measurement has in common with task=diagnose.
 _SHARED = ("seed", "base", "tokenizer", "device", "dtype", "data", "tier", "verdict")
-
-Check = dict[str, str]
+_CHECKS = ("structure", "bytes", "functional")
+_NOT_MEASURED = Result(task="diagnose")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What was found of a written output: fields of the result, what was checked, and the measures of all of it."""
+    """What was found of a written output: fields of the result, each check in words, and the measures of all of it."""
 
-    found: dict[str, object]
-    checks: list[Check]
+    found: "JsonObject"
+    words: tuple[str, ...]
     measured: Result
     said: list[str]
 
@@ -50,26 +52,50 @@ def run(config: MergeConfig, context: Context) -> Result:
     Raises ConfigError, CheckpointError or ModelError where the merge is refused, RunnerError where writing or
     verifying fails; then there is no output.
     """
-    spec: MergeSpec = config.merge
-    if spec.demo:
+    if config.merge.demo:
         from runner.merge.demo import write_demo
 
         with context.timed("demo"):
-            spec = write_demo(context.directory / "demo", spec, seed=config.seed)
-    target, paths = _target(spec), _paths(spec)
-    with reading(_likely(paths)) as inputs:
+            spec = write_demo(context.directory / "demo", config.merge, seed=config.seed)
+        config = replace(config, merge=spec)
+    spec: MergeSpec = config.merge
+    if not spec.output:
+        raise ConfigError("merge.output is needed: the directory to write")
+    if not spec.sources:
+        raise ConfigError("merge.sources is needed: the checkpoints to merge, as [A,B] or [{path: A, layers: [11]},B]")
+    target = Path(os.path.abspath(Path(spec.output).expanduser()))  # noqa: PTH100 - a link must be seen, not followed
+    paths = [resolve(Path(source.path).expanduser(), by_step=False) for source in spec.sources]
+    likely = [*(path / name for path in paths for name in _LIKELY), *paths]
+    with reading(file for file in likely if file.is_file()) as inputs:
         with importing():
+            from runner.checkpoints.detect import open_checkpoint
             from runner.files.staging import check_output
-            from runner.merge import verify, writer  # noqa: F401 - here an interrupt waits for the end of the import
+            from runner.merge.verify import check_structure
+            from runner.merge.writer import expected_bytes
 
         with context.timed("plan"):
-            output = _plan(spec, paths, config.base, target)
-            check_output(target, replace=spec.force, inputs=paths, expected_bytes=_expected_bytes(output))
+            opened = [open_checkpoint(path) for path in paths]
+            family = _family(paths, opened)
+            output = family.plan_merge(spec, paths, opened, config.base, target)
+            check_output(target, replace=spec.force, inputs=paths, expected_bytes=expected_bytes(output))
             if spec.verify == "functional":
                 _check_base(output, config.base)
-        verified = None if spec.dry_run else _write(config, spec, output, target, context, inputs)
-    result = _result(output, spec, context, target, verified)
-    if spec.demo and verified:
+        if spec.dry_run:
+            return _result(config, output, target, context)
+        with _staged(config, output, target, context, inputs) as (partial, said):
+            with context.timed("verify"):
+                written = check_structure(partial, output)
+            found, words = output.read_back(written)
+            checked = [words, f"{size(output.nbytes)} equal to {output.content}"]
+            measured = _NOT_MEASURED
+            if spec.verify == "functional":
+                with context.timed("functional"):
+                    words, measured = _functional(config, family, output, written, context)
+                checked.append(words)
+    result = _result(
+        config, output, target, context, Verified(found=found, words=tuple(checked), measured=measured, said=said)
+    )
+    if spec.demo:
         result.findings.append(
             "the demonstration's layers hold random weights: they show how a merge is verified, so the verdict on them "
             "says nothing"
@@ -77,55 +103,20 @@ def run(config: MergeConfig, context: Context) -> Result:
     return result
 
 
-def _target(spec: MergeSpec) -> Path:
-    if not spec.output:
-        raise ConfigError("merge.output is needed: the directory to write")
-    return Path(os.path.abspath(Path(spec.output).expanduser()))  # noqa: PTH100 - a link must be seen, not followed
+def _family(paths: Sequence[Path], opened: "Sequence[Checkpoint]") -> Family:
+    """The one family of the checkpoints; of those that cannot be merged it is npt, which says so.
 
-
-def _paths(spec: MergeSpec) -> list[Path]:
-    if not spec.sources:
-        raise ConfigError("merge.sources is needed: the checkpoints to merge, as [A,B] or [{path: A, layers: [11]},B]")
-    return [resolve(Path(source.path).expanduser(), by_step=False) for source in spec.sources]
-
-
-def _likely(paths: Sequence[Path]) -> list[Path]:
-    files = [path / name for path in paths for name in _LIKELY] + list(paths)
-    return [file for file in files if file.is_file()]
-
-
-def _plan(spec: MergeSpec, paths: Sequence[Path], base: str | None, target: Path) -> "MergeOutput":
-    """What the family of the checkpoints at `paths` makes of them, without reading a tensor.
-
-    Raises CheckpointError where they are of several families, and what the family raises.
+    Raises CheckpointError where there are several.
     """
-    from runner.checkpoints.detect import open_checkpoint
-
-    opened = [open_checkpoint(path) for path in paths]
-    plans = [_family(checkpoint) for checkpoint in opened]
-    for path, checkpoint, plan in zip(paths, opened, plans, strict=True):
-        if plan is not plans[0]:
+    known = [Auto().of(checkpoint) for checkpoint in opened]
+    found = [each if type(each).plan_merge is not Family.plan_merge else Npt() for each in known]
+    for path, checkpoint, family in zip(paths, opened, found, strict=True):
+        if family.name != found[0].name:
             raise CheckpointError(
                 f"{paths[0]} is {opened[0].format} and {path} is {checkpoint.format}: checkpoints of different "
                 "families cannot be merged"
             )
-    return plans[0](spec, paths, opened, base, target)
-
-
-def _family(checkpoint: "Checkpoint") -> "Callable[..., MergeOutput]":
-    from runner.families.gpt import merge as gpt
-    from runner.families.lora_moe import merge as lora_moe
-    from runner.families.npt import merge as npt
-
-    known = {"gpt": gpt.plan_merge, "lora_moe": lora_moe.plan_merge}
-    return known.get(checkpoint.family, npt.plan_merge)
-
-
-def _expected_bytes(output: "MergeOutput") -> int:
-    """About how many bytes the output takes, never less."""
-    from runner.merge.writer import expected_bytes
-
-    return expected_bytes(output.tensor_files, small=len(output.texts) + 2)  # the summary, the manifest
+    return found[0]
 
 
 def _check_base(output: "MergeOutput", base: str | None) -> None:
@@ -137,50 +128,26 @@ def _check_base(output: "MergeOutput", base: str | None) -> None:
         find_base(next((each for each in sources if each.base_name), sources[0]), base)
 
 
-def _write(
-    config: MergeConfig, spec: MergeSpec, output: "MergeOutput", target: Path, context: Context, inputs: Inputs
-) -> Verified:
-    """Write, verify, publish. Raises CheckpointError or RunnerError; then there is no output."""
-    from runner.merge.verify import check_structure
-
-    with _staged(spec, output, target, context, inputs) as (partial, said):
-        with context.timed("verify"):
-            checkpoint = check_structure(partial, output)
-        found, words = output.read_back(checkpoint)
-        functional, measured = "", Result(task="diagnose")
-        if spec.verify == "functional":
-            with context.timed("functional"):
-                functional, measured = _functional(config, output, checkpoint, context)
-    checks = [
-        {"name": "structure", "status": "pass", "details": words},
-        {"name": "bytes", "status": "pass", "details": f"{size(output.nbytes)} equal to {output.content}"},
-        {"name": "functional", "status": "pass", "details": functional}
-        if functional
-        else {"name": "functional", "status": "skipped", "details": "not asked for: merge.verify=functional"},
-    ]
-    return Verified(found=dict(found), checks=checks, measured=measured, said=said)
-
-
 @contextmanager
 def _staged(
-    spec: MergeSpec, output: "MergeOutput", target: Path, context: Context, inputs: Inputs
+    config: MergeConfig, output: "MergeOutput", target: Path, context: Context, inputs: Inputs
 ) -> Iterator[tuple[Path, list[str]]]:
     """The staged directory with all that is written, and what the user should know; `target` when the block ends.
 
-    Every byte was then read back and compared with the sources. Raises CheckpointError or RunnerError where a source
-    is damaged, the disk fails or a byte differs; then there is no output.
+    By then every byte was read back and compared with the sources. Raises CheckpointError or RunnerError where a
+    source is damaged, the disk fails or a byte differs; then there is no output.
     """
     from runner.files.staging import staged
     from runner.merge.plan import SUMMARY
     from runner.merge.verify import comparisons
-    from runner.merge.writer import write_json_files, write_tensors
+    from runner.merge.writer import expected_bytes, write_json_files, write_tensors
 
     read = list(dict.fromkeys(file for source in output.sources for file in source.files))
     with context.timed("check"):
         inputs.start(read)
         for file in read:
             inputs.check(file)
-    manifest: dict[str, object] = {"recipe": spec.recipe()}
+    manifest: dict[str, object] = {"recipe": config.merge.recipe()}
     hashes: dict[str, str] = {}
     before = _set_aside(target)
     with (
@@ -189,9 +156,9 @@ def _staged(
         staged(
             target,
             manifest=manifest,
-            replace=spec.force,
+            replace=config.merge.force,
             inputs=[source.path for source in output.sources],
-            expected_bytes=_expected_bytes(output),
+            expected_bytes=expected_bytes(output),
             hashes=hashes,
             watchers=lambda partial: comparisons(
                 partial,
@@ -203,8 +170,8 @@ def _staged(
         with context.timed("write"), byte_bar(context.progress, "merging", output.nbytes) as on_bytes:
             said = write_tensors(partial, output.tensor_files, on_bytes, hashes)
         with context.timed("hash"):
-            manifest["inputs"] = input_hashes = {str(file): inputs.sha256(file) for file in read}
-        write_json_files(partial, {**output.texts, SUMMARY: {**output.summary, "sha256": input_hashes}})
+            manifest["inputs"] = {str(file): inputs.sha256(file) for file in read}
+        write_json_files(partial, {**output.texts, SUMMARY: {**output.summary, "sha256": manifest["inputs"]}})
         yield partial, said
     said += [f"what stood at {target} before is kept as {path.name}" for path in sorted(_set_aside(target) - before)]
 
@@ -217,16 +184,16 @@ def _set_aside(target: Path) -> set[Path]:
 
 
 def _functional(
-    config: MergeConfig, output: "MergeOutput", written: "Checkpoint", context: Context
+    config: MergeConfig, family: Family, output: "MergeOutput", written: "Checkpoint", context: Context
 ) -> tuple[str, Result]:
-    """Each part alone against its source; then all of it together, as task=diagnose does: words and figures."""
-    from runner.evaluation.base_models import load_base
+    """Each part alone against its source, in words; then all of it together, as task=diagnose measures it."""
+    from runner.evaluation.placement import Placement
     from runner.evaluation.tokenizers import encode, load_tokenizer
 
-    if output.check_functions is None:
+    base = family.load_base(written, config.base, Placement(device=config.device, dtype=config.dtype))
+    if output.check_functions is None or base is None:
         first = output.sources[0].path
         return f"it runs; compared with {first}", measure(config, written.path, context, first)
-    base = load_base(written, config.base, device=config.device, dtype=config.dtype, llama=output.family == "npt")
     # The tokenizer of the first source that has one, else the base's.
     places = [source.checkpoint.directory for source in output.sources]
     tokenizer = load_tokenizer(config.tokenizer, [*places, base.path])
@@ -242,7 +209,7 @@ def measure(config: MergeConfig, partial: Path, context: Context, reference: Pat
     asked = DiagnoseConfig(
         task="diagnose",
         ckpt=str(partial),
-        family=Family(name="auto"),
+        family=Auto(),
         format=Format(name="auto"),
         reference=None if reference is None else str(reference),
         **options,
@@ -251,13 +218,14 @@ def measure(config: MergeConfig, partial: Path, context: Context, reference: Pat
 
 
 def _result(
-    output: "MergeOutput", spec: MergeSpec, context: Context, target: Path, verified: Verified | None
+    config: MergeConfig, output: "MergeOutput", target: Path, context: Context, verified: Verified | None = None
 ) -> Result:
     """What was merged; without `verified`, what would be. A merge that fails a check leaves an error and no output."""
-    skipped = {"status": "skipped", "details": "nothing was written (merge.dry_run)"}
-    checks = [{"name": name, **skipped} for name in ("structure", "bytes", "functional")]
-    checks = verified.checks if verified else checks
-    measured = verified.measured if verified else Result(task="diagnose")
+    words = verified.words if verified else ()
+    reason = "not asked for: merge.verify=functional" if verified else "nothing was written (merge.dry_run)"
+    checks = [{"name": name, "status": "pass", "details": text} for name, text in zip(_CHECKS, words, strict=False)]
+    checks += [{"name": name, "status": "skipped", "details": reason} for name in _CHECKS[len(words) :]]
+    measured = verified.measured if verified else _NOT_MEASURED
     figures = {row["layer"]: row for row in measured.layers}
     return Result(
         task="merge",
@@ -280,7 +248,7 @@ def _result(
         versions=versions(),
         details={
             "output": str(target),
-            "dry_run": spec.dry_run,
+            "dry_run": config.merge.dry_run,
             **output.details,
             **(verified.found if verified else {}),
             "keys": len(output.weights),

@@ -22,11 +22,11 @@ from runner.evaluation.base_models import Base, find_base, load_base
 from runner.evaluation.build import build, own_base
 from runner.evaluation.evaluator import Subject
 from runner.evaluation.forward import limits, logit_count
+from runner.evaluation.placement import Placement
 from runner.evaluation.reference import Reference
 from runner.evaluation.tensor_cache import shelf_of
 from runner.evaluation.tokenizers import load_tokenizer
 from runner.families.hf import checkpoint as hf
-from runner.families.lora_moe.model import LoraForCausalLM
 from runner.families.npt.full import FAMILY
 from runner.families.npt.model import NptLlamaForCausalLM
 from runner.tasks.context import Context
@@ -64,11 +64,11 @@ def open_subject(config: DiagnoseConfig, context: Context) -> Opened:
         checkpoint = open_checkpoint(checkpoint_path(config, context), config.format.name, config.format.module)
         check_family(config, checkpoint)
     with context.timed("load_base"):
-        own = own_base(checkpoint, config.base, **options)
+        family = config.family.of(checkpoint)
+        placement = Placement(**options)
+        own = family.load_base(checkpoint, config.base, placement)
     with context.timed("load_checkpoint"):
-        model = build(checkpoint, own, routing=config.family.routing(), **options)
-        if isinstance(model, LoraForCausalLM):
-            model.experts_on = config.family.experts
+        model = family.build(checkpoint, own, placement)
     with context.timed("load_reference"):
         base = own or (_base_of_a_complete_model(checkpoint, config, options) if config.accuracy else None)
         keep = partial(_kept, cache=cache_directory(config.cache), in_sweep=context.in_sweep)

@@ -12,12 +12,14 @@ from pathlib import Path
 
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.runs import find_run
-from runner.config import Family, TrainConfig
+from runner.config import TrainConfig
 from runner.data.text import MAX_DOCUMENTS
 from runner.data.world import generate
 from runner.errors import ConfigError
 from runner.evaluation.base_models import Base, load_base
 from runner.evaluation.tokenizers import encode, load_tokenizer
+from runner.families.family import Family
+from runner.families.lora_moe import LoraMoe
 from runner.families.lora_moe.settings import MoeSettings, MoeTrainSettings
 from runner.families.lora_moe.skills import world_skills
 from runner.families.lora_moe.training import train_moe
@@ -201,7 +203,7 @@ def _skills(config: TrainConfig, documents: list[str]) -> dict[str, list[str]]:
     }
 
 
-def _top_k(family: Family, settings: MoeSettings) -> int | None:
+def _top_k(family: LoraMoe, settings: MoeSettings) -> int | None:
     """`family.top_k`. Raises ConfigError for one that the experts do not allow, and for what no checkpoint records."""
     if family.router_features is not None or not family.experts:
         raise ConfigError(

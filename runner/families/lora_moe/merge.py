@@ -227,7 +227,7 @@ def _check_fit(source: Source, base: Path) -> None:
 def _duplicates(spec: MergeSpec, experts: Sequence[ChosenExpert]) -> list[JsonObject]:
     """Experts whose weights files are the same. Raises CheckpointError for them under merge.on_conflict=error."""
     seen: dict[tuple[int, str], int] = {}
-    conflicts = []
+    conflicts: list[JsonObject] = []
     for number, chosen in enumerate(experts):
         file = chosen.expert.adapter.weights_file
         other = seen.setdefault((file.stat().st_size, sha256_of(file)), number)
@@ -423,9 +423,9 @@ def _read_back(written: Checkpoint) -> tuple[JsonObject, str]:
 def check_experts(
     experts: Sequence[ChosenExpert], written: Checkpoint, base: Base, prompts: Mapping[str, torch.Tensor]
 ) -> str:
-    """Whether each expert gives, alone and unweighted over the base, the logits of its source on all `prompts`; in words.
+    """Whether each expert gives, alone and unweighted over the base, the logits of its source, bit for bit; in words.
 
-    Raises RunnerError where a logit differs in a bit, ModelError or CheckpointError where the merged checkpoint does
+    `prompts`: text → token ids [T]. Raises RunnerError where a logit differs in a bit, ModelError or CheckpointError where the merged checkpoint does
     not fit the base.
     """
     merged = _factors(written, base)
