@@ -56,8 +56,8 @@ def run(config: MergeConfig, context: Context) -> Result:
         from runner.merge.demo import write_demo
 
         with context.timed("demo"):
-            spec = write_demo(context.directory / "demo", config.merge, seed=config.seed)
-        config = replace(config, merge=spec)
+            made = write_demo(context.directory / "demo", config.merge, seed=config.seed)
+        config = replace(config, merge=made)
     spec: MergeSpec = config.merge
     if not spec.output:
         raise ConfigError("merge.output is needed: the directory to write")
@@ -68,15 +68,12 @@ def run(config: MergeConfig, context: Context) -> Result:
     likely = [*(path / name for path in paths for name in _LIKELY), *paths]
     with reading(file for file in likely if file.is_file()) as inputs:
         with importing():
-            from runner.checkpoints.detect import open_checkpoint
             from runner.files.staging import check_output
             from runner.merge.verify import check_structure
             from runner.merge.writer import expected_bytes
 
         with context.timed("plan"):
-            opened = [open_checkpoint(path) for path in paths]
-            family = _family(paths, opened)
-            output = family.plan_merge(spec, paths, opened, config.base, target)
+            family, output = plan(spec, paths, config.base, target)
             check_output(target, replace=spec.force, inputs=paths, expected_bytes=expected_bytes(output))
             if spec.verify == "functional":
                 _check_base(output, config.base)
@@ -103,12 +100,16 @@ def run(config: MergeConfig, context: Context) -> Result:
     return result
 
 
-def _family(paths: Sequence[Path], opened: "Sequence[Checkpoint]") -> Family:
-    """The one family of the checkpoints; of those that cannot be merged it is npt, which says so.
+def plan(spec: MergeSpec, paths: Sequence[Path], base: str | None, target: Path) -> "tuple[Family, MergeOutput]":
+    """The family of the checkpoints at `paths`, and what it makes of them in `target`; no tensor is read.
 
-    Raises CheckpointError where there are several.
+    Raises CheckpointError where they are of several families, and what the family raises.
     """
+    from runner.checkpoints.detect import open_checkpoint
+
+    opened = [open_checkpoint(path) for path in paths]
     known = [Auto().of(checkpoint) for checkpoint in opened]
+    # What cannot be merged counts as npt, which says so.
     found = [each if type(each).plan_merge is not Family.plan_merge else Npt() for each in known]
     for path, checkpoint, family in zip(paths, opened, found, strict=True):
         if family.name != found[0].name:
@@ -116,7 +117,7 @@ def _family(paths: Sequence[Path], opened: "Sequence[Checkpoint]") -> Family:
                 f"{paths[0]} is {opened[0].format} and {path} is {checkpoint.format}: checkpoints of different "
                 "families cannot be merged"
             )
-    return found[0]
+    return found[0], found[0].plan_merge(spec, paths, opened, base, target)
 
 
 def _check_base(output: "MergeOutput", base: str | None) -> None:
@@ -231,7 +232,8 @@ def _result(
         task="merge",
         ckpt=str(target) if verified else None,
         base=measured.base,
-        reference=measured.reference,
+        # Of NPT layers it always is the base.
+        reference=None if output.layers else measured.reference,
         step=output.step,
         family=output.family,
         format=output.format,

@@ -425,8 +425,8 @@ def check_experts(
 ) -> str:
     """Whether each expert gives, alone and unweighted over the base, the logits of its source, bit for bit; in words.
 
-    `prompts`: text → token ids [T]. Raises RunnerError where a logit differs in a bit, ModelError or CheckpointError where the merged checkpoint does
-    not fit the base.
+    `prompts`: text → token ids [T]. Raises RunnerError where a bit differs, ModelError or CheckpointError where the
+    merged checkpoint does not fit the base.
     """
     merged = _factors(written, base)
     known = {id(chosen.source): chosen.source.checkpoint for chosen in experts}

@@ -113,26 +113,16 @@ class PlannedLayer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conflict:
-    """One layer that several sources have."""
-
-    layer: int
-    sources: tuple[Path, ...]
-    resolution: str
-
-    def summary(self) -> JsonObject:
-        """As JSON values."""
-        return {"layer": self.layer, "sources": list(map(str, self.sources)), "resolution": self.resolution}
-
-
-@dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """The weights of the output in their order: layers ascending, each as its parameters are declared."""
+    """The weights of the output in their order: layers ascending, each as its parameters are declared.
+
+    `conflicts`: {layer, sources, resolution} of each layer that several sources have.
+    """
 
     sources: tuple[NptSource, ...]
     layers: tuple[PlannedLayer, ...]
     tensors: tuple[MergedTensor, ...]
-    conflicts: tuple[Conflict, ...]
+    conflicts: tuple[JsonObject, ...]
     findings: tuple[str, ...]
 
     def merge_info(self) -> dict[str, Any]:
@@ -153,8 +143,7 @@ def plan_merge(
     Raises CheckpointError or ConfigError where it is impossible or not allowed.
     """
     sources = [open_source(*each) for each in zip(spec.sources, paths, checkpoints, strict=True)]
-    plan = plan_layers(spec, sources)
-    base_findings = check_bases(sources, base, _check_fit, lambda place: hf.open_model_weights(place).files)
+    plan = plan_layers(spec, sources, base)
     info = plan.merge_info()
     training = merge_training_states(sources, plan.tensors, npt_delta.TRAINING_STATE, info)
     multi_layer = _multi_layer_state(plan)
@@ -162,7 +151,6 @@ def plan_merge(
     weights = {tensor.name: tensor.tensor for tensor in plan.tensors}
     states = {npt_delta.TRAINING_STATE: training, npt_delta.MULTI_LAYER_STATE: multi_layer}
     taken = {str(layer.number): [str(source.path) for source in layer.sources] for layer in plan.layers}
-    conflicts = tuple(conflict.summary() for conflict in plan.conflicts)
     numbers = [layer.number for layer in plan.layers]
     return MergeOutput(
         format=npt_delta.NAME,
@@ -180,7 +168,7 @@ def plan_merge(
             "total_parameters": sum(tensor.numel for tensor in weights.values()),
             "checkpoint_keys": len(weights),
             "global_step": furthest(sources).step,
-            "conflicts": conflicts,
+            "conflicts": plan.conflicts,
             "optimizer_differences": training.differences if training else (),
         },
         details={
@@ -193,10 +181,10 @@ def plan_merge(
             {**layer.layer.summary(), "how": layer.how, "sources": taken[str(layer.number)]} for layer in plan.layers
         ),
         findings=(
-            *(*plan.findings, *base_findings),
+            *plan.findings,
             *(finding for state in (*states.values(), config) if state for finding in state.findings),
         ),
-        conflicts=conflicts,
+        conflicts=plan.conflicts,
         read_back=partial(_read_back, plan),
         check_functions=partial(check_functions, plan),
     )
@@ -252,24 +240,25 @@ def _optimizer_order(checkpoint: Checkpoint) -> tuple[str, ...]:
     )
 
 
-def plan_layers(spec: MergeSpec, sources: Sequence[NptSource]) -> LayerPlan:
+def plan_layers(spec: MergeSpec, sources: Sequence[NptSource], base: str | None = None) -> LayerPlan:
     """Decide what is merged. Raises ConfigError or CheckpointError where that is impossible or not allowed."""
     check_distinct(sources)
     _check_sizes(sources)
     wanted = _wanted(spec, sources)
-    conflicts: list[Conflict] = []
+    conflicts: list[JsonObject] = []
     if spec.rule == "layers":
         layers = [_united(spec.on_conflict, layer, sources, conflicts) for layer in wanted]
     else:
         layers = _interpolated(spec, sources, wanted)
     tensors = [tensor for layer in layers for tensor in _tensors(layer, spec.t)]
-    said = [f"layer {c.layer} is in {' and '.join(map(str, c.sources))}: {c.resolution}" for c in conflicts]
+    said = [f"layer {c['layer']} is in {' and '.join(c['sources'])}: {c['resolution']}" for c in conflicts]
+    said += [*_dtypes(tensors), *check_bases(sources, base, _check_fit, lambda at: hf.open_model_weights(at).files)]
     return LayerPlan(
         sources=tuple(sources),
         layers=tuple(layers),
         tensors=tuple(tensors),
         conflicts=tuple(conflicts),
-        findings=(*said, *_dtypes(tensors)),
+        findings=tuple(said),
     )
 
 
@@ -321,15 +310,16 @@ def _wanted(spec: MergeSpec, sources: Sequence[NptSource]) -> list[int]:
     return wanted
 
 
-def _united(on_conflict: str, layer: int, sources: Sequence[NptSource], conflicts: list[Conflict]) -> PlannedLayer:
+def _united(on_conflict: str, layer: int, sources: Sequence[NptSource], conflicts: list[JsonObject]) -> PlannedLayer:
     """One layer of the union; `conflicts` receives what was decided where several sources have it."""
     having = [source for source in sources if layer in source.layers]
     if len(having) == 1:
         return _copy(layer, having[0])
     chosen = _resolved(on_conflict, layer, having)
     done = "averaged" if chosen.how == "average" else f"that of {chosen.sources[0].path} is taken"
-    paths = tuple(source.path for source in having)
-    conflicts.append(Conflict(layer=layer, sources=paths, resolution=f"{done} (merge.on_conflict={on_conflict})"))
+    resolution = f"{done} (merge.on_conflict={on_conflict})"
+    paths = [str(source.path) for source in having]
+    conflicts.append({"layer": layer, "sources": paths, "resolution": resolution})
     return chosen
 
 
