@@ -211,14 +211,16 @@ what is measured
   base=NAME         the model it needs to run: directory or hub name   [the one that the checkpoint names]
   reference=PATH    what it is compared with: a model or another checkpoint   [the base]
   tokenizer=PATH    directory, hub name or tokenizers JSON   [the checkpoint's, else the base's]
-  tier=NAME         {tier}   [quick]
+  tier=NAME         {tier}; tier.sequence_length=N of text, tier.new_tokens=N of continuations   [quick]
   data=NAME         {data}; data.prompts=[…] data.layer_prompt=… data.path=FILE   [prompts]
+                    of shards also data.max_tokens=N, read from the first one on   [65536]
   accuracy=false    load and run only, compare nothing
   format=NAME       {format}   [auto]
   family=NAME       {family}; family.top_k= family.router_features= family.experts= for lora_moe   [auto]
 
 other tasks
   experts=N   keep=true   strict=true   junit=PATH     task=test: experts to build; keep what was built; warnings fail
+  strict=true       task=verify: a checkpoint without MANIFEST.json fails, as nothing is proved
   sweep=DIR|[A,B]   task=compare and task=panels: what they read      merge.…, convert.…, train.…: see --cfg job
 
 how it runs, and what is left

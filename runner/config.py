@@ -4,16 +4,18 @@ Where the configs lie: inside the installed package, or beside it in a checkout.
 """
 
 import difflib
+import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from runner.errors import ConfigError
 
@@ -156,6 +158,8 @@ class MergeConfig(CommonConfig):
 class VerifyConfig(CheckpointConfig):
     """`task=verify`."""
 
+    strict: bool = False
+
 
 @dataclass
 class DiffConfig(CheckpointConfig):
@@ -218,7 +222,8 @@ class Format:
 class Tier:
     """How much is measured (`measures`, read by diagnose) and checked (`checks`, read by test).
 
-    `max_size_mb`: what adapters, experts and their router may have together, in 10⁶ bytes.
+    `sequence_length`: tokens of text and of the long sequence; `new_tokens`: of each continuation, which is greedy and
+    sampled at `temperatures`. `max_size_mb`: what adapters, experts and their router may have together, in 10⁶ bytes.
     """
 
     name: str
@@ -246,8 +251,15 @@ class Tier:
         for name in self.measures:
             if name not in known:
                 raise ConfigError(f"tier.measures: {name!r} is unknown{did_you_mean(name, known)}")
-        if self.sequence_length < 2 or self.new_tokens < 1:
-            raise ConfigError("tier.sequence_length must be at least 2 and tier.new_tokens at least 1")
+        for field_name, least in (("sequence_length", 2), ("new_tokens", 1)):
+            count = getattr(self, field_name)
+            if isinstance(count, bool) or not isinstance(count, int) or count < least:
+                raise ConfigError(f"tier.{field_name}={count}: give a whole number, at least {least}")
+        if not isinstance(self.temperatures, (list, tuple)) or not all(
+            isinstance(each, (int, float)) and not isinstance(each, bool) and 0 < each < math.inf
+            for each in self.temperatures
+        ):
+            raise ConfigError(f"tier.temperatures={self.temperatures}: give a list of numbers above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +278,27 @@ class Conversion:
             raise ConfigError(f"convert.to={self.to}: choose safetensors, pt or hf")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ConfigError(f"convert.vocab_size={self.vocab_size}: give the number of tokens to keep")
+
+
+def list_keys(component: Any) -> list[str]:
+    """The fields of a component, a dataclass, whose value is a list or a tuple; [] for anything else."""
+    if not is_dataclass(component):
+        return []
+    hints = get_type_hints(component)
+    return [each.name for each in fields(component) if each.init and _is_list(hints[each.name])]
+
+
+def _is_list(hint: Any) -> bool:
+    origin = get_origin(hint) or hint
+    return origin in (tuple, list, Sequence) or (origin in (Union, UnionType) and any(map(_is_list, get_args(hint))))
+
+
+def one_as_list(node: DictConfig, keys: Iterable[str]) -> None:
+    """Make a single value that `node` gives one of `keys` a list of that one: a text is one prompt, not its letters."""
+    for key in keys:
+        value = None if key not in node or OmegaConf.is_missing(node, key) else node[key]
+        if value is not None and not OmegaConf.is_list(value):
+            node[key] = [value]
 
 
 def register() -> None:

@@ -27,7 +27,17 @@ class CheckpointError(RunnerError):
     exit_code = 2
 
 
+class DamagedError(CheckpointError):
+    """A file's bytes are not those that were written: a CRC does not match."""
+
+
 class ModelError(RunnerError):
     """A checkpoint and a model do not fit together: keys, shapes, depth or architecture."""
 
     exit_code = 2
+
+
+class DivergedError(ModelError):
+    """A training whose loss or weights are not finite, or that is worse than the base alone: nothing to be saved."""
+
+    exit_code = 1

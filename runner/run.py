@@ -21,7 +21,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
-from runner.config import TASKS, CommonConfig, config_directory, did_you_mean, register, translated, unknown_key
+from runner.config import (
+    TASKS,
+    CommonConfig,
+    config_directory,
+    did_you_mean,
+    list_keys,
+    one_as_list,
+    register,
+    translated,
+    unknown_key,
+)
 from runner.errors import ConfigError, RunnerError
 from runner.imports import uncollected
 from runner.overrides import quoted
@@ -196,6 +206,8 @@ def _components(cfg: DictConfig, names: list[str]) -> dict[str, Any]:
         if OmegaConf.is_dict(cfg[name]) and "_target_" not in cfg[name]:
             raise ConfigError(f"{name}: its YAML has no _target_; begin it as those of conf/{name}/ begin")
         try:
+            if OmegaConf.is_dict(cfg[name]):
+                one_as_list(cfg[name], list_keys(get_object(cfg[name]["_target_"])))
             built[name] = instantiate(cfg[name], _convert_="all")
         except RunnerError:
             raise

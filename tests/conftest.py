@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.machine import SLOW
+
 ROOT = Path(__file__).resolve().parent.parent
 # The models are tiny: one thread is faster than two, and does not suffer from a busy machine.
 torch.set_num_threads(1)
+# Started in the background by a script, pytest ignores SIGINT, and so would every process that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 GOLDEN = Path(os.environ.get("RUNNER_GOLDEN", ROOT.parent / "shared" / "golden"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """The limit of pyproject.toml that catches a test which hangs, on this machine."""
+    if config.option.timeout is None:
+        config.option.timeout = float(config.getini("timeout")) * SLOW
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,14 @@
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
 from tests.conftest import MIXED, ROOT, npt_tensors, write_npt
+from tests.machine import SLOW, wait_for
 
 # A job that runs until it is stopped.
 ENDLESS = "task=train data=text data.path=words.txt base=base train.save_every=10000000 train.warmup_steps=1 train.sequence_length=32".split()
@@ -53,9 +53,13 @@ def start(scene: Path, *words: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 200) -> None:
-    """Until `condition()` holds; AssertionError where it never does."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.1)
+def let_work(scene: Path) -> None:
+    """Until what runs in `scene` has computed for longer than its imports take."""
+    before = _computed(scene)
+    wait_for(lambda: _computed(scene) > before + 2 * SLOW, "nothing computes")
+
+
+def _computed(scene: Path) -> float:
+    """Seconds of processor time."""
+    times = [process.cpu_times() for process in processes_in(scene)]
+    return sum(each.user + each.system for each in times)

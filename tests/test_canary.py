@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -103,7 +102,6 @@ def hostile_checkpoints(directory: Path, base: Path) -> dict[str, Path]:
     return found
 
 
-@pytest.mark.timeout(180)
 def test_nothing_executes(tmp_path, base):
     found = hostile_checkpoints(tmp_path / "hostile", base) if (tmp_path / "hostile").mkdir() is None else {}
     lines, names = [], []

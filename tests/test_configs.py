@@ -3,12 +3,26 @@
 from dataclasses import fields
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from runner.config import PATH_KEYS, TASKS, Tier, config_directory, did_you_mean, unknown_key
+from runner.config import (
+    FIXED_KEYS,
+    PATH_KEYS,
+    TASKS,
+    Family,
+    Tier,
+    config_directory,
+    did_you_mean,
+    list_keys,
+    unknown_key,
+)
+from runner.data.text import Data
 from runner.errors import ConfigError
 from runner.run import _components, _typed, setup
+from runner.sweeps.sweeper import check_values
 
 CONF = config_directory()
 GROUPS = ("family", "format", "tier", "data", "tracker", "experiment")
@@ -74,6 +88,103 @@ def test_unknown_keys_are_answered():
 def test_added_keys_and_wrong_values_are_refused(override):
     with pytest.raises(ConfigError):
         _typed(compose("config", overrides=[override]))
+
+
+# A value of each key that is a list, and the words that choose the file that has it.
+SINGLE = {
+    "data.prompts": ("hello", ["data=prompts"]),
+    "tier.measures": ("logits", ["tier=full"]),
+    "tier.checks": ("files", ["tier=full"]),
+    "tier.temperatures": (0.9, ["tier=full"]),
+    "merge.sources": ("a/checkpoint-1", ["task=merge"]),
+    "merge.layers": (3, ["task=merge"]),
+    "merge.drop": (3, ["task=merge"]),
+    "train.layers": (2, ["task=train"]),
+    "train.target_modules": ("q_proj", ["task=train", "family=lora_moe"]),
+}
+
+
+def lists_in(node, way: str) -> set[str]:
+    """The keys below `node` whose value is a list."""
+    if not isinstance(node, dict):
+        return {way} if isinstance(node, list) else set()
+    return {found for key, value in node.items() if key != "defaults" for found in lists_in(value, f"{way}.{key}")}
+
+
+def test_every_key_of_the_configs_that_is_a_list_is_tried_below():
+    found = {
+        key
+        for group in (path for path in CONF.iterdir() if path.is_dir() and path.name not in ("hydra", "task"))
+        for file in group.glob("*.yaml")
+        for key in lists_in(yaml.safe_load(file.read_text()) or {}, group.name)
+    }
+    typed = {
+        f"{key}.{name}"
+        for task in TASKS
+        for key, node in compose("config", overrides=[f"task={task}"]).items()
+        if OmegaConf.is_dict(node) and key not in FIXED_KEYS and "_target_" in node
+        for name in list_keys(get_object(node["_target_"]))
+    }
+    assert found | typed | {"train.target_modules"} == set(SINGLE)
+
+
+@pytest.mark.parametrize("key", SINGLE)
+def test_a_single_value_is_a_list_of_one(key):
+    value, words = SINGLE[key]
+    group, _, name = key.partition(".")
+    for spelled in (value, [value]):
+        typed = _typed(compose("config", overrides=[*words, f"{key}={spelled}"]))
+        (found,) = getattr(getattr(typed, group), name)
+        assert getattr(found, "path", found) == value
+
+
+def test_one_command_for_a_launcher_is_a_list_of_one():
+    launcher = OmegaConf.load(CONF / "hydra" / "launcher" / "submitit_slurm.yaml")
+    keys = {key for key, value in OmegaConf.to_container(launcher).items() if isinstance(value, list)}
+    for key in keys:
+        launcher[key] = "module load cuda"
+    check_values(launcher)
+    assert {key: list(launcher[key]) for key in keys} == {"setup": ["module load cuda"]}
+
+
+@pytest.mark.parametrize(
+    ("node", "group", "in_each"), [(Tier, "tier", True), (Data, "data", False), (Family, "family", False)]
+)
+def test_what_the_code_reads_can_be_said(node, group, in_each):
+    """A field of no YAML is unknown on the command line."""
+    given = [
+        set(
+            compose(
+                "config",
+                overrides=[f"{group}={choice}", *MANDATORY.get((group, choice), []), *TASK_OF.get((group, choice), [])],
+            )[group]
+        )
+        for g, choice in CHOICES
+        if g == group
+    ]
+    known = set.intersection(*given) if in_each else set.union(*given)
+    assert {field.name for field in fields(node)} <= known
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("tier.sequence_length=1", "tier.sequence_length=1: give a whole number, at least 2"),
+        ("tier.sequence_length=long", "tier.sequence_length=long: give a whole number, at least 2"),
+        ("tier.new_tokens=0", "tier.new_tokens=0: give a whole number, at least 1"),
+        ("tier.new_tokens=1.5", "tier.new_tokens=1.5: give a whole number, at least 1"),
+        ("tier.temperatures=0.7", "tier.temperatures=0.7: give a list of numbers above 0"),
+        ("tier.temperatures=[hot]", "tier.temperatures=['hot']: give a list of numbers above 0"),
+        ("tier.temperatures=[1e999]", "tier.temperatures=[inf]: give a list of numbers above 0"),
+        ("tier.temperatures=[0]", "tier.temperatures=[0]: give a list of numbers above 0"),
+        ("data.max_tokens=1", "data.max_tokens=1: give a whole number, at least 2"),
+        ("data.max_tokens=all", "data.max_tokens=all: give a whole number, at least 2"),
+    ],
+)
+def test_sizes_that_are_none(override, says):
+    with pytest.raises(ConfigError) as caught:
+        _typed(compose("config", overrides=["data=shards", "data.path=x.bin", override]))
+    assert says in str(caught.value)
 
 
 def test_tier_names_only_known_measures():

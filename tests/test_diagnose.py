@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import runner
+from runner.data.text import Data
+from runner.errors import ConfigError
 from tests.conftest import MIXED, ROOT, npt_tensors, write_base, write_npt
 
 
@@ -215,3 +217,10 @@ def test_a_changed_base_is_loaded_anew(run, base, tmp_path):
     first = run(f"ckpt={ckpt}").result["metrics"]["mse"]
     write_base(own, seed=4)
     assert run(f"ckpt={ckpt}").result["metrics"]["mse"] != first
+
+
+def test_a_text_is_one_prompt(run, checkpoint):
+    outcome = run(f"ckpt={checkpoint}", "data.prompts=hello")
+    assert [row["prompt"] for row in outcome.result["per_prompt"]] == ["hello"]
+    with pytest.raises(ConfigError, match=r"data\.prompts must be a list of texts"):
+        Data(name="prompts", prompts="hello", layer_prompt="a")

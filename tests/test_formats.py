@@ -10,7 +10,52 @@ import torch
 
 import runner
 from runner.data.shards import write_shard
-from tests.conftest import ROOT
+from tests.conftest import MIXED, ROOT, npt_tensors
+
+
+def test_what_a_trainer_leaves_beside_npt_weights_is_no_weights(run, base, tmp_path):
+    """NPT weights under another name than their own: diagnose and test take the same file for the weights."""
+    from transformers import TrainingArguments
+
+    path = tmp_path / "checkpoint-5"
+    path.mkdir()
+    torch.save(npt_tensors(base, MIXED), path / "weights.pt")
+    torch.save(TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True), path / "training_args.bin")
+    torch.save({"cpu": torch.get_rng_state(), "python": (3, (1, 2))}, path / "rng_state.pth")
+    for words in (["task=diagnose"], ["task=test"], ["task=test", "tier=minimal"]):
+        outcome = run(*words, f"ckpt={path}", f"base={base}")
+        assert (outcome.code, outcome.err) == (0, "")
+        assert outcome.result["format"] == "npt_delta"
+    assert run("task=inspect", f"ckpt={path}").code == 0
+
+
+@pytest.mark.parametrize("task", ["diagnose", "test"])
+def test_a_file_of_any_other_name_that_cannot_be_read_is_named(task, run, base, tmp_path):
+    """What could be the weights is not passed over."""
+    path = tmp_path / "checkpoint-5"
+    path.mkdir()
+    torch.save(npt_tensors(base, MIXED), path / "weights.pt")
+    (path / "other.bin").write_bytes(b"\x80\x04N.")
+    outcome = run(f"task={task}", f"ckpt={path}", f"base={base}")
+    assert outcome.code == {"diagnose": 2, "test": 1}[task]
+    assert "other.bin: a plain Python pickle, not written by torch.save" in outcome.err + outcome.out
+
+
+def test_shards_are_read_as_far_as_is_asked(run, golden, workdir):
+    write_shard(workdir / "a.bin", list(range(200)))
+    words = [f"ckpt={golden / 'gpt' / 'small'}", f"reference={golden / 'gpt' / 'small'}", "data=shards"]
+    outcome = run(*words, "data.path=a.bin", "data.max_tokens=100", "tier.sequence_length=64")
+    text = outcome.result["metrics"]["text"]
+    assert (text["documents"], text["tokens"], text["longest"]) == (2, 100, 64)
+    outcome = run(*words[:2], "data.max_tokens=100")
+    assert outcome.code == 2
+    assert "data.max_tokens belongs to another data than the one chosen" in outcome.err
+
+
+def test_text_in_the_quick_tier_has_the_length_that_is_asked(run, checkpoint, base, workdir):
+    (workdir / "text.txt").write_text("a long line of words " * 40)
+    outcome = run(f"ckpt={checkpoint}", "data=text", "data.path=text.txt", "tier=quick", "tier.sequence_length=24")
+    assert (outcome.code, outcome.result["metrics"]["text"]["longest"]) == (0, 24)
 
 
 @pytest.mark.parametrize("name", ["small", "medium"])

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.checkpoints.runs import step_in_name
-from runner.checks.headers import SUFFIXES, Header
+from runner.checks.headers import Header
 from runner.errors import CheckpointError
+from runner.files.file_type import may_be_weights
 
 Headers = Callable[[Path], Header]
 FAMILIES = {
@@ -21,9 +22,6 @@ FAMILIES = {
 NPT_WEIGHTS = ("npt_weights.pt", "npt_weights.safetensors")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MODEL_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# Files with tensors that are no weights.
-BESIDE = ("training_state.pt", "multi_layer_state.pt", "training_info.pt", "optimizer.pt", "scheduler.pt",
-          "optimizer.bin", "scheduler.bin", "skill_library.pt", "training_args.bin")  # fmt: skip
 MERGED_MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 EXPERT = re.compile(r"expert_(\d+)")
 NPT_KEY = re.compile(r"(?:layer_\d+_np|model\.layers\.\d+\.np_component)\..+")
@@ -143,9 +141,7 @@ def _names(path: Path, headers: Headers) -> list[str]:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    return sorted(
-        entry for entry in path.iterdir() if entry.is_file() and entry.suffix in SUFFIXES and entry.name not in BESIDE
-    )
+    return sorted(entry for entry in path.iterdir() if entry.is_file() and may_be_weights(entry.name))
 
 
 def _model_type(path: Path) -> str | None:

@@ -8,8 +8,6 @@ from pathlib import Path
 from runner.files import safetensors_header as safetensors_files
 from runner.files.file_type import Kind, kind_of
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-
 
 @dataclass(frozen=True, kw_only=True)
 class TensorHeader:

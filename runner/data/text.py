@@ -15,7 +15,10 @@ MAX_DOCUMENTS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """`prompts` give the figures everyone compares; `name` says where documents of text come from, if any."""
+    """`prompts` give the figures everyone compares; `name` says where documents of text come from, if any.
+
+    `max_tokens`: how many are read of token shards, from the first one on. Raises ConfigError for what cannot be read.
+    """
 
     name: str
     prompts: tuple[str, ...]
@@ -24,7 +27,8 @@ class Data:
     max_tokens: int = 65536
 
     def __post_init__(self) -> None:
-        if not self.prompts or not all(isinstance(p, str) and p for p in (*self.prompts, self.layer_prompt)):
+        given = [*self.prompts, self.layer_prompt] if isinstance(self.prompts, (list, tuple)) else [None]
+        if not self.prompts or not all(isinstance(p, str) and p for p in given):
             raise ConfigError("data.prompts must be a list of texts that are not empty, data.layer_prompt such a text")
         if self.name == "text" and not self.path:
             raise ConfigError(
@@ -32,6 +36,8 @@ class Data:
             )
         if self.name == "shards" and not self.path:
             raise ConfigError("data=shards needs data.path: a .bin file of tokens, a directory of them, or a glob")
+        if not isinstance(self.max_tokens, int) or isinstance(self.max_tokens, bool) or self.max_tokens < 2:
+            raise ConfigError(f"data.max_tokens={self.max_tokens}: give a whole number, at least 2")
         if self.name == "text" and not Path(str(self.path)).expanduser().is_file():
             raise ConfigError(f"data.path={self.path}: no such file")
 

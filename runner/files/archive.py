@@ -6,34 +6,58 @@ The layout that torch.save wrote before zip: four pickles, the list of storage k
 """
 
 import copy
+import mmap
 import struct
+import time
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import Any, BinaryIO
 
-from runner.errors import CheckpointError
-from runner.files.file_type import LEGACY_MAGIC, Kind, kind_of
+from runner.errors import CheckpointError, DamagedError
+from runner.files.file_type import LEGACY_MAGIC, ZIP_START, Kind, kind_of
 from runner.files.pickle_check import MAX_PICKLE_BYTES, Container, scan
 
 # torch.save's legacy layout starts with its magic number as a pickle of protocol 2 (or an older one).
 
 
 MAX_ENTRIES = 500_000
+STORAGE = "data/"  # what the names of the storages' records begin with
 _END = struct.Struct("<4s4H2LH")
 _LOCATOR = struct.Struct("<4sLQL")  # signature, disk, position of the zip64 end record, disks
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENCRYPTED = 0x1
+# The files whose every record was read and found sound, and who reads one now.
+_SOUND: set[tuple[int, ...]] = set()
+_LOCKS: dict[tuple[int, ...], Lock] = {}
+# Nanoseconds since its last change after which another change would show in a file's ctime.
+_SETTLED = 1_000_000_000
+
+# Cuts a record's bytes into the steps in which they are read.
+Steps = Callable[[memoryview], Iterable[memoryview]]
+
+
+def whole(view: memoryview) -> Iterable[memoryview]:
+    """All of a record in one step."""
+    return (view,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Archive:
-    """A torch.save archive whose structure is sound: its pickle, and the size in bytes of each storage's record."""
+    """A torch.save archive whose structure is sound: its pickle, and its records by their name inside its folder."""
 
     path: Path
     pickle: bytes
-    records: Mapping[str, int]
+    entries: Mapping[str, zipfile.ZipInfo]
+
+    @property
+    def records(self) -> dict[str, int]:
+        """The size in bytes of each storage's record, by the storage's key."""
+        sizes = {name: entry.file_size for name, entry in self.entries.items() if name.startswith(STORAGE)}
+        return {name.removeprefix(STORAGE): size for name, size in sizes.items()}
 
 
 def check_archive(path: Path) -> Archive:
@@ -54,41 +78,101 @@ def check_archive(path: Path) -> Archive:
         raise CheckpointError(f"{path}: damaged zip archive ({error}): copy or download it again") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    records = {name.removeprefix("data/"): e.file_size for name, e in entries.items() if name.startswith("data/")}
-    return Archive(path=path, pickle=pickled, records=records)
+    return Archive(path=path, pickle=pickled, entries=entries)
 
 
 def verify_crc(path: Path) -> None:
-    """Read every record of a torch.save file and compare its CRC (about 0.8 s/GB); other layouts carry none.
+    """Read every record of a torch.save file and compare its CRC (about 0.3 s/GB); other layouts carry none.
 
     Raises CheckpointError that names the first damaged record.
     """
-    if kind_of(path) is not Kind.ZIP:
-        return
-    check_archive(path)
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if not _has_crc(archive):
-            return
-        for entry in entries:
-            try:
-                with archive.open(entry) as record:
-                    while record.read(1 << 24):
-                        pass
-            except (zipfile.BadZipFile, EOFError, OSError) as error:
-                raise CheckpointError(
-                    f"{path}: record {entry.filename} (at byte {entry.header_offset}) is damaged: its CRC does not "
-                    "match; copy or download the file again"
-                ) from error
+    if kind_of(path) is Kind.ZIP:
+        Crcs(check_archive(path)).check_all()
 
 
-def _has_crc(archive: zipfile.ZipFile) -> bool:
-    """Whether records carry CRCs: torch.serialization.set_crc32_options(False) writes zeros."""
-    return any(entry.CRC for entry in archive.infolist())
+def require_crc(path: Path, steps: Steps = whole) -> None:
+    """As `verify_crc`, of any file, but one that was found sound is not read again while nobody changes it.
+
+    Who asks while another thread reads the file waits for what that one finds.
+    """
+    file = _identity(path)
+    with _LOCKS.setdefault(file, Lock()):
+        if file not in _SOUND and is_zip(path):
+            Crcs(check_archive(path)).check_all(steps)
+        if time.time_ns() - file[-1] > _SETTLED:
+            _SOUND.add(file)
+
+
+class Crcs:
+    """The CRCs of an archive's records, each compared with the bytes when somebody reads the record, and once.
+
+    Files written without CRCs (torch.serialization.set_crc32_options(False) writes zeros) have none to compare.
+    """
+
+    def __init__(self, archive: Archive) -> None:
+        self._path = archive.path
+        self._file = _identity(archive.path)
+        self._left = dict(archive.entries) if _has_crc(archive.entries.values()) else {}
+        self._view = mapped(archive.path)
+
+    def check(self, name: str) -> None:
+        """Raise CheckpointError where the record `name` (its name inside the archive's folder) is damaged."""
+        if name in self._left and self._file not in _SOUND:
+            self._compare(self._left[name], whole)
+            self._left.pop(name, None)
+
+    def check_all(self, steps: Steps = whole) -> None:
+        """Raise CheckpointError for the first damaged record, whatever this process found before."""
+        for entry in self._left.values():
+            self._compare(entry, steps)
+
+    def _compare(self, entry: zipfile.ZipInfo, steps: Steps) -> None:
+        # The lengths of name and padding stand at bytes 26 to 29 of a record's own header.
+        at = entry.header_offset
+        start = at + 30 + sum(int.from_bytes(self._view[i : i + 2], "little") for i in (at + 26, at + 28))
+        crc = 0
+        for step in steps(self._view[start : start + entry.file_size]):
+            crc = zlib.crc32(step, crc)
+        if crc != entry.CRC or start + entry.file_size > len(self._view):
+            raise DamagedError(
+                f"{self._path}: record {entry.filename} (at byte {at}) is damaged: its CRC does not match; copy or "
+                "download the file again"
+            )
+
+
+def mapped(path: Path) -> memoryview:
+    """The bytes of a file that is not empty, mapped. Raises CheckpointError."""
+    try:
+        with path.open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def is_zip(path: Path) -> bool:
+    """Whether a file starts as torch.save's archives do. Raises CheckpointError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(ZIP_START)) == ZIP_START
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Changes with the file and its content, even where a modification time was set back: its ctime cannot be."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _has_crc(entries: Iterable[zipfile.ZipInfo]) -> bool:
+    return any(entry.CRC for entry in entries)
 
 
 def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    if not _has_crc(archive):
+    if not _has_crc(archive.infolist()):
         # A copy without the attribute: zipfile would hold the zeros against the record.
         entry = copy.copy(entry)
         del entry.CRC

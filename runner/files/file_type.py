@@ -1,14 +1,22 @@
-"""What a file is, told by its first bytes and never by its name."""
+"""What a file is: how it holds tensors, told by its first bytes; which names are never those of weights."""
 
 import hashlib
+import re
 from enum import Enum
 from pathlib import Path
 
 from runner.errors import CheckpointError
 
+ZIP_START = b"PK\x03\x04"
 # torch.save's legacy layout starts with its magic number as a pickle of protocol 2 (or an older one).
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_START = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+# What lies beside weights under the same suffixes: what trainers leave, and the router of lora_moe, which is no model.
+BESIDE = re.compile(
+    r"(training_state|multi_layer_state|training_info|skill_library|scaler|router)\.pt|training_args\.bin"
+    r"|(optimizer|scheduler)\.(pt|bin)|rng_state(_\d+)?\.pth"
+)
 _FOREIGN = {
     b"version https://git-lfs": "a git-LFS pointer, not the file itself: fetch it with `git lfs pull`",
     b"GGUF": "a GGUF file: convert it to safetensors first",
@@ -26,6 +34,11 @@ class Kind(Enum):
     ZIP = "zip"
     LEGACY = "legacy"
     SAFETENSORS = "safetensors"
+
+
+def may_be_weights(name: str) -> bool:
+    """Whether a file of this name can hold weights: by its suffix, and as no state or router that lies beside them."""
+    return name.endswith(WEIGHT_SUFFIXES) and BESIDE.fullmatch(name) is None
 
 
 def require_file(path: Path) -> int:
@@ -49,7 +62,7 @@ def kind_of(path: Path) -> Kind:
             start = file.read(512)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    if start.startswith(b"PK\x03\x04"):
+    if start.startswith(ZIP_START):
         return Kind.ZIP
     if start.startswith(b"\x80") and start[2:].startswith(_LEGACY_START):
         return Kind.LEGACY

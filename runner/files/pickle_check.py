@@ -67,6 +67,13 @@ class Tensor:
     shape: tuple[int, ...]
 
 
+def entries(record: Any) -> dict[Any, Any]:
+    """What a dict's record holds, by key; {} for anything else."""
+    if not isinstance(record, Container) or record.kind != "dict":
+        return {}
+    return dict(zip(record.items[::2], record.items[1::2], strict=True))
+
+
 MAX_PICKLE_BYTES = 256 << 20
 MAX_OPCODES = 2_000_000
 MAX_DEPTH = 200

@@ -19,34 +19,61 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from runner.errors import CheckpointError
-from runner.files.archive import check_archive, check_legacy
+from runner.files.archive import STORAGE, Archive, Crcs, check_archive, check_legacy, require_crc
 from runner.files.file_type import Kind, kind_of
-from runner.files.pickle_check import scan
+from runner.files.pickle_check import Tensor, entries, scan
 from runner.files.safetensors_header import read_header
 from runner.files.shards import check_keys, read_index
 from runner.files.stubs import FUNCTIONS, STAND_INS, Inert
 
-__all__ = ["Inert", "check_pickle", "file_offset", "load_pickle"]
+__all__ = ["Inert", "check_pickle", "file_offset", "load_pickle", "map_pickle"]
 
 # torch's table of allowed names belongs to the process, not to the call.
 _LOCK = threading.Lock()
 _INERT_GLOBALS: list[Any] = [(stand_in, name) for name, stand_in in (STAND_INS | FUNCTIONS).items()]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mapped:
+    """The object of a torch.save file whose tensors are views of the mapped file, and the way to their CRCs.
+
+    `records`: the same object as the checker saw it (pickle_records). `crcs`: None in the old layout, which has none.
+    """
+
+    content: Any
+    records: Any
+    crcs: Crcs | None
+
+
 def load_pickle(path: Path, *, tensors: Literal["meta", "mmap"] = "meta") -> Any:
     """The object that torch.save wrote to `path`, checked before it is loaded.
 
     With `tensors="meta"` its tensors have shape and dtype only and no tensor data is read; with "mmap" they are
-    views of the mapped file (of memory, in the old layout that cannot be mapped). Foreign objects are `Inert`.
-    Raises CheckpointError.
+    views of the mapped file (of memory, in the old layout that cannot be mapped), and the CRC of every record is
+    compared first. Foreign objects are `Inert`. Raises CheckpointError.
     """
-    kind = check_pickle(path)
-    options = {"map_location": "meta"} if tensors == "meta" else {"map_location": "cpu", "mmap": kind is Kind.ZIP}
+    if tensors == "mmap":
+        content = map_pickle(path).content
+        require_crc(path)
+        return content
+    check_pickle(path)
+    return _load(path, {"map_location": "meta"})
+
+
+def map_pickle(path: Path) -> Mapped:
+    """`load_pickle(tensors="mmap")` for who compares the CRCs of the records that he reads. Raises CheckpointError."""
+    checked = _check(path)
+    content = _load(path, {"map_location": "cpu", "mmap": checked.kind is Kind.ZIP})
+    crcs = None if checked.archive is None else Crcs(checked.archive)
+    return Mapped(content=content, records=checked.value, crcs=crcs)
+
+
+def _load(path: Path, options: dict[str, Any]) -> Any:
     if path.name.endswith(".safetensors"):
         raise CheckpointError(f"{path}: a torch.save file named .safetensors: rename it to .pt")
     try:
         # The old layout keeps its data in one stream, which torch would read through even for shapes alone.
-        skip = torch.serialization.skip_data() if tensors == "meta" else nullcontext()
+        skip = torch.serialization.skip_data() if options["map_location"] == "meta" else nullcontext()
         with _LOCK, skip, torch.serialization.safe_globals(_INERT_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, weights_only=True, **options)
@@ -64,21 +91,34 @@ def file_offset(tensor: torch.Tensor) -> int:
     return int(storage._checkpoint_offset + tensor.storage_offset() * tensor.itemsize)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Checked:
+    kind: Kind
+    archive: Archive | None = None
+    value: Any = None
+
+
 def check_pickle(path: Path) -> Kind:
     """Check the structure of a torch.save file without loading it; its layout. Raises CheckpointError."""
+    return _check(path).kind
+
+
+def _check(path: Path) -> _Checked:
     kind = kind_of(path)
     if kind is Kind.SAFETENSORS:
         raise CheckpointError(f"{path}: not a torch.save file: its content is safetensors")
     if kind is Kind.LEGACY:
         check_legacy(path)
-        return kind
+        return _Checked(kind=kind)
     archive = check_archive(path)
-    for key, storage in scan(io.BytesIO(archive.pickle), path).storages.items():
-        size = archive.records.get(key)
+    found = scan(io.BytesIO(archive.pickle), path)
+    records = archive.records
+    for key, storage in found.storages.items():
+        size = records.get(key)
         if size != storage.record_bytes:
-            found = "is missing" if size is None else f"holds {size}"
-            raise CheckpointError(f"{path}: storage {key} needs {storage.record_bytes} bytes, its record {found}")
-    return kind
+            holds = "is missing" if size is None else f"holds {size}"
+            raise CheckpointError(f"{path}: storage {key} needs {storage.record_bytes} bytes, its record {holds}")
+    return _Checked(kind=kind, archive=archive, value=found.value)
 
 
 _PREFIXES = ("_orig_mod.", "module.")
@@ -155,6 +195,11 @@ def open_sharded(index: Path) -> TensorSource:
     )
 
 
+def read_entry(path: Path, name: str) -> torch.Tensor:
+    """The tensor under `name` in the dict of the torch.save file `path`; no other is read. Raises CheckpointError."""
+    return _PickleReader(path, None).read(name)
+
+
 def _open_file(path: Path, state_dict_key: str | None) -> TensorSource:
     """One weights file with its names as they stand in it."""
     if kind_of(path) is Kind.SAFETENSORS:
@@ -202,21 +247,35 @@ def _mapping(path: Path, value: Any) -> Mapping[Any, Any]:
 
 
 class _PickleReader:
-    """Reads tensors of one torch.save file, loaded (mapped) on the first read."""
+    """Reads tensors of one torch.save file, mapped on the first read; the CRC of what is read is compared first."""
 
     def __init__(self, path: Path, nested: str | None) -> None:
         self._path = path
         self._nested = nested
 
     @cached_property
+    def _mapped(self) -> Mapped:
+        return map_pickle(self._path)
+
+    @cached_property
     def _state(self) -> Mapping[Any, Any]:
-        content = _mapping(self._path, load_pickle(self._path, tensors="mmap"))
+        content = _mapping(self._path, self._mapped.content)
         return _mapping(self._path, content.get(self._nested)) if self._nested else content
+
+    @cached_property
+    def _records(self) -> Mapping[Any, Any]:
+        records = entries(self._mapped.records)
+        return entries(records.get(self._nested)) if self._nested else records
 
     def read(self, name: str) -> torch.Tensor:
         tensor = self._state.get(name)
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{self._path}: {name}: changed since it was opened")
+        if self._mapped.crcs is not None:
+            record = self._records.get(name)
+            if not isinstance(record, Tensor):
+                raise CheckpointError(f"{self._path}: {name}: its record is not known")
+            self._mapped.crcs.check(f"{STORAGE}{record.storage.key}")
         return tensor.detach()
 
 

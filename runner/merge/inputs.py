@@ -4,10 +4,7 @@ Nothing heavy is imported here, so that files are being read while torch is stil
 """
 
 import hashlib
-import mmap
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +12,7 @@ from pathlib import Path
 from threading import Event
 
 from runner.errors import CheckpointError
-from runner.files.archive import check_archive
+from runner.files.archive import mapped, require_crc
 
 # Large, because each step waits for the interpreter's lock, which an import holds most of the time.
 _STEP = 1 << 26
@@ -65,14 +62,11 @@ class Inputs:
         self._stop.set()
 
     def _crc(self, path: Path) -> None:
-        view = _mapped(path)
-        if view[:4] == b"PK\x03\x04":
-            check_archive(path)
-            check_records(path, view, self._steps)
+        require_crc(path, self._steps)
 
     def _sha256(self, path: Path) -> str:
         digest = hashlib.sha256()
-        for step in self._steps(_mapped(path)):
+        for step in self._steps(mapped(path)):
             digest.update(step)
         return digest.hexdigest()
 
@@ -94,37 +88,6 @@ def reading(paths: Iterable[Path]) -> Iterator[Inputs]:
         finally:
             inputs.stop()
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def check_records(path: Path, view: memoryview, steps: Callable[[memoryview], Iterable[memoryview]]) -> None:
-    """Compare the CRC of every record of the torch.save file `path` with what `view`, its bytes, holds.
-
-    Raises CheckpointError that names the first damaged record. Files written without CRCs have none to compare.
-    """
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if not any(entry.CRC for entry in entries):
-        return
-    for entry in entries:
-        # The lengths of name and padding stand at bytes 26 to 29 of a record's own header.
-        at = entry.header_offset
-        start = at + 30 + sum(int.from_bytes(view[i : i + 2], "little") for i in (at + 26, at + 28))
-        crc = 0
-        for step in steps(view[start : start + entry.file_size]):
-            crc = zlib.crc32(step, crc)
-        if crc != entry.CRC or start + entry.file_size > len(view):
-            raise CheckpointError(
-                f"{path}: record {entry.filename} (at byte {at}) is damaged: its CRC does not match; copy or download "
-                "the file again"
-            )
-
-
-def _mapped(path: Path) -> memoryview:
-    try:
-        with path.open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
 def _stat(path: Path) -> tuple[int, int, int]:

@@ -19,7 +19,8 @@ PICKLES = (".pt", ".pth", ".bin")
 def check_checkpoint(path: Path, format_name: str = "auto", module: str | None = None) -> Iterator[Check]:
     """One row {name, status, details} a check, as each is done; after a failure the later ones are `skipped`.
 
-    A directory without a manifest was not written by this runner: what can be checked is, and the first row says so.
+    Without a manifest nothing proves that these are the files that were written: what can be checked is, and the first
+    row, which is `skipped`, says so.
     """
     opened: list[Checkpoint] = []
 
@@ -46,7 +47,10 @@ def check_checkpoint(path: Path, format_name: str = "auto", module: str | None =
             failed = True
             yield {"name": name, "status": "fail", "details": str(error)}
         else:
-            absent = "no MANIFEST.json: not written by this runner, or removed; what follows is all that can be checked"
+            absent = (
+                "no MANIFEST.json: not written by this runner, or removed; nothing proves that these are the files "
+                "that were written, and what follows is all that can be checked"
+            )
             yield {"name": name, "status": "skipped" if details is None else "pass", "details": details or absent}
 
 
@@ -61,7 +65,7 @@ def _manifest(path: Path) -> str | None:
     if problems := commit.verify(output):
         raise CheckpointError("; ".join(problems))
     if path.is_file() and path.name not in manifest.read(output)["files"]:
-        return None
+        raise CheckpointError(f"{path}: is not in the {manifest.FILE_NAME} beside it")
     return f"{len(manifest.list_files(output)) - 1} files as they were written, by size and SHA-256"
 
 

@@ -394,8 +394,8 @@ def verify_facts(result: Mapping[str, Any]) -> list[Fact]:
         (check["name"].capitalize(), f"{check['status']} ({check['details']})", check["status"])
         for check in result["checks"]
     ]
-    word = "pass" if result["verified"] else "fail"
-    rows.append(("Verified", "yes" if result["verified"] else "NO", word))
+    words = {True: ("yes", "pass"), False: ("NO", "fail"), None: ("NOT PROVED: there is no MANIFEST.json", "moderate")}
+    rows.append(("Verified", *words[result["verified"]]))
     return known(rows)
 
 

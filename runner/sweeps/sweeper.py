@@ -23,7 +23,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from runner.config import did_you_mean
+from runner.config import did_you_mean, one_as_list
 from runner.errors import ConfigError, printable
 from runner.overrides import CommandLine, quoted, unquoted
 from runner.reports.junit import is_directory
@@ -34,6 +34,8 @@ from runner.sweeps.progress import watched
 KEY = "hydra/launcher"
 # Of the launchers in conf/: processes or jobs at a time, and a job's time in minutes.
 _COUNTS = ("n_jobs", "jobs_at_once", "array_parallelism", "timeout_min")
+# Of theirs, what is a list: submitit adds it to others.
+_LISTS = ("setup",)
 # The package that a launcher comes from, and the extra of ours that brings it.
 _NEEDS = {
     "joblib": ("hydra_joblib_launcher", "launchers"),
@@ -44,7 +46,11 @@ _NEEDS = {
 
 
 def check_values(launcher: DictConfig) -> None:
-    """Raise ConfigError for a number of processes or minutes in `launcher` with which no job would ever run."""
+    """Raise ConfigError for a number of processes or minutes in `launcher` with which no job would ever run.
+
+    One command as `setup` becomes a list of one.
+    """
+    one_as_list(launcher, _LISTS)
     for key in _COUNTS:
         value = launcher.get(key)
         if value is None:

@@ -18,6 +18,7 @@ from runner.families.gpt.layouts import GptDetails
 from runner.families.hf import checkpoint as hf
 from runner.families.npt import checkpoint as npt_delta
 from runner.families.npt import full as npt_full
+from runner.files.archive import require_crc
 from runner.files.file_type import sha256_of
 from runner.files.staging import staged
 from runner.files.tensors import TensorSource
@@ -45,6 +46,9 @@ def run(config: ConvertConfig, context: Context) -> Result:
         checkpoint.require_complete()
     target = Path(wanted.output).expanduser()
     write = _writer(checkpoint, wanted, target)
+    with context.timed("check"):
+        for file in checkpoint.weights.files:
+            require_crc(file)
     with context.timed("hash"):
         inputs = {file.name: sha256_of(file) for file in checkpoint.weights.files}
     recipe = {"task": "convert", "format": checkpoint.format, "to": wanted.to, "vocab_size": wanted.vocab_size}
@@ -174,6 +178,7 @@ def _readers(weights: TensorSource) -> dict[str, Callable[[], torch.Tensor]]:
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
     for name in names:
         if (source / name).is_file():
+            require_crc(source / name)
             shutil.copyfile(source / name, target / name)
 
 

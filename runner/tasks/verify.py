@@ -10,7 +10,11 @@ from runner.tasks.naming import check_family, checkpoint_path
 
 
 def run(config: VerifyConfig, context: Context) -> Result:
-    """Every check with what it found; exit code 1 where one failed. Raises CheckpointError for a path that is none."""
+    """Every check with what it found; exit code 1 where one failed, or with `strict` where there is no manifest.
+
+    `verified` is null where no check failed and no manifest is there to prove anything. Raises CheckpointError for a
+    path that is none.
+    """
     path = checkpoint_path(config, context)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
@@ -18,18 +22,20 @@ def run(config: VerifyConfig, context: Context) -> Result:
     with context.timed("verify"):
         for check in context.track(check_checkpoint(path, config.format.name, config.format.module), "verifying"):
             checks.append(check)
+    failed = any(check["status"] == "fail" for check in checks)
+    proved = checks[0]["status"] == "pass"
     result = Result(
         task="verify",
         ckpt=str(path),
         checks=checks,
         timing=context.timing,
         versions=versions(),
-        exit_code=int(any(check["status"] == "fail" for check in checks)),
+        exit_code=int(failed or (config.strict and not proved)),
     )
     if checks[1]["status"] == "pass":
         checkpoint = open_checkpoint(path, config.format.name, config.format.module)
         check_family(config, checkpoint)
         result.step, result.family, result.format = checkpoint.step, checkpoint.family, checkpoint.format
         result.findings = list(checkpoint.findings)
-    result.details = {"verified": result.exit_code == 0}
+    result.details = {"verified": False if failed else True if proved else None, "strict": config.strict}
     return result

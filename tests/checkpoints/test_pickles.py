@@ -4,6 +4,7 @@ import argparse
 import builtins
 import collections
 import datetime
+import functools
 import os
 import pickle
 import resource
@@ -24,6 +25,7 @@ from runner.files.archive import verify_crc
 from runner.files.file_type import sha256_of
 from runner.files.tensors import Inert, load_pickle
 from tests.checkpoints import hostile
+from tests.machine import LIMIT
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -220,7 +222,7 @@ BOMBS: dict[str, Callable[[Path], Path]] = {
     ),
 }
 PROBE = """
-import resource, sys, time
+import resource, sys
 from pathlib import Path
 from runner.files.tensors import load_pickle
 from runner.errors import CheckpointError
@@ -228,30 +230,33 @@ from tests.checkpoints import hostile
 virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (virtual + (1 << 30),) * 2)
 for name in sys.argv[1:]:
-    start = time.monotonic()
     try:
         load_pickle(Path(name), tensors="mmap")
         print("loaded")
     except CheckpointError as error:
-        print(f"{time.monotonic() - start:.3f} {error}")
+        print(error)
 """
 
 
-def test_bombs_stay_within_a_gigabyte_and_a_few_seconds(tmp_path: Path) -> None:
+def test_bombs_end_within_a_gigabyte(tmp_path: Path) -> None:
     paths = []
     for place, make in enumerate(BOMBS.values()):
         folder = tmp_path / str(place)
         folder.mkdir()
         paths.append(make(folder))
     run = subprocess.run(
-        [sys.executable, "-c", PROBE, *paths], capture_output=True, text=True, cwd=REPOSITORY, timeout=200, check=False
+        [sys.executable, "-c", PROBE, *paths],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=LIMIT,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
     assert len(lines) == len(BOMBS)
     for name, line in zip(BOMBS, lines, strict=True):
         assert line != "loaded", name
-        assert float(line.split()[0]) < 30, (name, line)
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert children.ru_maxrss < 2 << 20  # kilobytes
 
@@ -324,9 +329,10 @@ def test_crc_finds_a_flipped_bit_that_torch_loads(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[start + 200] ^= 1
     path.write_bytes(bytes(content))
-    load_pickle(path, tensors="mmap")
-    with pytest.raises(CheckpointError, match=r"weights/data/0 \(at byte \d+\) is damaged"):
-        verify_crc(path)
+    torch.load(path, weights_only=True, mmap=True)
+    for reader in (verify_crc, functools.partial(load_pickle, tensors="mmap")):
+        with pytest.raises(CheckpointError, match=r"weights/data/0 \(at byte \d+\) is damaged"):
+            reader(path)
 
 
 def test_files_written_without_crc_pass(tmp_path: Path) -> None:

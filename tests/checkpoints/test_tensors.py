@@ -15,6 +15,7 @@ from runner.errors import CheckpointError
 from runner.files.file_type import sha256_of
 from runner.files.tensors import is_finite, non_finite, open_sharded, open_weights
 from tests.checkpoints import hostile
+from tests.machine import LIMIT
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -327,14 +328,14 @@ def test_non_finite_names_the_tensors(tmp_path: Path) -> None:
 
 
 LIGHT = """
-import sys, time, resource
+import sys, resource
 from pathlib import Path
 from runner.files.tensors import open_weights
+print(Path("/proc/self/io").read_text().split()[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in sys.argv[1:]:
-    start = time.perf_counter()
-    source = open_weights(Path(name))
-    print(len(source.infos), time.perf_counter() - start)
+    print(len(open_weights(Path(name)).infos))
+print(Path("/proc/self/io").read_text().split()[1])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
@@ -350,11 +351,9 @@ def test_opening_five_gigabytes_costs_nothing(tmp_path: Path) -> None:
     paths = [tmp_path / "large.pt", tmp_path / "large.safetensors"]
     assert all(path.stat().st_size > 5 << 30 for path in paths)
     run = subprocess.run(
-        [sys.executable, "-c", LIGHT, *paths], capture_output=True, text=True, cwd=REPOSITORY, timeout=60, check=True
+        [sys.executable, "-c", LIGHT, *paths], capture_output=True, text=True, cwd=REPOSITORY, timeout=LIMIT, check=True
     )
-    *opened, kilobytes = run.stdout.splitlines()
-    for line in opened:
-        count, seconds = line.split()
-        assert int(count) == 5
-        assert float(seconds) < 0.5
-    assert int(kilobytes) < 50_000
+    before, *opened, after, kilobytes = map(int, run.stdout.split())
+    assert opened == [5, 5]
+    assert after - before < 50_000_000  # bytes read
+    assert kilobytes < 50_000  # and mapped

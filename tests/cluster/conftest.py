@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.machine import wait_for
+
 CONFIG = """\
 ClusterName=runner
 SlurmctldHost={host}(127.0.0.1)
@@ -55,13 +57,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     try:
         for name in ("slurmctld", "slurmd"):
             subprocess.run([name], check=True)
-        deadline = time.monotonic() + 60
-        while subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True).stdout.strip() != "idle":
-            assert time.monotonic() < deadline, (directory / "slurmctld.log").read_text()[-2000:]
-            time.sleep(0.5)
+        wait_for(lambda: _said("sinfo", "-h", "-o", "%T") == "idle", f"no node is idle: see {directory}/slurmctld.log")
         yield
         subprocess.run(["scancel", "--user", "root"], check=False)
-        time.sleep(1)
+        wait_for(lambda: _said("squeue", "-h") == "", "jobs stay in the queue")
     finally:
         for name in ("slurmctld", "slurmd"):
             _stop(directory / f"{name}.pid")
@@ -72,6 +71,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _said(*words: str) -> str:
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip()
 
 
 def _search() -> str:

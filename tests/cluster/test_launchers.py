@@ -3,15 +3,15 @@
 import json
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.endless import ENDLESS, processes_in, start, wait_for, written_scene
+from tests.endless import ENDLESS, let_work, processes_in, start, written_scene
+from tests.machine import LIMIT, SLOW, wait_for
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600 * SLOW)]
 
 SMALL = ["hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1"]
 
@@ -26,7 +26,7 @@ def sweep(scene: Path, *words: str) -> tuple[int, str, Path]:
     """Exit code, standard error and directory of one sweep."""
     before = set((scene / "sweeps").glob("*"))
     process = start(scene, *words)
-    _, err = process.communicate(timeout=400)
+    _, err = process.communicate(timeout=4 * LIMIT)
     (directory,) = set((scene / "sweeps").iterdir()) - before
     return process.returncode, err, directory
 
@@ -64,7 +64,7 @@ def test_a_partition_that_is_not_there(scene, slurm):
     assert err.count("NEVER STARTED") == 3
     assert all("invalid partition specified: nowhere" in reason for reason in reasons(directory))
     process = start(scene, f"resume={directory}", "hydra.launcher.partition=main")
-    _, err = process.communicate(timeout=400)
+    _, err = process.communicate(timeout=4 * LIMIT)
     assert process.returncode == 0, err
     assert reasons(directory) == ["", "", ""]
 
@@ -76,7 +76,7 @@ def test_a_killed_job_and_one_out_of_time_leave_the_others_alone(scene, slurm):
     jobs = [each for each in processes_in(scene) if "submitit.core._submit" in each.cmdline()]
     (killed,) = [each for each in jobs if each.environ().get("SLURM_ARRAY_TASK_ID") == "0"]
     killed.kill()
-    _, err = process.communicate(timeout=400)
+    _, err = process.communicate(timeout=4 * LIMIT)
     (directory,) = (scene / "sweeps").iterdir()
     assert process.returncode == 3, err
     assert not list(directory.glob("0_*/result.json"))
@@ -91,9 +91,9 @@ def test_an_interrupt_cancels_what_is_on_the_cluster(scene, slurm):
     words = [*ENDLESS, "hydra/launcher=submitit_slurm", *SMALL]
     process = start(scene, *words, "train.max_steps=2,9000000,9000001")
     wait_for(lambda: list(scene.glob("sweeps/*/0_*/result.json")) and list(scene.glob("sweeps/*/1_*/.hydra")))
-    time.sleep(2)
+    let_work(scene)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=400)
+    _, err = process.communicate(timeout=4 * LIMIT)
     assert process.returncode == 130, err
     assert "1 of 3 jobs are finished and kept" in err
     assert "2 jobs that were waiting or running are cancelled" in err
@@ -102,4 +102,4 @@ def test_an_interrupt_cancels_what_is_on_the_cluster(scene, slurm):
     def queue() -> str:
         return subprocess.run(["squeue", "-h"], capture_output=True, text=True, check=True).stdout.strip()
 
-    wait_for(lambda: queue() == "", seconds=60)
+    wait_for(lambda: queue() == "")

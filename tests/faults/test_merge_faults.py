@@ -18,9 +18,10 @@ import pytest
 
 from runner.files.staging import verify
 from tests.conftest import ROOT
+from tests.machine import SLOW
 from tests.merging.sources import write_source
 
-pytestmark = [pytest.mark.fault, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(900 * SLOW)]
 CALLS = ("write", "fsync", "fdatasync", "rename", "renameat2", "mkdir")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
 

@@ -5,16 +5,16 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.endless import ENDLESS, start, wait_for, written_scene
+from tests.endless import ENDLESS, let_work, start, written_scene
+from tests.machine import LIMIT, SLOW, wait_for
 
-pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(600 * SLOW)]
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def scene(tmp_path: Path, base: Path) -> Iterator[Path]:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=2 * LIMIT)
     return process.returncode, out, err
 
 
@@ -72,7 +72,7 @@ def test_a_killed_worker_is_told_and_the_rest_runs(scene, launcher):
     marks = {file: file.stat().st_mtime_ns for file in sweep_of(scene).glob("*/.hydra/overrides.yaml")}
     again = start(scene, f"resume={sweep_of(scene)}", "hydra/launcher=basic")
     wait_for(lambda: any(file.stat().st_mtime_ns != mark for file, mark in marks.items()))
-    time.sleep(2)
+    let_work(scene)
     again.send_signal(signal.SIGINT)
     code, _, err = finish(again)
     assert (code, "1 of 3 jobs" in err) == (130, True), err
@@ -84,7 +84,7 @@ def test_a_killed_worker_is_told_and_the_rest_runs(scene, launcher):
 def test_an_interrupt_keeps_what_is_finished_and_leaves_nothing_running(scene, launcher, whole_group):
     process = start(scene, f"hydra/launcher={launcher}", *ENDLESS, "train.max_steps=2,9000000,3")
     wait_for(lambda: started(scene, 1) and statuses(scene)[0] == "ok")
-    time.sleep(3)
+    let_work(scene)
     below = psutil.Process(process.pid).children(recursive=True)
     if whole_group:
         os.killpg(process.pid, signal.SIGINT)
@@ -96,7 +96,7 @@ def test_an_interrupt_keeps_what_is_finished_and_leaves_nothing_running(scene, l
     assert f"{statuses(scene).count('ok')} of 3 jobs are finished and kept" in err
     assert "python -m runner -m resume=" in err
     assert "Traceback" not in err
-    wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in below), seconds=10)
+    wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in below))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from runner.checkpoints.detect import open_checkpoint
 from runner.errors import RunnerError
 from tests.conftest import MIXED, npt_tensors, write_base
+from tests.machine import SLOW
 
 SECONDS = float(os.environ.get("RUNNER_FUZZ_SECONDS", "60"))
 OK, TYPED, TRACEBACK = 0, 2, 3
@@ -137,7 +138,7 @@ CASES: dict[str, tuple[str, str, Callable]] = {
 }
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(600 * SLOW)
 @pytest.mark.parametrize("case", CASES)
 def test_mutations_end_in_an_error_or_a_sound_load(case, seeds, tmp_path):
     source, inner, mutate = CASES[case]

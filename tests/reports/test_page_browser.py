@@ -13,6 +13,7 @@ import pytest
 
 from runner.comparison.comparison import read
 from runner.reports.compare import write_files
+from tests.machine import wait_for
 from tests.reports.cases import CASES
 
 pytestmark = pytest.mark.browser
@@ -59,13 +60,11 @@ def show(driver, page: Path, *, width: int = 1280, dark: bool = False) -> None:
     for log in ("browser", "performance"):
         driver.get_log(log)
     driver.get(page.as_uri())
-    deadline = time.monotonic() + 60
-    while not all(driver.execute_script(DRAWN)) and time.monotonic() < deadline:
-        driver.execute_script(
-            "const open = [...document.querySelectorAll('.plot')].find(p => !p.querySelector('.main-svg'));"
-            "if (open) open.scrollIntoView()"
-        )
-        time.sleep(0.05)
+    scroll = (
+        "const open = [...document.querySelectorAll('.plot')].find(p => !p.querySelector('.main-svg'));"
+        "if (open) open.scrollIntoView(); return !open"
+    )
+    wait_for(lambda: driver.execute_script(scroll), "a chart is not drawn")
 
 
 def requests(driver) -> list[str]:
@@ -83,7 +82,7 @@ def keep_screenshot(driver, name: str, width: int) -> None:
         height = driver.execute_script("return document.documentElement.scrollHeight")
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        time.sleep(0.5)
+        time.sleep(0.5)  # for the charts to find their new width; only for eyes
         driver.save_screenshot(str(Path(directory) / f"{name}.png"))
 
 
@@ -120,11 +119,9 @@ def test_the_page_of_200_jobs_fires_its_load_event_soon(driver, pages, capsys):
 
 def load_event_end(driver) -> float:
     """Milliseconds from the request to the end of the load event; 0 while the event's listeners still run."""
-    deadline = time.monotonic() + 60
-    while not (end := driver.execute_script("return performance.getEntriesByType('navigation')[0].loadEventEnd")):
-        assert time.monotonic() < deadline, "the load event never ended"
-        time.sleep(0.01)
-    return end
+    ask = "return performance.getEntriesByType('navigation')[0].loadEventEnd"
+    wait_for(lambda: driver.execute_script(ask), "the load event never ended")
+    return driver.execute_script(ask)
 
 
 def column(driver, name: str) -> list[str]:
@@ -171,10 +168,9 @@ def test_a_change_of_the_colour_scheme_repaints(driver, pages):
     light = driver.execute_script(ask)
     scheme = {"name": "prefers-color-scheme", "value": "dark"}
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": [scheme]})
-    time.sleep(0.5)
-    dark = driver.execute_script(ask)
-    assert light[0] != dark[0]
-    assert light[1] != dark[1]
+    wait_for(
+        lambda: all(a != b for a, b in zip(light, driver.execute_script(ask), strict=True)), "nothing is repainted"
+    )
 
 
 def test_printing_draws_every_chart_on_white(driver, pages):
@@ -183,9 +179,7 @@ def test_printing_draws_every_chart_on_white(driver, pages):
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
     driver.get(page.as_uri())
-    deadline = time.monotonic() + 30
-    while not driver.execute_script("return Boolean(window.Plotly)") and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: driver.execute_script("return Boolean(window.Plotly)"))
     assert not all(driver.execute_script(DRAWN))
     printed = driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"]
     assert len(printed) > 50_000
@@ -194,10 +188,12 @@ def test_printing_draws_every_chart_on_white(driver, pages):
         "const plot = document.querySelector('#plot-mse');"
         "return [plot.clientWidth, plot.querySelector('.main-svg').getBoundingClientRect().width]"
     )
-    time.sleep(0.5)
-    room, drawn = driver.execute_script(widths)
-    assert room == pytest.approx(drawn, abs=2)
-    assert room > 1000
+
+    def fits() -> bool:
+        room, drawn = driver.execute_script(widths)
+        return room > 1000 and room == pytest.approx(drawn, abs=2)
+
+    wait_for(fits, "the chart does not get its width back")
 
 
 def test_the_policy_stops_a_script_and_an_address_that_are_not_ours(driver, pages, tmp_path):

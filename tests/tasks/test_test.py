@@ -200,7 +200,7 @@ TARGET = "_target_: runner.config.Tier\n"
         ("checks: [files]\n", "tier: its YAML has no _target_; begin it as those of conf/tier/ begin"),
         (f"{TARGET}name: mine\ncheck: [files]\n", "tier.check is unknown; did you mean 'checks'?"),
         (f"{TARGET}checks: [files]\n", "tier.name is needed: its YAML does not say it"),
-        (f"{TARGET}name: mine\nchecks: files\n", "tier.checks: 'files' is no list of names; write [files]"),
+        (f"{TARGET}name: mine\nchecks: fidelity\n", "none of its checks (fidelity) applies to family gpt"),
         (f"{TARGET}name: mine\nchecks: [fidelity]\n", "none of its checks (fidelity) applies to family gpt"),
     ],
 )

@@ -79,6 +79,27 @@ def test_a_directory_without_a_manifest(run, workdir):
     assert "Manifest: skipped (no MANIFEST.json: not written by this runner, or removed;" in outcome.out
 
 
+def test_without_its_manifest_nothing_is_proved(run, merged):
+    assert run("task=verify", f"ckpt={merged}", "strict=true").code == 0
+    (merged / "MANIFEST.json").unlink()
+    outcome = run("task=verify", f"ckpt={merged}")
+    assert (outcome.code, outcome.result["verified"]) == (0, None)
+    assert "Verified: NOT PROVED: there is no MANIFEST.json" in outcome.out.splitlines()
+    outcome = run("task=verify", f"ckpt={merged}", "strict=true")
+    assert (outcome.code, outcome.err, outcome.result["verified"]) == (1, "", None)
+    outcome = run("task=verify", f"ckpt={merged / 'npt_weights.pt'}", "strict=true")
+    assert (outcome.code, outcome.result["verified"]) == (1, None)
+    (merged / "npt_weights.pt").write_bytes(b"damaged")
+    assert run("task=verify", f"ckpt={merged}").result["verified"] is False
+
+
+def test_a_weights_file_that_the_manifest_does_not_list(run, merged):
+    (merged / "other").mkdir()
+    (merged / "npt_weights.pt").rename(merged / "weights.pt")
+    outcome = run("task=verify", f"ckpt={merged / 'weights.pt'}")
+    assert (outcome.code, statuses(outcome.result)["manifest"]) == (1, "fail")
+
+
 def test_a_weights_file_is_verified_with_the_output_that_it_belongs_to(run, merged):
     file = merged / "npt_weights.pt"
     assert statuses(run("task=verify", f"ckpt={file}").result)["manifest"] == "pass"

@@ -105,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
             case "ok":
                 return False
             case "hang":
-                self.server.closing.wait(60)
+                self.server.closing.wait()
                 self.close_connection = True
             case "garbage":
                 self._send(200, b"<html>not JSON \x00{", "text/html")

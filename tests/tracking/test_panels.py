@@ -16,9 +16,9 @@ from runner.tracking.compare import comparison_record
 from runner.tracking.panels import keep
 from runner.tracking.wandb import WandbTracker
 from tests.comparison.sweeps import result, write_job, write_sweep
+from tests.machine import SLOW
 
 FALLING = {step: 40 / step**0.6 for step in (200, 400, 800, 1600, 3200, 6400)}
-SECONDS = 1.5
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_server_that_cannot_be_used_costs_one_warning(
     mode: str, server: Server, comparison: Comparison, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     server.break_after("GetDefaultEntity", mode)
-    tracker = WandbTracker(init_timeout=SECONDS)
+    tracker = WandbTracker(init_timeout=1.5 * SLOW)
     for _ in range(2):
         assert "view" not in keep(comparison, tracker, tmp_path / "panels.json")
     (warning,) = tracker.warnings

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,18 @@ from runner.tracking import session
 from runner.tracking import wandb as wandb_module
 from runner.tracking.base import RunIdentity
 from runner.tracking.wandb import WandbTracker
+from tests.machine import LIMIT, SLOW
 
-SECONDS = 1.5
+SECONDS = 1.5 * SLOW  # what a hanging server or service costs; the work on this disk is done within it
 
 
-def tracker(**fields: Any) -> WandbTracker:
-    return WandbTracker(init_timeout=SECONDS, finish_timeout=SECONDS, **fields)
+def tracker(init_timeout: float = LIMIT, **fields: Any) -> WandbTracker:
+    return WandbTracker(init_timeout=init_timeout, finish_timeout=SECONDS, **fields)
+
+
+def hurry(run: WandbTracker) -> None:
+    """From here on it waits no longer than SECONDS for an answer."""
+    run.init_timeout = SECONDS
 
 
 @pytest.mark.parametrize("said", [None, "online"])
@@ -89,26 +94,24 @@ def test_a_server_that_cannot_be_used_costs_a_warning_once(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    seconds, warnings = [], []
+    warnings = []
     with Server(mode) as server:
         use(server, monkeypatch)
         for _ in range(2):
-            began = time.monotonic()
-            run = tracker()
+            server.asked.clear()
+            run = tracker(SECONDS)
             run.start(identity, {})
             run.record(result)
             run.finish(0)
-            seconds.append(time.monotonic() - began)
             warnings.append(run.warnings)
             assert run.location is not None
             assert "offline-run-" in run.location
+        assert not server.asked.is_set()  # the second time
 
     (warning,), second = warnings
     assert warning.startswith("W&B: logged offline, the server could not be used (")
     assert "\n" not in warning
     assert second == []
-    assert seconds[0] < SECONDS + 8
-    assert seconds[1] < SECONDS + 3
     runs = read_runs(a_machine_of_its_own)
     assert [run.rows("checkpoint/step", "eval/mse") for run in runs] == [[(2000, 0.25)]] * 2
     assert capfd.readouterr() == ("", "")
@@ -127,10 +130,9 @@ def test_a_server_that_fails_during_the_run(
     run = tracker()
     run.start(identity, {})
     assert run.warnings == []
-    began = time.monotonic()
+    hurry(run)
     run.record(result)
     run.finish(0)
-    assert time.monotonic() - began < 3 * SECONDS + 8
     (warning,) = run.warnings
     assert warning.startswith("W&B: not everything was logged (")
     assert run.location is not None
@@ -145,6 +147,7 @@ def test_a_refused_upload_of_rows_alone_is_said(server: Server, identity: RunIde
     server.break_after("UpsertBucket", "denied")
     run = tracker()
     run.start(identity, {})
+    hurry(run)
     run.log({"train/step": 1, "train/loss": 0.5})
     run.finish(0)
     (warning,) = run.warnings
@@ -161,15 +164,15 @@ def test_a_service_that_dies_or_hangs(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(session, "_END_SECONDS", 1)
     run = tracker()
     run.start(identity, {})
     (service,) = services()
     os.kill(service, blow)
-    began = time.monotonic()
-    run.record(result)
-    run.finish(0)
-    assert time.monotonic() - began < 2 * SECONDS + 8
+    hurry(run)
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "_END_SECONDS", 1)
+        run.record(result)
+        run.finish(0)
     (warning,) = run.warnings
     assert warning.startswith("W&B: not everything was logged (")
     assert services() == []

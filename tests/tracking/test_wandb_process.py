@@ -6,13 +6,14 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from server import Server
 from wandb_reader import read_runs
+
+from tests.machine import LIMIT
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +29,7 @@ def test_wandb_is_imported_when_a_run_starts() -> None:
 
 
 def test_a_kill_after_record_loses_nothing(a_machine_of_its_own: Path, result: dict[str, Any]) -> None:
-    assert job({}, result, "killed").wait(60) == -signal.SIGKILL
+    assert job({}, result, "killed").wait(LIMIT) == -signal.SIGKILL
     (run,) = read_runs(a_machine_of_its_own)
     assert run.exit_code is None
     assert run.rows("train/step", "train/loss") == [(1, 0.5)]
@@ -43,7 +44,7 @@ def test_a_job_prints_nothing_and_leaves_the_home_alone(
     a_machine_of_its_own: Path, tmp_path: Path, result: dict[str, Any]
 ) -> None:
     process = job({}, result, "silent", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.communicate(timeout=60) == (b"", b"")
+    assert process.communicate(timeout=LIMIT) == (b"", b"")
     assert process.returncode == 0
     assert list((tmp_path / "home").iterdir()) == []
     assert sorted(path.name for path in a_machine_of_its_own.rglob("*") if path.parent.name == "outputs") == ["wandb"]
@@ -57,7 +58,7 @@ def test_no_question_on_a_terminal(a_machine_of_its_own: Path, result: dict[str,
         start_new_session=True,
     )  # fmt: skip
     os.close(end_of_job)
-    assert process.wait(60) == 0
+    assert process.wait(LIMIT) == 0
     said = os.read(terminal, 4096).decode().strip()
     os.close(terminal)
     assert json.loads(said) == ["W&B: logged offline, no credential (WANDB_API_KEY, or `wandb login`)"]
@@ -68,13 +69,11 @@ def test_ctrl_c_while_a_server_hangs(result: dict[str, Any], monkeypatch: pytest
     with Server("hang") as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-        process = job({"init_timeout": 60}, result, "silent", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        assert server.asked.wait(30)
-        began = time.monotonic()
+        process = job({"init_timeout": 100 * LIMIT}, result, "silent", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert server.asked.wait(LIMIT)
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=30) == (b"", b"")
+        assert process.communicate(timeout=LIMIT) == (b"", b"")
         assert process.returncode == 130
-        assert time.monotonic() - began < 12
 
 
 @pytest.mark.fault
@@ -89,7 +88,7 @@ def test_a_full_disk_is_one_warning(tables: bool, tmp_path: Path, result: dict[s
         if not tables:
             result |= {"layers": [], "per_prompt": [], "ckpt": None}
         process = job({"dir": str(small)}, result, "told", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=LIMIT)
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
     assert (process.returncode, err) == (0, b"")

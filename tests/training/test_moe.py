@@ -1,5 +1,6 @@
 """Training of experts over a tiny base: it learns, leaves whole checkpoints and nothing else, and goes on bit for bit."""
 
+import copy
 import json
 import shutil
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runner.errors import CheckpointError, ConfigError, ModelError, RunnerError
+from runner.errors import CheckpointError, ConfigError, DivergedError, ModelError, RunnerError
 from runner.evaluation.base_models import load_base
 from runner.evaluation.build import load
+from runner.families.lora_moe import callback as moe_callback
 from runner.families.lora_moe.settings import MoeSettings
 from runner.families.lora_moe.training import train_moe
 from runner.files import staging as commit
@@ -267,7 +269,7 @@ def test_what_cannot_be_gone_on_from(trained, base, path, tmp_path, case):
     ("values", "error", "message"),
     [
         ({"target_modules": ("c_attn",)}, ModelError, "no linear module c_attn; it has down_proj, gate_proj"),
-        ({"learning_rate": 1e30, "max_steps": 8}, ModelError, "the loss is no longer finite at step"),
+        ({"learning_rate": 1e38, "max_steps": 8}, ModelError, "the loss is no longer finite at step"),
         ({"learning_rate": 1e39, "save_every": 1}, ModelError, "NaN or Inf in the weights after step"),
     ],
 )
@@ -275,6 +277,67 @@ def test_what_cannot_be_trained(base, path, tmp_path, values, error, message):
     with pytest.raises(error, match=message):
         train_moe(tmp_path / "run", base, skills(), with_(**{"warmup_steps": 0, **values}), base_name=str(path))
     assert not list(tmp_path.glob("run/*"))
+
+
+def spoiled(step, weights):
+    """A callback that, at a step, puts other weights into the model: what a training that diverged leaves."""
+
+    def on_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == step:
+            weights(model)
+
+    return on_step
+
+
+@torch.no_grad()
+def huge(model):
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.fill_(1e12)
+
+
+@torch.no_grad()
+def nan(model):
+    model.router.weight[0, 0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (nan, "NaN or Inf in the weights after step 20, not saved"),
+        (huge, "all logits are equal after step 20, not saved"),
+    ],
+)
+def test_what_diverged_is_not_saved_and_the_last_good_checkpoint_is_named(
+    base, path, tmp_path, weights, message, monkeypatch
+):
+    monkeypatch.setattr(moe_callback.News, "on_step_end", spoiled(20, weights))
+    with pytest.raises(DivergedError, match=message) as raised:
+        train_moe(tmp_path / "run", base, skills(), SETTINGS, base_name=str(path))
+    assert raised.value.exit_code == 1
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["checkpoint-10"]
+    assert str(raised.value).endswith(f"the last good checkpoint is {tmp_path / 'run' / 'checkpoint-10'}")
+    assert commit.verify(tmp_path / "run" / "checkpoint-10") == []
+
+
+def test_experts_that_are_much_worse_than_their_base_are_not_saved(trained, base):
+    """On what the base itself would say, so that it can be worse."""
+    model = copy.deepcopy(trained[0].model).train()
+    said = IDS
+    with torch.no_grad():
+        for _ in range(30):
+            said = torch.cat([said, base.model(said).logits[:, -1:].argmax(-1)], 1)
+        said = said[:, IDS.shape[1] :]
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 30)
+    with pytest.raises(
+        DivergedError, match=r"after step 7 the cross-entropy is \d+\.\d\d nats a token, without the experts"
+    ):
+        moe_callback.require_learning(model, said, 7)
+    moe_callback.require_learning(trained[0].model, said, 7)
+    assert model.training
+    assert model.experts_on
 
 
 def test_no_text_and_a_directory_in_the_way(base, path, tmp_path):

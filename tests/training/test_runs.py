@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.errors import CheckpointError, ConfigError
+from runner.errors import CheckpointError, ConfigError, DivergedError
 from runner.evaluation.base_models import load_base
+from runner.families.npt import training as equivalence
 from runner.families.npt.save import train_run
 from runner.families.npt.settings import EquivalenceSettings
 from runner.files.staging import verify
@@ -44,6 +45,32 @@ def test_the_config_names_the_base_and_the_settings(saved_base, batches, setting
     config = json.loads((last / "config.json").read_text())
     assert config["model_name"] == "../../base"
     assert (config["batch_size"], config["max_steps"], config["learning_rate"]) == (2, 20, settings.learning_rate)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_weights_that_are_not_finite_or_give_no_finite_loss_are_not_saved(
+    saved_base, batches, settings, tmp_path, value, monkeypatch
+):
+    """The loss of a step is that of the weights before it: the last step's own have never been run."""
+    trained_parameters = []
+    prepare = equivalence.optimizer_and_schedule
+
+    def remember(parameters, *rest):
+        trained_parameters.extend(parameters)
+        return prepare(parameters, *rest)
+
+    @torch.no_grad()
+    def spoil(step, losses):
+        if step == 20:
+            for parameter in trained_parameters:
+                parameter.fill_(value)
+
+    monkeypatch.setattr(equivalence, "optimizer_and_schedule", remember)
+    with pytest.raises(DivergedError) as raised:
+        trained(tmp_path / "run", saved_base, batches, settings, on_step=spoil)
+    assert raised.value.exit_code == 1
+    assert str(raised.value).endswith(f"the last good checkpoint is {tmp_path / 'run' / 'checkpoint-10'}")
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["checkpoint-10"]
 
 
 @pytest.mark.parametrize(

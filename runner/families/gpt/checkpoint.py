@@ -19,9 +19,9 @@ import torch
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, components
 from runner.errors import CheckpointError
 from runner.families.gpt.layouts import MEDIUM_DEPTH, SCALARS, Dialect, GptDetails, component, read_details
-from runner.files.file_type import Kind, kind_of
+from runner.files.file_type import Kind, kind_of, may_be_weights
 from runner.files.strict_json import parse_object
-from runner.files.tensors import TensorSource, load_pickle, open_weights
+from runner.files.tensors import TensorSource, open_weights, read_entry
 
 STATE = "model"
 TOP_LEVEL = ("step", "code", "optimizers", "val_loss")
@@ -70,7 +70,7 @@ def _value(source: TensorSource, entries: Mapping[str, Any], name: str) -> Any:
     """An entry beside the weights; a tensor of one element as the number that it holds."""
     value = entries.get(name)
     if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return load_pickle(source.path, tensors="mmap")[name].item()
+        return read_entry(source.path, name).item()
     return value
 
 
@@ -113,7 +113,6 @@ def _is_plain(value: Any) -> bool:
 __all__ = ["FORMATS", "GptDetails"]
 
 FAMILY = "gpt"
-SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 # What no other architecture calls its attention, with the wrapper prefixes that a file may have.
 _MARKS: Mapping[Dialect, re.Pattern[str]] = {
     "small": re.compile(r"(?:_orig_mod\.|module\.)*blocks\.[0-9]+\.attn\.qkv_w"),
@@ -134,7 +133,7 @@ def _recognised(dialect: Dialect, listing: Listing) -> tuple[dict[str, int], lis
         return ({listing.path.name: count} if count else {}), []
     found, unreadable = {}, []
     for name in listing.entries:
-        if not name.endswith(SUFFIXES) or listing.file(name).is_dir():
+        if not may_be_weights(name) or listing.file(name).is_dir():
             continue
         try:
             count = _count_marks(dialect, listing, name)

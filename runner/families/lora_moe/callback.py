@@ -1,19 +1,23 @@
 """What a Trainer's callback adds to the training of experts: their checkpoints, and news of each step."""
 
+import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn import functional
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from runner.errors import ModelError
+from runner.errors import DivergedError
 from runner.families.lora_moe.model import LoraMoeForCausalLM
 from runner.families.lora_moe.skills import Library
 from runner.families.lora_moe.trained import save_moe
-from runner.files.tensors import is_finite
+from runner.training.optimization import DIVERGED, require_finite
 
-DIVERGED = "give a smaller train.learning_rate or train.gradient_clip_value"
+# How much worse than the base alone, in nats a token, experts may be on the text that they are trained on.
+WORSE = 1.0
 
 
 class MoeCheckpoints(TrainerCallback):
@@ -33,12 +37,14 @@ class MoeCheckpoints(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: LoraMoeForCausalLM | None = None,
+        train_dataloader: Iterable[Mapping[str, torch.Tensor]] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the checkpoint of the step that was just taken. Raises ModelError where a weight is not finite."""
+        """Write the checkpoint of the step that was just taken. Raises DivergedError for what is not worth keeping."""
         assert model is not None, "the Trainer gives its model"
-        if not all(map(is_finite, (parameter for parameter in model.parameters() if parameter.requires_grad))):
-            raise ModelError(f"NaN or Inf in the weights after step {state.global_step}, not saved: {DIVERGED}")
+        assert train_dataloader is not None, "and what it trains on"
+        require_finite((parameter for parameter in model.parameters() if parameter.requires_grad), state.global_step)
+        require_learning(model, next(iter(train_dataloader))["input_ids"].to(model.device), state.global_step)
         own = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
         target = self.directory / own.name
 
@@ -57,6 +63,37 @@ class MoeCheckpoints(TrainerCallback):
         )
         own.rmdir()
         self.written.append(target)
+
+
+@torch.no_grad()
+def require_learning(model: LoraMoeForCausalLM, ids: torch.Tensor, step: int) -> None:
+    """Raise DivergedError where on `ids` [B, T] the logits are not finite or all equal, or much worse than the base's.
+
+    The model is run as whoever opens the checkpoint runs it, in evaluation mode, and is left in its own mode.
+    """
+    before = model.training
+    model.eval()
+    try:
+        logits = model(ids).logits.float()
+        own = _cross_entropy(logits, ids)
+        with model.experts(False):
+            base = _cross_entropy(model(ids).logits.float(), ids)
+    finally:
+        model.train(before)
+    if not math.isfinite(own):
+        raise DivergedError(f"the logits are not finite after step {step}, not saved: {DIVERGED}")
+    if bool(logits.amax() == logits.amin()):
+        raise DivergedError(f"all logits are equal after step {step}, not saved: {DIVERGED}")
+    if own > base + WORSE:
+        raise DivergedError(
+            f"the training diverged: after step {step} the cross-entropy is {own:.2f} nats a token, without the "
+            f"experts {base:.2f}; not saved: {DIVERGED}"
+        )
+
+
+def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    """Of the next token, in nats, from logits [B, T, V]."""
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
 class News(TrainerCallback):

@@ -12,8 +12,8 @@ import torch
 from runner.checkpoints.detect import open_checkpoint
 from runner.checks.check import WARNING, Outcome, failed, passed, skipped
 from runner.checks.context import Bench
-from runner.checks.detected import ADAPTER_WEIGHTS, BESIDE, EXPERT, MERGED_MODEL
-from runner.checks.headers import SUFFIXES, Header, TensorHeader
+from runner.checks.detected import ADAPTER_WEIGHTS, EXPERT, MERGED_MODEL
+from runner.checks.headers import Header, TensorHeader
 from runner.checks.inputs import prompts, ragged
 from runner.errors import CheckpointError
 from runner.evaluation.forward import device_of
@@ -28,6 +28,7 @@ from runner.families.lora.checks import (
 )
 from runner.families.lora_moe.model import LoraMoeForCausalLM
 from runner.families.lora_moe.state import read_skills
+from runner.files.file_type import may_be_weights
 from runner.files.strict_json import read_object
 
 OLDER = "dylo_moe_state"
@@ -281,8 +282,8 @@ def pollution(bench: Bench) -> Outcome:
 
 def _is_stray(path: Path) -> bool:
     """Whether it looks like weights, and is neither a part of the layout nor a state that a Trainer leaves."""
-    known = (*BESIDE, *ADAPTER_WEIGHTS, "router.safetensors", "router.pt", "scaler.pt")
-    return path.suffix in SUFFIXES and path.name not in known and not path.name.startswith("rng_state")
+    known = (*ADAPTER_WEIGHTS, "router.safetensors")
+    return may_be_weights(path.name) and path.name not in known
 
 
 def router(bench: Bench) -> Outcome:

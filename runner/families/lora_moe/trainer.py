@@ -9,14 +9,13 @@ import torch
 from torch.nn import functional
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from runner.errors import CheckpointError, ConfigError, ModelError
-from runner.families.lora_moe.callback import DIVERGED
+from runner.errors import CheckpointError, ConfigError, DivergedError
 from runner.families.lora_moe.data import EqualLengthBatches, Row, RowLoader
 from runner.families.lora_moe.initial import OPTIMIZER, SCHEDULER
 from runner.families.lora_moe.model import LoraMoeForCausalLM
 from runner.families.lora_moe.settings import MoeSettings
 from runner.files.tensors import load_pickle
-from runner.training.optimization import optimizer_and_schedule
+from runner.training.optimization import DIVERGED, optimizer_and_schedule
 
 # The trainer's own log has a row every so many steps, and one for the last.
 LOG_EVERY = 10
@@ -50,7 +49,7 @@ class MoeTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Cross-entropy of the next token in nats, and the balance loss as the settings weigh it.
 
-        Raises ModelError where it is not finite.
+        Raises DivergedError where it is not finite.
         """
         # Dropout must not depend on what was drawn before: a resumed training draws the same.
         torch.manual_seed((self.settings.seed * 1_000_003 + self.state.global_step) % 2**63)
@@ -66,7 +65,7 @@ class MoeTrainer(Trainer):
             **{f"use_expert_{i}": share for i, share in enumerate(use)},
         }
         if not math.isfinite(self.figures["loss"]):
-            raise ModelError(f"the loss is no longer finite at step {self.state.global_step + 1}: {DIVERGED}")
+            raise DivergedError(f"the loss is no longer finite at step {self.state.global_step + 1}: {DIVERGED}")
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

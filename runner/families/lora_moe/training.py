@@ -22,6 +22,7 @@ from runner.families.lora_moe.settings import AUTO, MoeSettings
 from runner.families.lora_moe.skills import Skill, add_skills
 from runner.families.lora_moe.state import read_skills
 from runner.families.lora_moe.trainer import MoeTrainer
+from runner.training.optimization import naming_the_last
 
 OnFigures = Callable[[int, Mapping[str, float]], None]
 
@@ -55,7 +56,7 @@ def train_moe(
     `base_name`: what the checkpoints say their base is. `top_k`: experts a token in evaluation, by default one, or as
     the checkpoint says. `resume_from`: a checkpoint of the same training to go on from, bit for bit as if it had never
     stopped. `on_step` is called after each step, `on_log` for each row of the Trainer's log; both with figures.
-    Raises CheckpointError, ConfigError or ModelError.
+    Raises CheckpointError, ConfigError or ModelError; DivergedError names the last good checkpoint.
     """
     texts = {name: cut(documents, settings.sequence_length) for name, documents in skills.items()}
     texts = {name: own for name, own in texts.items() if own}
@@ -86,6 +87,7 @@ def train_moe(
         tempfile.TemporaryDirectory(dir=directory, prefix=".trainer-") as scratch,
         torch.random.fork_rng(devices),
         _quiet(),
+        naming_the_last(checkpoints.written, resume_from),
     ):
         trainer = MoeTrainer(model, rows, settings, Path(scratch))
         news = News(lambda: trainer.figures, on_step, on_log)

@@ -12,6 +12,7 @@ import torch
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, NptLayer, describe_training, plain
 from runner.errors import CheckpointError
+from runner.files.file_type import may_be_weights
 from runner.files.strict_json import read_object
 from runner.files.tensors import TensorInfo, load_pickle
 
@@ -22,11 +23,6 @@ TRAINING_STATE = "training_state.pt"
 MULTI_LAYER_STATE = "multi_layer_state.pt"
 CONFIG = "config.json"
 MERGE_SUMMARY = "merge_summary.json"
-
-# Other files of a checkpoint directory that hold tensors but no weights.
-_NOT_WEIGHTS = (TRAINING_STATE, MULTI_LAYER_STATE, "training_info.pt", "optimizer.pt", "scheduler.pt", "optimizer.bin",
-                "scheduler.bin", "skill_library.pt", "router.pt")  # fmt: skip
-_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 MODULATIONS = {"single": ("",), "dual": ("_gate", "_up"), "triple": ("_gate", "_up", "_down")}
 PROJECTIONS = {"": "gate", "_gate": "gate", "_up": "up", "_down": "down"}
@@ -216,7 +212,7 @@ def _weights_file(listing: Listing) -> str | None:
         raise CheckpointError(f"{listing.path}: holds {' and '.join(named)}; name one of them as ckpt=")
     if named:
         return named[0]
-    files = [name for name in listing.entries if name.endswith(_SUFFIXES) and name not in _NOT_WEIGHTS]
+    files = [name for name in listing.entries if may_be_weights(name)]
     found = [name for name in files if any(map(is_key, listing.weights(name).infos))]
     if len(found) > 1:
         raise CheckpointError(f"{listing.path}: several files hold NPT weights: {', '.join(found)}; name one as ckpt=")

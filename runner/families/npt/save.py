@@ -17,6 +17,7 @@ from runner.families.npt.settings import EquivalenceSettings
 from runner.families.npt.training import OnStep, initial_updates, train_equivalence
 from runner.files.staging import staged
 from runner.files.tensors import load_pickle
+from runner.training.optimization import naming_the_last
 
 
 def train_run(
@@ -32,7 +33,8 @@ def train_run(
     """Train NPT layers over `base`, writing `directory`/checkpoint-<step>; → the last losses, the checkpoints.
 
     `base_name` is what the checkpoints say their base is: a hub name, or a path that starts at the checkpoint.
-    `resume_from`: a checkpoint of the same training to go on from. Raises CheckpointError, ConfigError or ModelError.
+    `resume_from`: a checkpoint of the same training to go on from. Raises CheckpointError, ConfigError or ModelError;
+    DivergedError names the last good checkpoint.
     """
     state: Mapping[str, Any] | None = None
     if resume_from is None:
@@ -43,14 +45,17 @@ def train_run(
         model = NptLlamaForCausalLM(base.model, updates)
     else:
         model, state = _reopen(resume_from, base, settings)
-    checkpoints = []
+    checkpoints: list[Path] = []
 
     def on_checkpoint(step: int, training_state: Mapping[str, Any]) -> None:
         target = directory / f"checkpoint-{step}"
         _save(target, model, training_state, settings, base_name=base_name)
         checkpoints.append(target)
 
-    figures = train_equivalence(model, batches, settings, on_step=on_step, on_checkpoint=on_checkpoint, resume=state)
+    with naming_the_last(checkpoints, resume_from):
+        figures = train_equivalence(
+            model, batches, settings, on_step=on_step, on_checkpoint=on_checkpoint, resume=state
+        )
     return figures, checkpoints
 
 

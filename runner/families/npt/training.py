@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from runner.errors import ModelError
+from runner.errors import DivergedError, ModelError
 from runner.families.npt.losses import Reference, kept_references, losses
 from runner.families.npt.model import NptLlamaForCausalLM, RankKUpdate
 from runner.families.npt.optimizer_state import flat_optimizer_state, stacked_optimizer_state
 from runner.families.npt.settings import PROJECTIONS, EquivalenceSettings
 from runner.training.batches import endless_order
-from runner.training.optimization import optimizer_and_schedule
+from runner.training.optimization import DIVERGED, optimizer_and_schedule, require_finite
 
 OnStep = Callable[[int, Mapping[str, float]], None]
 OnCheckpoint = Callable[[int, Mapping[str, Any]], None]
@@ -57,7 +57,8 @@ def train_equivalence(
     `on_step(step, losses)` is called after each step, `on_checkpoint(step, training_state)` every `save_every` steps
     and after the last; the state's optimizer moments are laid out like the keys of the saved weights. `resume`: such
     a state; `model` holds the weights saved with it. Training then goes on as if it had never stopped, bit for bit.
-    Raises ModelError where the state does not fit the model, or where the loss is no longer finite.
+    Raises ModelError where the state does not fit the model, DivergedError where the loss is no longer finite, or for
+    weights to be saved that are not, or that no longer give a finite loss.
     """
     updates = [update for layer in model.npt_layers.values() for update in layer.updates.values()]
     parameters = [parameter.requires_grad_(True) for update in updates for parameter in update.parameters()]
@@ -71,7 +72,8 @@ def train_equivalence(
     references = kept_references(model, batches)
     figures: dict[str, float] = {}
     for step in range(start + 1, settings.max_steps + 1):
-        figures = _step(model, references(next(order)), settings, optimizer, parameters)
+        base = references(next(order))
+        figures = _step(model, base, settings, optimizer, parameters, step)
         schedule.step()
         if on_step is not None:
             on_step(step, figures)
@@ -83,6 +85,9 @@ def train_equivalence(
                 "scheduler_state_dict": schedule.state_dict(),
                 "scaler_state_dict": None,
             }
+            require_finite(parameters, step)
+            with torch.no_grad():
+                _require_finite_loss(_total(*losses(model, base), settings), step)
             on_checkpoint(step, state)
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -95,14 +100,14 @@ def _step(
     settings: EquivalenceSettings,
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[torch.Tensor],
+    step: int,
 ) -> dict[str, float]:
     direct, logits = losses(model, base)
-    total = settings.direct_weight * torch.stack(list(direct.values())).sum() + settings.logit_weight * logits
+    total = _total(direct, logits, settings)
     optimizer.zero_grad(set_to_none=True)
     total.backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clip_value)
-    if not bool(torch.isfinite(norm)):
-        raise ModelError("the training loss is no longer finite; lower train.learning_rate")
+    _require_finite_loss(norm, step)
     optimizer.step()
     return {
         "loss": total.item(),
@@ -110,3 +115,13 @@ def _step(
         "gradient_norm": norm.item(),
         **{f"layer_{i}": loss.item() for i, loss in direct.items()},
     }
+
+
+def _total(direct: Mapping[int, torch.Tensor], logits: torch.Tensor, settings: EquivalenceSettings) -> torch.Tensor:
+    return settings.direct_weight * torch.stack(list(direct.values())).sum() + settings.logit_weight * logits
+
+
+def _require_finite_loss(loss: torch.Tensor, step: int) -> None:
+    """Raise DivergedError where the loss of `step`, or the norm of its gradient, is NaN or Inf."""
+    if not bool(torch.isfinite(loss)):
+        raise DivergedError(f"the training loss is no longer finite at step {step}: {DIVERGED}")
