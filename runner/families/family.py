@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from runner.checks.headers import Header
     from runner.config import Conversion, TrainConfig
     from runner.evaluation.base_models import Base
-    from runner.evaluation.placement import DeviceMap, Placement
+    from runner.evaluation.placement import Placement
     from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
     from runner.results import Result
@@ -35,7 +35,7 @@ class Family:
     """
 
     name: str
-    device_map: "DeviceMap | None" = None
+    device_map: str | Mapping[str, int | str] | None = None
 
     # The modules that hold its formats, each as FORMATS.
     format_modules: ClassVar[tuple[str, ...]] = ()
@@ -124,6 +124,10 @@ class Family:
         Raises CheckpointError or ConfigError where the merge is not possible.
         """
         raise ConfigError(f"{paths[0]}: checkpoints of the format {opened[0].format} cannot be merged")
+
+    def canonical_names(self, checkpoint: "Checkpoint") -> dict[str, str]:
+        """The one spelling of each tensor's name by which checkpoints are compared → its name in the file."""
+        return {name: name for name in checkpoint.weights.infos}
 
     def train(self, config: "TrainConfig", context: object) -> "Result":
         """Train, leaving `checkpoint-<step>` directories in the run's own; the page of `task=train`."""

@@ -72,6 +72,21 @@ class Npt(Family):
 
         return plan_merge(spec, paths, opened, base, output)
 
+    def canonical_names(self, checkpoint: "Checkpoint") -> dict[str, str]:
+        """As `Family.canonical_names`: npt_delta has two spellings."""
+        from runner.families.npt.checkpoint import NAME, key
+
+        names = super().canonical_names(checkpoint)
+        if checkpoint.format != NAME:
+            return names
+        for layer in checkpoint.layers:
+            for projection, matrices in layer.keys.items():
+                for matrix, spelled in matrices.items():
+                    for rank, name in enumerate(spelled):
+                        del names[name]
+                        names[key(layer.layer, layer.modulation, projection, matrix, rank, layer.num_ranks)] = name
+        return names
+
     def checks(self) -> "Mapping[str, Check]":
         """As `Family.checks`."""
         from runner.checks.catalogue import OF_FAMILY
