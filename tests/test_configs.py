@@ -173,7 +173,6 @@ def test_what_the_code_reads_can_be_said(node, group, in_each):
         ("tier.sequence_length=long", "tier.sequence_length=long: give a whole number, at least 2"),
         ("tier.new_tokens=0", "tier.new_tokens=0: give a whole number, at least 1"),
         ("tier.new_tokens=1.5", "tier.new_tokens=1.5: give a whole number, at least 1"),
-        ("tier.temperatures=0.7", "tier.temperatures=0.7: give a list of numbers above 0"),
         ("tier.temperatures=[hot]", "tier.temperatures=['hot']: give a list of numbers above 0"),
         ("tier.temperatures=[1e999]", "tier.temperatures=[inf]: give a list of numbers above 0"),
         ("tier.temperatures=[0]", "tier.temperatures=[0]: give a list of numbers above 0"),

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from runner import load
 from runner.checkpoints.detect import open_checkpoint
 from runner.evaluation import base_models as bases
 from runner.evaluation.base_models import load_base
-from runner.evaluation.build import load
 from runner.evaluation.placement import _moved, follow
 from tests.conftest import GOLDEN
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from runner.evaluation import base_models as bases
 from runner.evaluation import reference
 from runner.evaluation.base_models import load_base
+from runner.evaluation.placement import Placement
 from runner.evaluation.tensor_cache import Store, name_of, read, shelf_of, write
 from runner.files.manifest import content_hash
 from tests.conftest import npt_tensors, write_base, write_npt
@@ -86,7 +87,7 @@ def test_a_single_run_reads_no_weights_for_their_hash(run, own, tmp_path, comput
 
 def shelf(own: Path, cache: Path, **options):
     forget()
-    return shelf_of(load_base(None, own, **options), cache, may_read=True)
+    return shelf_of(load_base(None, own, Placement(**options)), cache, may_read=True)
 
 
 def test_a_weight_changed_in_place_with_its_time_set_back_is_another_model(own, tmp_path, settled):

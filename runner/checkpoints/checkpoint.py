@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,7 @@ class NptLayer:
 class Checkpoint:
     """An opened checkpoint. Nothing but headers has been read.
 
-    `details` is what its format read from names and shapes beyond the fields here: a dataclass of the format's
-    module, by whose type `loading` builds the model.
+    `details` is what its format read from names and shapes beyond the fields here: for its family alone.
     """
 
     path: Path
@@ -213,3 +213,8 @@ def components(checkpoint: Checkpoint, group_of: Callable[[str], str]) -> list[d
         {"component": group, **{k: v for k, v in totals(infos).items() if k != "dtypes"}}
         for group, infos in groups.items()
     ]
+
+
+def tensor_readers(weights: TensorSource) -> dict[str, Callable[[], torch.Tensor]]:
+    """What reads each tensor, by name."""
+    return {name: partial(weights.read, name) for name in weights.infos}

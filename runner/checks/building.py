@@ -55,7 +55,7 @@ def built(bench: Bench) -> Outcome:
 def _base(bench: Bench, root: Path) -> tuple[Base, str]:
     """The base in memory, and what the checkpoint calls it."""
     if bench.config.base is not None:
-        base = load_base(None, bench.config.base, **bench.options)
+        base = load_base(None, bench.config.base, bench.placement)
         return base, str(base.path.resolve())
     directory = root / "base"
     if not directory.is_dir():
@@ -66,7 +66,7 @@ def _base(bench: Bench, root: Path) -> tuple[Base, str]:
         with torch.random.fork_rng(devices=[]), staged(directory) as partial:
             torch.manual_seed(bench.config.seed)
             save_language_model(LlamaForCausalLM(config), train_tokenizer(generate(0), VOCABULARY), partial)
-    return load_base(None, directory, **bench.options), "../base"
+    return load_base(None, directory, bench.placement), "../base"
 
 
 def _npt(bench: Bench, base: Base, name: str, root: Path) -> Path:

@@ -133,17 +133,12 @@ class Bench:
         return checkpoint
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Where and in what precision models are built."""
-        spread = self.config.family.device_map
-        return {"device": self.config.device, "dtype": self.config.dtype, "device_map": spread}
-
-    @property
     def placement(self) -> "Placement":
-        """The same, as one value."""
+        """Where and in what precision models are built."""
         from runner.evaluation.placement import Placement
 
-        return Placement(**self.options)
+        spread = self.config.family.device_map
+        return Placement(device=self.config.device, dtype=self.config.dtype, device_map=spread)
 
     @cached_property
     def own_family(self) -> Any:
@@ -168,15 +163,15 @@ class Bench:
         from runner.checkpoints.detect import open_checkpoint
 
         checkpoint = open_checkpoint(self.saved, self.checkpoint.format, self.config.format.module)
-        base = None if self.own is None else fresh(self.own, self.config.family.device_map)
+        base = None if self.own is None else fresh(self.own, self.placement)
         model: nn.Module = self.own_family.build(checkpoint, base, self.placement)
         return model
 
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the checkpoint, its base, or `tokenizer=`; None where there is none."""
+        from runner.checkpoints import model_directory as hf
         from runner.evaluation.tokenizers import load_tokenizer
-        from runner.families.hf import checkpoint as hf
 
         directories = [self.checkpoint.directory, *([self.own.path] if self.own else [])]
         if self.config.tokenizer is None and not any(map(hf.has_tokenizer, directories)):
@@ -193,14 +188,13 @@ class Bench:
             self.__dict__.pop(name, None)
 
 
-def fresh(base: "Base", device_map: Any = None) -> "Base":
+def fresh(base: "Base", placement: "Placement") -> "Base":
     """The same base, read from its files once more."""
+    from runner.checkpoints import model_directory as hf
     from runner.evaluation.base_models import build_plain
-    from runner.families.hf import checkpoint as hf
 
     weights = hf.open_model_weights(base.path)
-    values, dtype, device = hf.read_config(base.path), base.model.dtype, base.model.device
-    model = build_plain(values, weights, weights.infos, dtype, device, device_map)
+    model = build_plain(hf.read_config(base.path), weights, weights.infos, placement)
     return replace(base, model=model, key=(*base.key, "fresh"))
 
 

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from runner.errors import ConfigError
+from runner.errors import ConfigError, ModelError
+from runner.files.tensors import TensorSource
 
 # How accelerate may spread a model by itself.
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 DeviceMap = str | Mapping[str, int | str]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,31 @@ class Placement:
     device: str = "auto"
     dtype: str = "float32"
     device_map: DeviceMap | None = None
+
+
+def torch_device(name: str) -> torch.device:
+    """`auto` is cuda, then mps, then cpu. Raises ConfigError for a device that is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+    kind = name.partition(":")[0]
+    if not there.get(kind, False):
+        raise ConfigError(
+            f"device={name} is not available here; there is {', '.join(k for k, v in there.items() if v)}"
+        )
+    return torch.device(name)
+
+
+def torch_dtype(name: str, weights: TensorSource, embedding: str = "model.embed_tokens.weight") -> torch.dtype:
+    """The compute dtype that `name` asks for; "stored" is that of the tensor `embedding`."""
+    if name == "stored":
+        info = weights.infos.get(embedding)
+        if info is None or not info.dtype.is_floating_point:
+            raise ModelError(f"{weights.path}: has no floating-point {embedding} to take dtype=stored from")
+        return info.dtype
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={name} is unknown; choose float32, bfloat16, float16 or stored")
+    return DTYPES[name]
 
 
 def place(model: PreTrainedModel, device: torch.device, device_map: DeviceMap | None) -> None:

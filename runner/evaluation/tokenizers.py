@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from runner.checkpoints.model_directory import has_tokenizer
 from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.evaluation.base_models import TOKENIZER_PATTERNS, is_hub_name, snapshot
-from runner.families.hf import checkpoint as hf
 
 
 def load_tokenizer(option: str | None, directories: Sequence[Path]) -> Any:
@@ -26,7 +26,7 @@ def load_tokenizer(option: str | None, directories: Sequence[Path]) -> Any:
         except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
             raise ConfigError(f"tokenizer={option}: is no tokenizers JSON: {error}") from error
     if option is None:
-        found = [directory for directory in directories if hf.has_tokenizer(directory)]
+        found = [directory for directory in directories if has_tokenizer(directory)]
         if not found:
             raise CheckpointError(f"{directories[-1]}: holds no tokenizer; give one as tokenizer=DIRECTORY")
         directory = found[0]
@@ -36,7 +36,7 @@ def load_tokenizer(option: str | None, directories: Sequence[Path]) -> Any:
             if not is_hub_name(option):
                 raise ConfigError(f"tokenizer={option}: no such file or directory")
             directory = snapshot("tokenizer", option, download=True, patterns=TOKENIZER_PATTERNS)
-        if not hf.has_tokenizer(directory):
+        if not has_tokenizer(directory):
             raise ConfigError(f"tokenizer={option}: the directory holds no tokenizer files")
     stats = tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in sorted(directory.glob("*token*")))
     return _load_once(directory.absolute(), stats)

@@ -41,8 +41,10 @@ class Family:
     format_modules: ClassVar[tuple[str, ...]] = ()
     # Whether its text is measured with a tokenizer only; else seeded token ids stand for a text where there is none.
     needs_tokenizer: ClassVar[bool] = True
-    # The one architecture (a config's model_type) that its base must have.
-    base_type: ClassVar[str | None] = None
+    # Whether `convert.vocab_size` means anything.
+    can_cut_vocabulary: ClassVar[bool] = False
+    # Whether its base must be a Llama.
+    llama_base: ClassVar[bool] = False
 
     def of(self, checkpoint: "Checkpoint") -> "Family":
         """The family that works on `checkpoint`. Raises ConfigError where the checkpoint is of another one."""
@@ -69,6 +71,10 @@ class Family:
         """Whether a checkpoint that is complete by itself is compared with the base that it was made from."""
         return False
 
+    def is_base(self, checkpoint: "Checkpoint") -> bool:
+        """Whether the checkpoint is a base model itself: a plain one in a Hugging Face directory."""
+        return False
+
     def can_be_spread(self, checkpoint: "Checkpoint") -> bool:
         """Whether its model can lie on several devices."""
         return False
@@ -86,10 +92,7 @@ class Family:
             )
         if not self.needs_base(checkpoint):
             return None
-        return base_models.load_base(
-            checkpoint, base, device=placement.device, dtype=placement.dtype, device_map=placement.device_map,
-            llama=self.base_type == "llama",
-        )  # fmt: skip
+        return base_models.load_base(checkpoint, base, placement, llama=self.llama_base)
 
     def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "nn.Module":
         """The checkpoint's model in evaluation mode; where it stands on `base` it shares the base's weights.
@@ -103,9 +106,10 @@ class Family:
         """Whether a checkpoint of this format is written here, and not only read."""
         return False
 
-    def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> None:
-        """Write `model`, which was built from `checkpoint` on the base at `base`, as the new directory `target`.
+    def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> Path:
+        """Write `model`, which was built from `checkpoint` on the base at `base`, into the new directory `target`.
 
+        Returns the path of the checkpoint: `target`, or a directory in it.
         Raises CheckpointError where `target` cannot be written, RunnerError where the disk fails.
         """
         raise ConfigError(f"{checkpoint.format} checkpoints are read, never written")
@@ -114,6 +118,8 @@ class Family:
 
     def convert(self, checkpoint: "Checkpoint", wanted: "Conversion", target: Path) -> "Writer":
         """What writes the checkpoint in the layout `wanted.to`. Raises ConfigError where there is none."""
+        if wanted.to == "hf":
+            raise ConfigError(f"convert.to=hf takes an npt_full apart; {checkpoint.path} is {checkpoint.format}")
         raise ConfigError(f"{checkpoint.path}: a {checkpoint.format} cannot be converted to {wanted.to}")
 
     def plan_merge(

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from runner.checkpoints import model_directory
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.errors import CheckpointError, ConfigError
 from runner.evaluation.base_models import Base, is_hub_name, snapshot
@@ -182,17 +183,18 @@ def base_written(sources: Sequence[Source], base: str | None, output: Path) -> t
     return moved, [f"config.json names the base as {moved}, which leads there from {output}"] if moved != name else []
 
 
-def check_bases(
-    sources: Sequence[S],
-    base: str | None,
-    check_fit: Callable[[S, Path], None],
-    weight_files: Callable[[Path], Sequence[Path]],
-) -> list[str]:
+def check_bases(sources: Sequence[S], base: str | None, check_fit: Callable[[S, Path, JsonObject], None]) -> list[str]:
     """What should be said of the sources' bases. Raises CheckpointError where one does not fit its own, or two differ.
 
-    `check_fit(source, base)` raises where they do not fit. `base` is the user's own answer for all sources. Bases under
-    different names are compared by their `weight_files` where both are at hand; else their names are only said.
+    `check_fit(source, base, config)` raises where they do not fit, by the base's config.json. `base` is the user's own
+    answer for all sources. Bases under different names are compared by their weights where both are at hand; else their
+    names are only said.
     """
+
+    def fit(source: S, place: Path) -> None:
+        if (place / model_directory.CONFIG).is_file():
+            check_fit(source, place, model_directory.read_config(place))
+
     if base is not None:
         path = Path(base).expanduser()
         given = path if path.is_dir() else _in_hub_cache(base)
@@ -201,33 +203,31 @@ def check_bases(
         if given is None:
             return [f"base={base} is not at hand: whether the sources stand on it was not checked"]
         for source in sources:
-            check_fit(source, given)
+            fit(source, given)
         return []
-    groups: dict[str, list[S]] = {}
+    groups: dict[str, list[Source]] = {}
     places: dict[str, Path | None] = {}
     for source in sources:
         name = source.checkpoint.base_name
         place = (source.checkpoint.local_base() or _in_hub_cache(name)) if name else None
         if place is not None:
-            check_fit(source, place)
+            fit(source, place)
         if name:
             # One relative name leads to different places from different checkpoints.
             key = name if place is None else os.path.realpath(place)
             groups.setdefault(key, []).append(source)
             places[key] = place
-    return _compared([(places[key], group) for key, group in groups.items()], weight_files)
+    return _compared([(places[key], group) for key, group in groups.items()])
 
 
-def _compared(
-    groups: Sequence[tuple[Path | None, Sequence[Source]]], weight_files: Callable[[Path], Sequence[Path]]
-) -> list[str]:
+def _compared(groups: Sequence[tuple[Path | None, Sequence[Source]]]) -> list[str]:
     """What should be said of the first base and each other one. Raises CheckpointError where weights differ."""
 
     def named(group: Sequence[Source]) -> str:
         return f"{group[0].checkpoint.base_name} ({', '.join(str(source.path) for source in group)})"
 
     def hashes(place: Path) -> list[str]:
-        return [sha256_of(file) for file in weight_files(place)]
+        return [sha256_of(file) for file in model_directory.open_model_weights(place).files]
 
     findings = []
     for place, group in groups[1:]:

@@ -17,6 +17,7 @@ from runner.data.text import MAX_DOCUMENTS
 from runner.data.world import generate
 from runner.errors import ConfigError
 from runner.evaluation.base_models import Base, load_base
+from runner.evaluation.placement import Placement
 from runner.evaluation.tokenizers import encode, load_tokenizer
 from runner.families.family import Family
 from runner.families.lora_moe import LoraMoe
@@ -38,13 +39,13 @@ def open_base(config: TrainConfig, context: Context, resume_from: Path | None, *
 
     Raises CheckpointError or ModelError.
     """
-    place = {"device": config.device, "dtype": config.dtype}
+    place = Placement(device=config.device, dtype=config.dtype)
     if config.base is None and resume_from is not None:
         checkpoint = open_checkpoint(resume_from)
-        base = load_base(checkpoint, None, **place, llama=llama)
+        base = load_base(checkpoint, None, place, llama=llama)
         return base, str(base.path.resolve() if checkpoint.local_base() else checkpoint.base_name)
     option = config.base or str(demo_run(config.cache, context.progress) / "base")
-    base = load_base(None, option, **place, llama=llama)
+    base = load_base(None, option, place, llama=llama)
     return base, str(base.path.resolve()) if Path(option).expanduser().is_dir() else option
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from runner.checks import preflight
-from runner.reports.tasks import facts
+from runner.reports import tasks as reports
 from runner.tasks.test import overall
 from tests.checkpoints.test_toy_format import toy  # noqa: F401 - a fixture
 from tests.conftest import ROOT, npt_tensors, write_base, write_npt
@@ -319,4 +319,4 @@ def test_readiness_is_the_mean_score(scores, failing, word):
 def test_the_overall_word_comes_with_its_reason(integrity, metrics, line):
     row = {"name": "i", "integrity": True, "status": integrity, "seconds": 0.0, "peak_bytes": 1, "details": ""}
     result = {"checks": [row], "metrics": metrics, "overall": line.split()[0], "passed": integrity == "pass"}
-    assert ("Overall", line) in [fact[:2] for fact in facts(result)]
+    assert ("Overall", line) in [fact[:2] for fact in reports.test_facts(result)]

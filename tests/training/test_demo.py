@@ -13,8 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from runner import load
 from runner.checkpoints.runs import find_run
-from runner.evaluation.build import load
 from runner.families.npt.settings import EquivalenceSettings
 from runner.training import demo
 from runner.training.demo import DemoSettings, ensure_demo

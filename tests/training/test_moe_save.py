@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from runner import load
 from runner.errors import CheckpointError
-from runner.evaluation.build import load
 from runner.families.lora_moe.trained import save_moe
 from runner.files import staging as commit
 from tests.conftest import write_base

@@ -11,10 +11,11 @@ from runner.families.family import Family
 if TYPE_CHECKING:
     from torch import nn
 
-    from runner.checkpoints.checkpoint import Checkpoint
+    from runner.checkpoints.checkpoint import Checkpoint, Writer
     from runner.checks.check import Check
     from runner.checks.context import Bench
     from runner.checks.headers import Header
+    from runner.config import Conversion
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
     from runner.merge.plan import MergeOutput
@@ -29,22 +30,32 @@ class Gpt(Family):
 
     format_modules: ClassVar[tuple[str, ...]] = ("runner.families.gpt.checkpoint",)
     needs_tokenizer: ClassVar[bool] = False
+    can_cut_vocabulary: ClassVar[bool] = True
 
     def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "nn.Module":
         """As `Family.build`."""
-        from runner.evaluation.build import build
+        from runner.families.gpt import model
 
-        return build(checkpoint, base, **vars(placement))
+        return model.build_gpt(checkpoint, placement)
 
     def can_save(self, checkpoint: "Checkpoint") -> bool:
         """Both dialects."""
         return True
 
-    def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> None:
+    def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> Path:
         """As `Family.save`."""
-        from runner.checks.saving import save_model
+        from runner.families.gpt.save import save_model
 
-        save_model(checkpoint, model, base, target)
+        save_model(checkpoint, model, target)
+        return target
+
+    def convert(self, checkpoint: "Checkpoint", wanted: "Conversion", target: Path) -> "Writer":
+        """The same tensors in the other container, padding of the vocabulary cut where asked."""
+        from runner.families.gpt.save import conversion
+
+        if wanted.to == "hf":
+            return super().convert(checkpoint, wanted, target)
+        return conversion(checkpoint, wanted.to, wanted.vocab_size)
 
     def plan_merge(
         self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path

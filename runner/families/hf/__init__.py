@@ -32,25 +32,44 @@ class Hf(Family):
         """An adapter does."""
         return checkpoint.format == PEFT
 
+    def is_base(self, checkpoint: "Checkpoint") -> bool:
+        """A complete model is."""
+        return checkpoint.format != PEFT
+
     def can_be_spread(self, checkpoint: "Checkpoint") -> bool:
         """A complete model can."""
         return checkpoint.format != PEFT
 
     def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "nn.Module":
         """As `Family.build`."""
-        from runner.evaluation.build import build
+        from runner.evaluation.base_models import build_plain
 
-        return build(checkpoint, base, **vars(placement))
+        if base is not None:
+            from runner.families.lora_moe.model import build_adapter
+
+            return build_adapter(checkpoint, base)
+        checkpoint.require_complete()
+        return build_plain(checkpoint.details.config, checkpoint.weights, checkpoint.weights.infos, placement)
 
     def can_save(self, checkpoint: "Checkpoint") -> bool:
         """Both of its formats."""
         return True
 
-    def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> None:
+    def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> Path:
         """As `Family.save`."""
-        from runner.checks.saving import save_model
+        from runner.checkpoints import model_directory
+        from runner.files.staging import staged
 
-        save_model(checkpoint, model, base, target)
+        if checkpoint.format == PEFT:
+            from runner.families.lora.adapter import save_peft
+            from runner.families.lora_moe.model import LoraForCausalLM
+
+            assert isinstance(model, LoraForCausalLM)
+            return save_peft(checkpoint.details, model.adapters()[0], base, target)
+        tensors = model_directory.stored_tensors(checkpoint, model)
+        with staged(target) as directory:
+            model_directory.save(directory, tensors, config=checkpoint.details.config)
+        return target
 
     def checks(self) -> "Mapping[str, Check]":
         """As `Family.checks`."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from runner.families.family import Family
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from runner.checks.headers import Header
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
+    from runner.families.lora_moe.model import LoraMoeForCausalLM
     from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
 
@@ -39,16 +40,13 @@ class LoraMoe(Family):
         """Always."""
         return True
 
-    def routing(self) -> dict[str, Any]:
-        """The options that take the place of the checkpoint's own."""
+    def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "LoraMoeForCausalLM":
+        """As `Family.build`."""
+        from runner.families.lora_moe.model import build_moe
+
+        assert base is not None, "its experts stand on a base"
         given = {"top_k": self.top_k, "router_features": self.router_features}
-        return {name: value for name, value in given.items() if value is not None}
-
-    def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "nn.Module":
-        """As `Family.build`: a `LoraMoeForCausalLM`."""
-        from runner.evaluation.build import build
-
-        model: Any = build(checkpoint, base, routing=self.routing(), **vars(placement))
+        model = build_moe(checkpoint, base, **{name: value for name, value in given.items() if value is not None})
         model.experts_on = self.experts
         return model
 
@@ -56,11 +54,17 @@ class LoraMoe(Family):
         """Always."""
         return True
 
-    def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> None:
+    def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> Path:
         """As `Family.save`."""
-        from runner.checks.saving import save_model
+        from runner.families.lora_moe.model import LoraMoeForCausalLM
+        from runner.families.lora_moe.state import read_skills
+        from runner.families.lora_moe.trained import save_moe
 
-        save_model(checkpoint, model, base, target)
+        assert isinstance(model, LoraMoeForCausalLM)
+        skills = None if checkpoint.details.skills is None else read_skills(checkpoint.details.skills)
+        name = str(base.resolve()) if base else ""
+        save_moe(model, target, base_name=name, step=checkpoint.step, skills=skills)
+        return target
 
     def plan_merge(
         self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path

@@ -15,7 +15,6 @@ import torch
 from runner.checkpoints.checkpoint import Checkpoint, dtype_name
 from runner.errors import CheckpointError, ConfigError, RunnerError
 from runner.evaluation.base_models import Base
-from runner.families.hf import checkpoint as hf
 from runner.families.lora.adapter import WEIGHT_FILES, Factors
 from runner.families.lora.config import FILE_NAME as ADAPTER_CONFIG
 from runner.families.lora.model import linear_shapes
@@ -121,7 +120,7 @@ def plan_merge(
         for index in (source.spec.experts or range(source.checkpoint.details.num_experts))
     ]
     _check_sizes(sources, experts)
-    said = check_bases(sources, base, _check_fit, lambda place: hf.open_model_weights(place).files)
+    said = check_bases(sources, base, _check_fit)
     duplicates = _duplicates(spec, experts)
     skills = merge_skills(spec, sources)
     step = latest_step(sources)
@@ -212,11 +211,9 @@ def _check_sizes(sources: Sequence[Source], experts: Sequence[ChosenExpert]) -> 
                 )
 
 
-def _check_fit(source: Source, base: Path) -> None:
+def _check_fit(source: Source, base: Path, config: JsonObject) -> None:
     """Raise CheckpointError where the base's config.json says that the checkpoint cannot stand on it."""
-    if not (base / hf.CONFIG).is_file():
-        return
-    size, found = source.checkpoint.details.hidden_size, hf.read_config(base).get("hidden_size")
+    size, found = source.checkpoint.details.hidden_size, config.get("hidden_size")
     if found not in (None, size):
         raise CheckpointError(
             f"{source.path}: its router reads a hidden size of {size}, but its base {base} has {found}; give the right "

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
     from runner.config import Conversion
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
+    from runner.families.npt.model import NptLlamaForCausalLM
     from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
+
+DELTA, FULL = "npt_delta", "npt_full"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,40 +32,54 @@ class Npt(Family):
     name: str = "npt"
 
     format_modules: ClassVar[tuple[str, ...]] = ("runner.families.npt.checkpoint", "runner.families.npt.full")
-    base_type: ClassVar[str | None] = "llama"
+    llama_base: ClassVar[bool] = True
 
     def needs_base(self, checkpoint: "Checkpoint") -> bool:
-        """All but npt_full: a format of a user's own gives layers too."""
-        return not self.is_made_from_base(checkpoint)
+        """All but npt_full do, formats of a user's own among them."""
+        return checkpoint.format != FULL
 
     def is_made_from_base(self, checkpoint: "Checkpoint") -> bool:
-        """Whether it is an npt_full."""
-        from runner.families.npt import full
-
-        return checkpoint.format == full.NAME
+        """An npt_full is."""
+        return checkpoint.format == FULL
 
     def can_be_spread(self, checkpoint: "Checkpoint") -> bool:
         """Always: it is a Llama."""
         return True
 
-    def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "nn.Module":
-        """As `Family.build`: an `NptLlamaForCausalLM`."""
-        from runner.evaluation.build import build
+    def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "NptLlamaForCausalLM":
+        """As `Family.build`."""
+        from runner.families.npt import model
 
-        return build(checkpoint, base, **vars(placement))
+        if base is None:
+            return model.build_complete(checkpoint, checkpoint.details, placement)
+        return model.build_npt(checkpoint, base)
 
     def can_save(self, checkpoint: "Checkpoint") -> bool:
-        """Both of its formats; those of a user's own are read only."""
-        return checkpoint.format in {each.name for each in self.formats()}
+        """Both of its formats."""
+        return checkpoint.format in (DELTA, FULL)
 
-    def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> None:
+    def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> Path:
         """As `Family.save`."""
-        from runner.checks.saving import save_model
+        from runner.families.npt import save
+        from runner.families.npt.model import NptLlamaForCausalLM
 
-        save_model(checkpoint, model, base, target)
+        assert isinstance(model, NptLlamaForCausalLM)
+        if checkpoint.format == FULL:
+            save.save_full(checkpoint, model, target)
+        elif checkpoint.format == DELTA:
+            save.save_delta(checkpoint, model, base, target)
+        else:
+            return super().save(checkpoint, model, base, target)
+        return target
 
     def convert(self, checkpoint: "Checkpoint", wanted: "Conversion", target: Path) -> "Writer":
-        """npt_delta to the other container; npt_full to a base and adapters apart."""
+        """An npt_delta in the other container; an npt_full as a base and adapters apart."""
+        from runner.families.npt import save
+
+        if wanted.to == "hf" and checkpoint.format == FULL:
+            return partial(save.take_apart, checkpoint)
+        if wanted.to != "hf" and checkpoint.format == DELTA:
+            return partial(save.convert_delta, checkpoint, wanted.to, target)
         return super().convert(checkpoint, wanted, target)
 
     def plan_merge(
@@ -74,10 +92,10 @@ class Npt(Family):
 
     def canonical_names(self, checkpoint: "Checkpoint") -> dict[str, str]:
         """As `Family.canonical_names`: npt_delta has two spellings."""
-        from runner.families.npt.checkpoint import NAME, key
+        from runner.families.npt.checkpoint import key
 
         names = super().canonical_names(checkpoint)
-        if checkpoint.format != NAME:
+        if checkpoint.format != DELTA:
             return names
         for layer in checkpoint.layers:
             for projection, matrices in layer.keys.items():

@@ -12,12 +12,10 @@ import torch
 from runner.checkpoints.checkpoint import Checkpoint, NptLayer, dtype_name
 from runner.errors import CheckpointError, ConfigError, RunnerError
 from runner.evaluation.base_models import Base
-from runner.evaluation.build import build_npt
 from runner.evaluation.forward import Trace, continue_from, logits
 from runner.evaluation.reference import Reference
-from runner.families.hf import checkpoint as hf
 from runner.families.npt import checkpoint as npt_delta
-from runner.families.npt.model import NptLlamaForCausalLM
+from runner.families.npt.model import NptLlamaForCausalLM, build_npt
 from runner.files.file_type import Kind, kind_of
 from runner.merge import lazy_tensor
 from runner.merge.lazy_tensor import LazyTensor
@@ -252,7 +250,7 @@ def plan_layers(spec: MergeSpec, sources: Sequence[NptSource], base: str | None 
         layers = _interpolated(spec, sources, wanted)
     tensors = [tensor for layer in layers for tensor in _tensors(layer, spec.t)]
     said = [f"layer {c['layer']} is in {' and '.join(c['sources'])}: {c['resolution']}" for c in conflicts]
-    said += [*_dtypes(tensors), *check_bases(sources, base, _check_fit, lambda at: hf.open_model_weights(at).files)]
+    said += [*_dtypes(tensors), *check_bases(sources, base, _check_fit)]
     return LayerPlan(
         sources=tuple(sources),
         layers=tuple(layers),
@@ -277,11 +275,8 @@ def _check_sizes(sources: Sequence[NptSource]) -> None:
                 )
 
 
-def _check_fit(source: NptSource, base: Path) -> None:
+def _check_fit(source: NptSource, base: Path, config: JsonObject) -> None:
     """Raise CheckpointError where the base's config.json says that a layer cannot stand on it."""
-    if not (base / hf.CONFIG).is_file():
-        return
-    config = hf.read_config(base)
     depth = config.get("num_hidden_layers")
     for layer in source.layers.values():
         for key, size in (("hidden_size", layer.hidden_size), ("intermediate_size", layer.intermediate_size)):
