@@ -7,17 +7,19 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from runner.checkpoints import model_directory
-from runner.checkpoints.checkpoint import Checkpoint
+from runner.checkpoints.checkpoint import Checkpoint, dtype_name
 from runner.errors import CheckpointError, ConfigError
-from runner.evaluation.base_models import Base, is_hub_name, snapshot
 from runner.files.file_type import sha256_of
 from runner.merge.lazy_tensor import LazyTensor, contained
 from runner.merge.spec import MergeSpec, SourceSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from runner.evaluation.base_models import Base
 
 SUMMARY = "merge_summary.json"
 JsonObject = Mapping[str, Any]
@@ -110,7 +112,7 @@ class MergeOutput:
     conflicts: tuple[JsonObject, ...] = ()
     content: str = "what the sources hold"
     read_back: Callable[[Checkpoint], tuple[JsonObject, str]]
-    check_functions: Callable[[Checkpoint, Base, Mapping[str, torch.Tensor]], str] | None = None
+    check_functions: "Callable[[Checkpoint, Base, Mapping[str, torch.Tensor]], str] | None" = None
 
     @property
     def parameters(self) -> int:
@@ -144,6 +146,19 @@ def furthest(sources: Sequence[S]) -> S:
 def latest_step(sources: Sequence[Source]) -> int | None:
     """The highest step of the sources; None where none reports one."""
     return max((source.step for source in sources if source.step is not None), default=None)
+
+
+def differing_dtypes(tensors: Sequence[MergedTensor]) -> list[str]:
+    """What should be said of layers that are stored in several dtypes, and of dtypes that differ between layers."""
+    said: dict[str, None] = {}
+    for tensor in tensors:
+        pairs = zip(tensor.sources, tensor.names, strict=True)
+        found = {dtype_name(source.checkpoint.weights.infos[name].dtype) for source, name in pairs}
+        if len(found) > 1:
+            written = dtype_name(tensor.tensor.dtype)
+            said[f"layer {tensor.layer} is stored as {' and '.join(sorted(found))}: it is written as {written}"] = None
+    dtypes = sorted({dtype_name(tensor.tensor.dtype) for tensor in tensors})
+    return [*said, *([f"layers differ in dtype: {', '.join(dtypes)}"] if len(dtypes) > 1 else [])]
 
 
 def interpolation_weights(spec: MergeSpec) -> tuple[float, ...]:
@@ -198,9 +213,11 @@ def check_bases(sources: Sequence[S], base: str | None, check_fit: Callable[[S, 
     if base is not None:
         path = Path(base).expanduser()
         given = path if path.is_dir() else _in_hub_cache(base)
-        if given is None and not is_hub_name(base):
-            raise CheckpointError(f"base={base}: no such directory")
         if given is None:
+            from runner.evaluation.base_models import is_hub_name
+
+            if not is_hub_name(base):
+                raise CheckpointError(f"base={base}: no such directory")
             return [f"base={base} is not at hand: whether the sources stand on it was not checked"]
         for source in sources:
             fit(source, given)
@@ -248,6 +265,8 @@ def _compared(groups: Sequence[tuple[Path | None, Sequence[Source]]]) -> list[st
 
 def _in_hub_cache(name: str) -> Path | None:
     """Where the hub's cache has the model `name`."""
+    from runner.evaluation.base_models import is_hub_name, snapshot
+
     if not is_hub_name(name):
         return None
     try:

@@ -7,7 +7,8 @@ Nothing heavy is imported at the top: the sources' bytes are being checked while
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,24 +34,22 @@ _LIKELY = ("npt_weights.pt", "npt_weights.safetensors", "training_state.pt", "mu
 # What the measurement has in common with task=diagnose.
 _SHARED = ("seed", "base", "tokenizer", "device", "dtype", "data", "tier", "verdict")
 _CHECKS = ("structure", "bytes", "functional")
-_NOT_MEASURED = Result(task="diagnose")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Verified:
     """What was found of a written output: fields of the result, each check in words, and the measures of all of it."""
 
-    found: "JsonObject"
-    words: tuple[str, ...]
-    measured: Result
-    said: list[str]
+    found: "JsonObject" = field(default_factory=dict)
+    words: list[str] = field(default_factory=list)
+    measured: Result = field(default_factory=lambda: Result(task="diagnose"))
+    said: list[str] = field(default_factory=list)
 
 
 def run(config: MergeConfig, context: Context) -> Result:
     """Merge, or with dry_run only say what would be done.
 
-    Raises ConfigError, CheckpointError or ModelError where the merge is refused, RunnerError where writing or
-    verifying fails; then there is no output.
+    Raises ConfigError, CheckpointError or ModelError where it is refused, RunnerError where writing or verifying fails.
     """
     if config.merge.demo:
         from runner.merge.demo import write_demo
@@ -78,20 +77,19 @@ def run(config: MergeConfig, context: Context) -> Result:
             if spec.verify == "functional":
                 _check_base(output, config.base)
         if spec.dry_run:
-            return _result(config, output, target, context)
+            return _result(config, output, target, context, Verified())
         with _staged(config, output, target, context, inputs) as (partial, said):
             with context.timed("verify"):
                 written = check_structure(partial, output)
             found, words = output.read_back(written)
-            checked = [words, f"{size(output.nbytes)} equal to {output.content}"]
-            measured = _NOT_MEASURED
+            verified = Verified(
+                found=found, words=[words, f"{size(output.nbytes)} equal to {output.content}"], said=said
+            )
             if spec.verify == "functional":
                 with context.timed("functional"):
-                    words, measured = _functional(config, family, output, written, context)
-                checked.append(words)
-    result = _result(
-        config, output, target, context, Verified(found=found, words=tuple(checked), measured=measured, said=said)
-    )
+                    words, verified.measured = _functional(config, family, output, written, context)
+                verified.words.append(words)
+    result = _result(config, output, target, context, verified)
     if spec.demo:
         result.findings.append(
             "the demonstration's layers hold random weights: they show how a merge is verified, so the verdict on them "
@@ -101,10 +99,7 @@ def run(config: MergeConfig, context: Context) -> Result:
 
 
 def plan(spec: MergeSpec, paths: Sequence[Path], base: str | None, target: Path) -> "tuple[Family, MergeOutput]":
-    """The family of the checkpoints at `paths`, and what it makes of them in `target`; no tensor is read.
-
-    Raises CheckpointError where they are of several families, and what the family raises.
-    """
+    """The family of the checkpoints at `paths`, and what it makes of them in `target`; no tensor is read."""
     from runner.checkpoints.detect import open_checkpoint
 
     opened = [open_checkpoint(path) for path in paths]
@@ -179,9 +174,7 @@ def _staged(
 
 def _set_aside(target: Path) -> set[Path]:
     """What earlier swaps could not delete, because this runner had not written all of it."""
-    if not target.parent.is_dir():
-        return set()
-    return {path for path in target.parent.iterdir() if path.name.startswith(f"{target.name}.old-")}
+    return set(target.parent.glob(f"{escape(target.name)}.old-*"))
 
 
 def _functional(
@@ -195,9 +188,8 @@ def _functional(
     if output.check_functions is None or base is None:
         first = output.sources[0].path
         return f"it runs; compared with {first}", measure(config, written.path, context, first)
-    # The tokenizer of the first source that has one, else the base's.
-    places = [source.checkpoint.directory for source in output.sources]
-    tokenizer = load_tokenizer(config.tokenizer, [*places, base.path])
+    places = [*(source.checkpoint.directory for source in output.sources), base.path]
+    tokenizer = load_tokenizer(config.tokenizer, places)
     prompts = {text: encode(tokenizer, text, base.model.config.vocab_size) for text in config.data.prompts}
     return output.check_functions(written, base, prompts), measure(config, written.path, context)
 
@@ -206,31 +198,25 @@ def measure(config: MergeConfig, partial: Path, context: Context, reference: Pat
     """The diagnosis of the written checkpoint, against its base or against `reference`. Raises its errors."""
     from runner.tasks import diagnose
 
-    options = {name: getattr(config, name) for name in _SHARED}
+    shared = {name: getattr(config, name) for name in _SHARED}
     asked = DiagnoseConfig(
-        task="diagnose",
-        ckpt=str(partial),
-        family=Auto(),
-        format=Format(name="auto"),
+        **shared, task="diagnose", ckpt=str(partial), family=Auto(), format=Format(name="auto"),
         reference=None if reference is None else str(reference),
-        **options,
-    )
+    )  # fmt: skip
     return diagnose.run(asked, replace(context, timing={}))
 
 
-def _result(
-    config: MergeConfig, output: "MergeOutput", target: Path, context: Context, verified: Verified | None = None
-) -> Result:
-    """What was merged; without `verified`, what would be. A merge that fails a check leaves an error and no output."""
-    words = verified.words if verified else ()
-    reason = "not asked for: merge.verify=functional" if verified else "nothing was written (merge.dry_run)"
-    checks = [{"name": name, "status": "pass", "details": text} for name, text in zip(_CHECKS, words, strict=False)]
-    checks += [{"name": name, "status": "skipped", "details": reason} for name in _CHECKS[len(words) :]]
-    measured = verified.measured if verified else _NOT_MEASURED
+def _result(config: MergeConfig, output: "MergeOutput", target: Path, context: Context, verified: Verified) -> Result:
+    """What was merged, or would be. A merge that fails a check leaves an error and no output."""
+    measured, dry_run = verified.measured, config.merge.dry_run
+    reason = "nothing was written (merge.dry_run)" if dry_run else "not asked for: merge.verify=functional"
+    done = dict(zip(_CHECKS, verified.words, strict=False))
+    checks = [{"name": name, "status": "pass", "details": words} for name, words in done.items()]
+    checks += [{"name": name, "status": "skipped", "details": reason} for name in _CHECKS if name not in done]
     figures = {row["layer"]: row for row in measured.layers}
     return Result(
         task="merge",
-        ckpt=str(target) if verified else None,
+        ckpt=None if dry_run else str(target),
         base=measured.base,
         # Of NPT layers it always is the base.
         reference=None if output.layers else measured.reference,
@@ -245,14 +231,14 @@ def _result(
         generation=measured.generation,
         checks=checks,
         verdict=measured.verdict,
-        findings=[*output.findings, *measured.findings, *(verified.said if verified else ())],
+        findings=[*output.findings, *measured.findings, *verified.said],
         timing=context.timing,
         versions=versions(),
         details={
             "output": str(target),
-            "dry_run": config.merge.dry_run,
+            "dry_run": dry_run,
             **output.details,
-            **(verified.found if verified else {}),
+            **verified.found,
             "keys": len(output.weights),
             "parameters": output.parameters,
             "bytes": output.nbytes,

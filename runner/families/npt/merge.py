@@ -4,18 +4,13 @@ computes in the output what it computed in its source."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from runner.checkpoints.checkpoint import Checkpoint, NptLayer, dtype_name
+from runner.checkpoints.checkpoint import Checkpoint, NptLayer
 from runner.errors import CheckpointError, ConfigError, RunnerError
-from runner.evaluation.base_models import Base
-from runner.evaluation.forward import Trace, continue_from, logits
-from runner.evaluation.reference import Reference
 from runner.families.npt import checkpoint as npt_delta
-from runner.families.npt.model import NptLlamaForCausalLM, build_npt
 from runner.files.file_type import Kind, kind_of
 from runner.merge import lazy_tensor
 from runner.merge.lazy_tensor import LazyTensor
@@ -29,12 +24,20 @@ from runner.merge.plan import (
     base_written,
     check_bases,
     check_distinct,
+    differing_dtypes,
     furthest,
     interpolation_weights,
     latest_step,
 )
 from runner.merge.spec import MergeSpec, SourceSpec
 from runner.merge.training_state import SavedState, merge_training_states, read_state, to_serializable
+
+if TYPE_CHECKING:
+    import torch
+
+    from runner.evaluation.base_models import Base
+
+_STATES = (npt_delta.TRAINING_STATE, npt_delta.MULTI_LAYER_STATE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +150,7 @@ def plan_merge(
     multi_layer = _multi_layer_state(plan)
     config = _config(plan, info, base, output)
     weights = {tensor.name: tensor.tensor for tensor in plan.tensors}
-    states = {npt_delta.TRAINING_STATE: training, npt_delta.MULTI_LAYER_STATE: multi_layer}
+    states = {name: state for name, state in zip(_STATES, (training, multi_layer), strict=True) if state}
     taken = {str(layer.number): [str(source.path) for source in layer.sources] for layer in plan.layers}
     numbers = [layer.number for layer in plan.layers]
     return MergeOutput(
@@ -157,7 +160,7 @@ def plan_merge(
         weights=weights,
         tensor_files=(
             TensorFile(name=f"npt_weights.{spec.format}", value=weights),
-            *(TensorFile(name=name, value=state.content, finite=False) for name, state in states.items() if state),
+            *(TensorFile(name=name, value=state.content, finite=False) for name, state in states.items()),
         ),
         texts={npt_delta.CONFIG: config.content},
         summary={
@@ -178,10 +181,7 @@ def plan_merge(
         layers=tuple(
             {**layer.layer.summary(), "how": layer.how, "sources": taken[str(layer.number)]} for layer in plan.layers
         ),
-        findings=(
-            *plan.findings,
-            *(finding for state in (*states.values(), config) if state for finding in state.findings),
-        ),
+        findings=(*plan.findings, *(said for state in (*states.values(), config) for said in state.findings)),
         conflicts=plan.conflicts,
         read_back=partial(_read_back, plan),
         check_functions=partial(check_functions, plan),
@@ -204,8 +204,7 @@ def open_source(spec: SourceSpec, path: Path, checkpoint: Checkpoint) -> NptSour
     for layer in spec.layers or ():
         if layer not in layers:
             raise ConfigError(f"{path}: has no NPT layer {layer}; it has {', '.join(map(str, layers))}")
-    names = (npt_delta.TRAINING_STATE, npt_delta.MULTI_LAYER_STATE, npt_delta.CONFIG)
-    beside = [checkpoint.directory / name for name in names]
+    beside = [checkpoint.directory / name for name in (*_STATES, npt_delta.CONFIG)]
     return NptSource(
         spec=spec,
         path=path,
@@ -250,7 +249,7 @@ def plan_layers(spec: MergeSpec, sources: Sequence[NptSource], base: str | None 
         layers = _interpolated(spec, sources, wanted)
     tensors = [tensor for layer in layers for tensor in _tensors(layer, spec.t)]
     said = [f"layer {c['layer']} is in {' and '.join(c['sources'])}: {c['resolution']}" for c in conflicts]
-    said += [*_dtypes(tensors), *check_bases(sources, base, _check_fit)]
+    said += [*differing_dtypes(tensors), *check_bases(sources, base, _check_fit)]
     return LayerPlan(
         sources=tuple(sources),
         layers=tuple(layers),
@@ -262,17 +261,15 @@ def plan_layers(spec: MergeSpec, sources: Sequence[NptSource], base: str | None 
 
 def _check_sizes(sources: Sequence[NptSource]) -> None:
     """Raise CheckpointError where layers are made for different hidden or MLP sizes: they have different bases."""
-    first: tuple[NptSource, NptLayer] | None = None
-    for source in sources:
-        for layer in source.layers.values():
-            first = first or (source, layer)
-            a, b = first[1], layer
-            if (a.hidden_size, a.intermediate_size) != (b.hidden_size, b.intermediate_size):
-                raise CheckpointError(
-                    f"{source.path}: layer {b.layer} is made for hidden size {b.hidden_size} and MLP size "
-                    f"{b.intermediate_size}, but layer {a.layer} of {first[0].path} for {a.hidden_size} and "
-                    f"{a.intermediate_size}; they stand on different base models and cannot be merged"
-                )
+    found = [(source, layer) for source in sources for layer in source.layers.values()]
+    for source, b in found:
+        first, a = found[0]
+        if (a.hidden_size, a.intermediate_size) != (b.hidden_size, b.intermediate_size):
+            raise CheckpointError(
+                f"{source.path}: layer {b.layer} is made for hidden size {b.hidden_size} and MLP size "
+                f"{b.intermediate_size}, but layer {a.layer} of {first.path} for {a.hidden_size} and "
+                f"{a.intermediate_size}; they stand on different base models and cannot be merged"
+            )
 
 
 def _check_fit(source: NptSource, base: Path, config: JsonObject) -> None:
@@ -308,9 +305,9 @@ def _wanted(spec: MergeSpec, sources: Sequence[NptSource]) -> list[int]:
 def _united(on_conflict: str, layer: int, sources: Sequence[NptSource], conflicts: list[JsonObject]) -> PlannedLayer:
     """One layer of the union; `conflicts` receives what was decided where several sources have it."""
     having = [source for source in sources if layer in source.layers]
-    if len(having) == 1:
-        return _copy(layer, having[0])
     chosen = _resolved(on_conflict, layer, having)
+    if len(having) == 1:
+        return chosen
     done = "averaged" if chosen.how == "average" else f"that of {chosen.sources[0].path} is taken"
     resolution = f"{done} (merge.on_conflict={on_conflict})"
     paths = [str(source.path) for source in having]
@@ -319,21 +316,23 @@ def _united(on_conflict: str, layer: int, sources: Sequence[NptSource], conflict
 
 
 def _resolved(on_conflict: str, layer: int, having: Sequence[NptSource]) -> PlannedLayer:
+    if len(having) == 1 or on_conflict == "first":
+        return _copy(layer, having[0])
+    if on_conflict == "last":
+        return _copy(layer, having[-1])
     if on_conflict == "error":
         paths = " and ".join(str(source.path) for source in having)
         raise CheckpointError(f"layer {layer} is in {paths}; choose layers for each source, or merge.on_conflict=first")
     if on_conflict == "average":
         total = sum(source.weight for source in having)
         return _combined(layer, "average", having, [source.weight / total for source in having])
-    if on_conflict == "newest":
-        unknown = next((source for source in having if source.layer_step(layer) is None), None)
-        if unknown is not None:
-            raise CheckpointError(
-                f"{unknown.path}: reports no step, so merge.on_conflict=newest cannot compare its layer {layer} "
-                "with others; choose first or last"
-            )
-        return _copy(layer, max(having, key=lambda source: source.layer_step(layer) or 0))
-    return _copy(layer, having[0 if on_conflict == "first" else -1])
+    unknown = next((source for source in having if source.layer_step(layer) is None), None)
+    if unknown is not None:
+        raise CheckpointError(
+            f"{unknown.path}: reports no step, so merge.on_conflict=newest cannot compare its layer {layer} with "
+            "others; choose first or last"
+        )
+    return _copy(layer, max(having, key=lambda source: source.layer_step(layer) or 0))
 
 
 def _interpolated(spec: MergeSpec, sources: Sequence[NptSource], wanted: Sequence[int]) -> list[PlannedLayer]:
@@ -398,19 +397,6 @@ def _tensor(planned: PlannedLayer, names: Sequence[str], t: float) -> LazyTensor
     if planned.how == "copy":
         return found[0]
     return lazy_tensor.combined(planned.how, found, planned.weights, t)
-
-
-def _dtypes(tensors: Sequence[MergedTensor]) -> list[str]:
-    """What is said of layers that are computed from other dtypes than they are stored in, and of several dtypes."""
-    said: dict[str, None] = {}
-    for tensor in tensors:
-        pairs = zip(tensor.sources, tensor.names, strict=True)
-        found = {dtype_name(source.checkpoint.weights.infos[name].dtype) for source, name in pairs}
-        if len(found) > 1:
-            written = dtype_name(tensor.tensor.dtype)
-            said[f"layer {tensor.layer} is stored as {' and '.join(sorted(found))}: it is written as {written}"] = None
-    dtypes = sorted({dtype_name(tensor.tensor.dtype) for tensor in tensors})
-    return [*said, *([f"layers differ in dtype: {', '.join(dtypes)}"] if len(dtypes) > 1 else [])]
 
 
 def _multi_layer_state(plan: LayerPlan) -> SavedState | None:
@@ -479,34 +465,35 @@ def _layers(numbers: Sequence[int]) -> str:
     return f"layer{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"
 
 
-def check_functions(plan: LayerPlan, written: Checkpoint, base: Base, prompts: Mapping[str, torch.Tensor]) -> str:
+def check_functions(plan: LayerPlan, written: Checkpoint, base: "Base", prompts: "Mapping[str, torch.Tensor]") -> str:
     """Whether each layer gives, alone in NPT mode, the logits of its source on all `prompts`, bit for bit; in words.
 
     Layers that were computed from several sources have no source to equal. Raises RunnerError where a bit differs.
     """
-    merged = build_npt(written, base)
-    reference = Reference(base.model, base.key)
-    checked, computed = [], [layer.number for layer in plan.layers if layer.how != "copy"]
+    import torch
+
+    from runner.evaluation.forward import continue_from, logits
+    from runner.evaluation.reference import Reference
+    from runner.families.npt.model import build_npt
+
+    merged, reference = build_npt(written, base), Reference(base.model, base.key)
+    checked: list[int] = []
     for source in plan.sources:
         layers = [p.number for p in plan.layers if p.how == "copy" and p.sources[0] is source]
         model = build_npt(source.checkpoint, base) if layers else merged
-        for layer in layers:
-            for text, token_ids in prompts.items():
-                known = reference.trace(token_ids, [layer])
-                if not torch.equal(_alone(merged, layer, known), _alone(model, layer, known)):
-                    raise RunnerError(
-                        f"{written.path}: verification failed: on {text!r}, layer {layer} alone gives other logits "
-                        f"than in {source.path}"
-                    )
+        for layer, (text, token_ids) in product(layers, prompts.items()):
+            known = reference.trace(token_ids, [layer])  # the layers below give the base's hidden states
+            bits = []
+            for each in (merged, model):
+                with each.npt_mode({layer}):
+                    bits.append(logits(each, continue_from(each, known, layer)).contiguous().view(torch.uint8))
+            if not torch.equal(*bits):
+                raise RunnerError(
+                    f"{written.path}: verification failed: on {text!r}, layer {layer} alone gives other logits than "
+                    f"in {source.path}"
+                )
         checked += layers
-    words = [
-        f"{_layers(sorted(checked))}, each alone: the logits of their sources, bit for bit" if checked else "it runs"
-    ]
-    words += [f"{_layers(computed)}: computed from several sources, so equal to none"] if computed else []
-    return "; ".join(words)
-
-
-def _alone(model: NptLlamaForCausalLM, layer: int, known: Trace) -> torch.Tensor:
-    """The bits of the logits [T, V] with one NPT layer active; the layers below it give the base's hidden states."""
-    with model.npt_mode({layer}):
-        return logits(model, continue_from(model, known, layer)).contiguous().view(torch.uint8)
+    computed = [layer.number for layer in plan.layers if layer.how != "copy"]
+    said = f"{_layers(sorted(checked))}, each alone: the logits of their sources, bit for bit" if checked else "it runs"
+    more = [f"{_layers(computed)}: computed from several sources, so equal to none"] if computed else []
+    return "; ".join([said, *more])
