@@ -56,7 +56,7 @@ def test_every_part_of_an_npt_model_moves_what_it_is_given(checkpoint, monkeypat
     token_ids = torch.arange(3, 12)[None]
     expected = plain(token_ids).logits
     bases._bases.clear()
-    monkeypatch.setattr("runner.evaluation.build.is_spread", lambda model: True)
+    monkeypatch.setattr("runner.families.npt.model.is_spread", lambda model: True)
     follow(load_base(open_checkpoint(checkpoint), None).model)
     model = load(checkpoint, device="cpu")
     moved = []

@@ -29,7 +29,7 @@ _SHOWN = (
 )  # fmt: skip
 
 
-def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+def architecture(config: Mapping[str, object]) -> dict[str, object]:
     """What inspect shows of a config.json."""
     return {name: config[name] for name in _SHOWN if name in config}
 
@@ -69,7 +69,7 @@ def is_model_directory(listing: Listing) -> bool:
 
 
 def save(
-    directory: Path, tensors: Mapping[str, torch.Tensor], *, config: Mapping[str, Any], beside: Iterable[Path] = ()
+    directory: Path, tensors: Mapping[str, torch.Tensor], *, config: Mapping[str, object], beside: Iterable[Path] = ()
 ) -> None:
     """Write the files into `directory` (a staged one: see commit.py).
 
@@ -87,7 +87,7 @@ def save(
     write_config(directory, config)
 
 
-def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+def write_config(directory: Path, config: Mapping[str, object]) -> None:
     """Write config.json."""
     (directory / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
 

@@ -16,7 +16,7 @@ from runner.families.gpt.checkpoint import Provenance
 from runner.families.gpt.layouts import read_details
 from runner.families.lora.model import linear_shapes
 from runner.families.lora_moe.model import LoraMoeForCausalLM
-from runner.families.lora_moe.trained import save_moe
+from runner.families.lora_moe.save import save_moe
 from runner.families.npt.save import train_run
 from runner.families.npt.settings import EquivalenceSettings
 from runner.files.staging import staged

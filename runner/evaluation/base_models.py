@@ -4,7 +4,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -48,7 +47,7 @@ def snapshot(key: str, name: str, *, download: bool, patterns: tuple[str, ...] =
         ) from error
 
 
-BASES_KEPT = 2
+BASES_CACHED = 2
 ANYWHERE = Placement()
 
 
@@ -61,7 +60,7 @@ class Base:
 
     model: PreTrainedModel
     path: Path
-    key: tuple[Any, ...]
+    key: tuple[object, ...]
     files: tuple[Path, ...]
 
     def is_current(self) -> bool:
@@ -69,7 +68,7 @@ class Base:
         return fingerprint(self.path, self.files) == self.key[0]
 
 
-_bases: OrderedDict[tuple[Any, ...], Base] = OrderedDict()
+_bases: OrderedDict[tuple[object, ...], Base] = OrderedDict()
 
 
 def load_base(
@@ -92,14 +91,14 @@ def load_base(
     if key not in _bases:
         model = build_plain(values, weights, weights.infos, placement)
         _bases[key] = Base(model=model, path=path, key=key, files=files)
-        while len(_bases) > BASES_KEPT:
+        while len(_bases) > BASES_CACHED:
             _bases.popitem(last=False)
     _bases.move_to_end(key)
     return _bases[key]
 
 
 def build_plain(
-    values: Mapping[str, Any], weights: TensorSource, names: Iterable[str], placement: Placement
+    values: Mapping[str, object], weights: TensorSource, names: Iterable[str], placement: Placement
 ) -> PreTrainedModel:
     """The model that config.json's `values` describe, from the tensors `names` of `weights`, all accounted for."""
     config = causal_lm.config_from(values, weights.path)
@@ -122,7 +121,7 @@ def require_finite(checkpoint: Checkpoint, parameters: Iterable[torch.Tensor], d
     raise CheckpointError(f"{checkpoint.path}: {what}")
 
 
-def fingerprint(path: Path, files: Iterable[Path]) -> tuple[Any, ...]:
+def fingerprint(path: Path, files: Iterable[Path]) -> tuple[object, ...]:
     """Changes with any of `files`, even where a modification time was set back: their ctime cannot be."""
     stats = [(file.name, file.stat()) for file in files]
     marks = tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -92,18 +91,20 @@ def is_spread(model: nn.Module) -> bool:
     return len({str(parameter.device) for parameter in model.parameters()}) > 1
 
 
-def _moved(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _moved(
+    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     device = next(module.parameters()).device
     return tuple(_to(value, device) for value in args), {key: _to(value, device) for key, value in kwargs.items()}
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def _to(value: object, device: torch.device) -> object:
     if isinstance(value, torch.Tensor):
         return value.to(device)
     return tuple(_to(item, device) for item in value) if type(value) is tuple else value
 
 
-def _by_strategy(model: PreTrainedModel, strategy: str) -> dict[str, Any]:
+def _by_strategy(model: PreTrainedModel, strategy: str) -> dict[str, int | str]:
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory, get_max_memory
 
@@ -122,7 +123,7 @@ def _by_strategy(model: PreTrainedModel, strategy: str) -> dict[str, Any]:
     return dict(found)
 
 
-def _device(place: Any) -> torch.device:
+def _device(place: int | str) -> torch.device:
     try:
         device = torch.device("cuda", place) if isinstance(place, int) else torch.device(str(place))
         torch.empty(0, device=device)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -143,7 +142,7 @@ def text(job: MeasurementRun) -> None:
     _report_non_finite(job, names, sequences, comparisons)
 
 
-def _text_sequences(job: MeasurementRun) -> tuple[list[torch.Tensor], dict[str, Any]]:
+def _text_sequences(job: MeasurementRun) -> tuple[list[torch.Tensor], dict[str, int]]:
     """The sequences [T] of text, each under the limit of tier and model, and how many documents were cut."""
     data, tier = job.config.data, job.config.tier
     limit = min(tier.sequence_length, job.evaluator.max_length or tier.sequence_length)

@@ -17,7 +17,7 @@ from runner.evaluation.evaluator import Evaluator, plain_reference
 from runner.evaluation.forward import logit_count
 from runner.evaluation.placement import Placement
 from runner.evaluation.reference import Reference
-from runner.evaluation.tensor_cache import shelf_of
+from runner.evaluation.tensor_cache import model_cache
 from runner.evaluation.tokenizers import load_tokenizer
 from runner.families.family import Auto, Family
 from runner.tasks.context import Context
@@ -93,7 +93,7 @@ def _tokenizer(
 
 
 def _cached(base: Base, *, cache: Path, in_sweep: bool) -> Reference:
-    return Reference(base.model, base.key, shelf_of(base, cache, may_read=in_sweep))
+    return Reference(base.model, base.key, model_cache(base, cache, may_read=in_sweep))
 
 
 def _other_reference(

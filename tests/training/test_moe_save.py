@@ -7,7 +7,7 @@ import torch
 
 from runner import load
 from runner.errors import CheckpointError
-from runner.families.lora_moe.trained import save_moe
+from runner.families.lora_moe.save import save_moe
 from runner.files import staging as commit
 from tests.conftest import write_base
 from tests.lora_files import adapter_of, load_moe, write_adapter, write_moe

@@ -57,8 +57,8 @@ class LoraMoe(Family):
     def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> Path:
         """As `Family.save`."""
         from runner.families.lora_moe.model import LoraMoeForCausalLM
+        from runner.families.lora_moe.save import save_moe
         from runner.families.lora_moe.state import read_skills
-        from runner.families.lora_moe.trained import save_moe
 
         assert isinstance(model, LoraMoeForCausalLM)
         skills = None if checkpoint.details.skills is None else read_skills(checkpoint.details.skills)
