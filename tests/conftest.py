@@ -18,7 +18,22 @@ torch.set_num_threads(1)
 # Started in the background by a script, pytest ignores SIGINT, and so would every process that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-GOLDEN = Path(os.environ.get("RUNNER_GOLDEN", ROOT.parent / "shared" / "golden"))
+# The golden checkpoints: a few small ones here, and more beside the checkout, on some machines.
+GOLDEN = [ROOT / "tests" / "golden", Path(os.environ.get("RUNNER_GOLDEN", ROOT.parent / "shared" / "golden"))]
+
+
+def golden_folders(kind: str) -> list[str]:
+    """The golden checkpoints of this kind that are here, as `kind/name`, the base aside."""
+    found = {
+        path.name for root in GOLDEN if (root / kind).is_dir() for path in (root / kind).iterdir() if path.is_dir()
+    }
+    return [f"{kind}/{name}" for name in sorted(found - {"base"})]
+
+
+def golden_numbers(kind: str) -> dict:
+    """expected.json of this kind, for what is here."""
+    files = [root / kind / "expected.json" for root in GOLDEN]
+    return {name: numbers for file in files if file.exists() for name, numbers in json.loads(file.read_text()).items()}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -29,11 +44,32 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def golden() -> Path:
-    """The folder of golden checkpoints."""
-    if not GOLDEN.is_dir():
-        pytest.skip("the golden checkpoints (../shared/golden) are not on this machine")
-    return GOLDEN
+def golden() -> Callable[[str], Path]:
+    """The path of a golden checkpoint, `kind/name`. Skips where it is not on this machine."""
+
+    def find(name: str) -> Path:
+        found = [root / name for root in GOLDEN if (root / name).exists()]
+        return found[0] if found else pytest.skip(f"the golden {name} (../shared/golden) is not on this machine")
+
+    return find
+
+
+@pytest.fixture(scope="session", params=["tiny", "golden"] if golden_folders("gpt") else ["tiny"])
+def gpts(
+    request: pytest.FixtureRequest, golden: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The path of a GPT checkpoint of 512 tokens and one head in this dialect, `small` or `medium`."""
+    if request.param == "golden":
+        return lambda dialect: golden(f"gpt/{dialect}")
+    root = tmp_path_factory.mktemp("gpts")
+
+    def made(dialect: str) -> Path:
+        if not (root / dialect).exists():
+            (root / dialect).mkdir()
+            write_gpt(root / dialect, dialect)
+        return root / dialect
+
+    return made
 
 
 @pytest.fixture
@@ -70,6 +106,16 @@ def run(workdir: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outco
         return Outcome(code, captured.out, captured.err)
 
     return call
+
+
+def write_gpt(directory: Path, dialect: str) -> Path:
+    """A random GPT of 512 tokens and one head as the training script saves it, the medium one in bfloat16."""
+    from tests.gpt_files import random_state, script_file
+
+    state = random_state(dialect, vocab=512)
+    if dialect == "medium":
+        state = {name: tensor if name == "scalars" else tensor.bfloat16() for name, tensor in state.items()}
+    return script_file(directory / "best_state_step000300_val3.2500.pt", state)
 
 
 def write_tokenizer(directory: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -55,11 +56,12 @@ ATTACKS = {
 MODULE = "open('canary', 'w')\nfrom transformers import LlamaForCausalLM as Evil\n"
 
 
-def hostile_checkpoints(directory: Path, base: Path) -> dict[str, Path]:
+def hostile_checkpoints(directory: Path, base: Path, attacks: list[str]) -> dict[str, Path]:
     """Checkpoints of every kind that would touch `canary` if something in them ran."""
     found = {}
     tensors = npt_tensors(base, MIXED)
-    for name, attack in ATTACKS.items():
+    for name in attacks:
+        attack = ATTACKS[name]
         for place in ("npt_weights.pt", "training_state.pt"):
             path = write_npt(directory / f"{name} in {place}", tensors, base=base)
             torch.save({**(tensors if place == "npt_weights.pt" else {"global_step": 1}), "x": attack}, path / place)
@@ -102,8 +104,12 @@ def hostile_checkpoints(directory: Path, base: Path) -> dict[str, Path]:
     return found
 
 
-def test_nothing_executes(tmp_path, base):
-    found = hostile_checkpoints(tmp_path / "hostile", base) if (tmp_path / "hostile").mkdir() is None else {}
+@pytest.mark.parametrize(
+    "attacks", [["os.system"], pytest.param([*ATTACKS][1:], marks=pytest.mark.slow)], ids=["one", "rest"]
+)
+def test_nothing_executes(attacks, tmp_path, base):
+    (tmp_path / "hostile").mkdir()
+    found = hostile_checkpoints(tmp_path / "hostile", base, attacks)
     lines, names = [], []
     for name, path in found.items():
         for words in (["task=inspect"], ["task=diagnose", f"base={base}"], [f"reference={path}", f"ckpt={base}"]):

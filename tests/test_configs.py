@@ -12,7 +12,6 @@ from runner.config import (
     FIXED_KEYS,
     PATH_KEYS,
     TASKS,
-    Family,
     Tier,
     config_directory,
     did_you_mean,
@@ -21,6 +20,7 @@ from runner.config import (
 )
 from runner.data.text import Data
 from runner.errors import ConfigError
+from runner.families.lora_moe import LoraMoe
 from runner.run import _components, _typed, setup
 from runner.sweeps.sweeper import check_values
 
@@ -49,6 +49,16 @@ def test_each_task_composes_into_its_typed_root(task):
     assert {str(key) for key in cfg} == {field.name for field in fields(TASKS[task])}
     typed = _typed(cfg)
     assert isinstance(typed, TASKS[task])
+
+
+@pytest.mark.parametrize(("group", "words"), [("experiment", []), ("merge", ["task=merge"])])
+def test_no_two_presets_are_one(group, words):
+    composed = {}
+    for file in sorted((CONF / group).glob("*.yaml")):
+        cfg = OmegaConf.to_container(compose("config", overrides=[*words, f"{group}={file.stem}"]))
+        if group == "merge":
+            del cfg["merge"]["name"]
+        assert composed.setdefault(str(cfg), file.stem) == file.stem
 
 
 def test_every_task_has_a_page_and_a_file():
@@ -148,7 +158,7 @@ def test_one_command_for_a_launcher_is_a_list_of_one():
 
 
 @pytest.mark.parametrize(
-    ("node", "group", "in_each"), [(Tier, "tier", True), (Data, "data", False), (Family, "family", False)]
+    ("node", "group", "in_each"), [(Tier, "tier", True), (Data, "data", False), (LoraMoe, "family", False)]
 )
 def test_what_the_code_reads_can_be_said(node, group, in_each):
     """A field of no YAML is unknown on the command line."""

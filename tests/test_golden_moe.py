@@ -1,23 +1,17 @@
 """The golden lora_moe checkpoints: logits, routing and the mean of all logits."""
 
-import json
-
 import pytest
 import torch
 
 from runner.families.lora_moe import model as lora_moe
-from tests.conftest import GOLDEN
+from tests.conftest import golden_numbers
 from tests.lora_files import load_moe
 
-EXPECTED = json.loads((GOLDEN / "moe" / "expected.json").read_text()) if GOLDEN.is_dir() else {}
-
-pytestmark = pytest.mark.skipif(
-    not EXPECTED, reason="the golden checkpoints (../shared/golden) are not on this machine"
-)
+EXPECTED = golden_numbers("moe")
 
 
 def load(golden, name, **options):
-    return load_moe(golden / "moe" / name, golden / "npt" / "base", **options)
+    return load_moe(golden(f"moe/{name}"), golden("npt/base"), **options)
 
 
 def distance(logits: torch.Tensor, name: str) -> float:

@@ -1,24 +1,20 @@
 """All golden npt_delta checkpoints: whatever expected.json gives is reproduced."""
 
-import json
-
 import pytest
 import torch
 
 import runner
 from runner.metrics.generation import generate
-from tests.conftest import GOLDEN
+from tests.conftest import golden_numbers
 
-EXPECTED = json.loads((GOLDEN / "npt" / "expected.json").read_text()) if GOLDEN.is_dir() else {}
+EXPECTED = golden_numbers("npt")
 NAMES = [name for name in EXPECTED if not name.startswith("_")]
-
-pytestmark = pytest.mark.skipif(not NAMES, reason="the golden checkpoints (../shared/golden) are not on this machine")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_figures(name, golden):
     expected = EXPECTED[name]
-    result = runner.diagnose(golden / "npt" / name, base=golden / "npt" / "base", tier="full")
+    result = runner.diagnose(golden(f"npt/{name}"), base=golden("npt/base"), tier="full")
     assert [layer["layer"] for layer in result["layers"]] == expected["layers"]
     kinds = [[layer["modulation"], layer["np_rank"], layer["num_ranks"]] for layer in result["layers"]]
     if "kinds" in expected:
@@ -45,6 +41,6 @@ def test_figures(name, golden):
 @pytest.mark.parametrize("cache", [True, False])
 def test_greedy_tokens(name, cache, golden):
     greedy = EXPECTED[name]["greedy"]
-    model = runner.load(golden / "npt" / name)
+    model = runner.load(golden(f"npt/{name}"))
     prompt = torch.tensor(greedy["ids"][: -greedy["new"]])
     assert generate(model, prompt, greedy["new"], cache=cache) == greedy["ids"][-greedy["new"] :]

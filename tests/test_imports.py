@@ -1,8 +1,11 @@
 """The house's rule: imports run one way, downwards, and nothing heavy is imported before a task runs."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -42,7 +45,7 @@ MAY_IMPORT = {
 }
 # Arrows that still point the wrong way. Nothing is added here.
 STILL = {
-    ("checks", "families"), ("merge", "families"), ("training", "families"),
+    ("checks", "families"), ("training", "families"),
     ("files", "results"), ("metrics", "config"), ("checks", "training"),
 }  # fmt: skip
 HYDRA = {"cli", "run", "sweeps", "config"}
@@ -67,6 +70,29 @@ def part(module: str) -> str:
 
 
 FILES = sorted((ROOT / "runner").rglob("*.py"))
+
+
+def test_what_is_imported_is_declared_and_pinned():
+    """By distribution: pyproject.toml says what is needed, constraints.txt which one of each the tests pass with."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {normal(name) for name in project["dependencies"]}
+    extras = {
+        normal(name) for group in ("panels", "launchers", "ray") for name in project["optional-dependencies"][group]
+    }
+    pinned = {normal(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    owners = packages_distributions()
+    tops = {name.partition(".")[0] for file in FILES for name in imports(file)} - sys.stdlib_module_names - {"runner"}
+    found = {top: {normal(owner) for owner in owners.get(top, ())} for top in tops}
+    assert {top for top, names in found.items() if not names & (needed | extras)} == set()
+    assert {top for top, names in found.items() if not names & pinned} == set()
+    assert needed - pinned == set()
+    unused = needed - set().union(*found.values())
+    assert unused == set(), "declared and not imported"
+
+
+def normal(requirement: str) -> str:
+    """`huggingface_hub>=1` → `huggingface-hub`: the names of distributions as they are compared."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))

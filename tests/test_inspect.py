@@ -61,6 +61,7 @@ def test_run_directory(run, checkpoint, base):
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
+        ("npt/single_rank1", {"format": "npt_delta", "family": "npt", "keys": 6}),
         ("npt/dual_rank4", {"format": "npt_delta", "step": 1700, "keys": 48}),
         ("npt/mixed_layers", {"format": "npt_delta"}),
         ("npt/second_spelling/npt_weights.pt", {"format": "npt_delta", "keys": 6}),
@@ -85,7 +86,7 @@ def test_run_directory(run, checkpoint, base):
     ],
 )
 def test_golden(path, expected, golden):
-    result = runner.inspect(golden / path)
+    result = runner.inspect(golden(path))
     assert {name: result.get(name) for name in expected} == expected
 
 

@@ -37,6 +37,7 @@ def test_awkward_paths_survive(path):
     assert composed(f"ckpt={quoted(path)}") == path
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1, max_size=12))
 def test_any_text_survives(path):

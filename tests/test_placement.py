@@ -8,7 +8,6 @@ from runner.checkpoints.detect import open_checkpoint
 from runner.evaluation import base_models as bases
 from runner.evaluation.base_models import load_base
 from runner.evaluation.placement import _moved, follow
-from tests.conftest import GOLDEN
 
 HALVES = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": 0, "model.layers.2": 0, "model.norm": 0, "lm_head": 0}  # fmt: skip
 
@@ -40,13 +39,11 @@ def test_maps_that_make_no_sense(run, checkpoint, spread, message):
     assert message in outcome.err
 
 
-@pytest.mark.parametrize("name", ["gpt/small", "moe/two_experts"])
-def test_other_families_run_on_one_device(run, name):
-    if not (GOLDEN / name).exists():
-        pytest.skip("the golden checkpoints (../shared/golden) are not on this machine")
-    outcome = run(f"ckpt={GOLDEN / name}", "family.device_map=auto")
-    assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
-    assert "runs on one device; give device=" in outcome.err
+def test_other_families_run_on_one_device(run, golden, gpts):
+    for path in (gpts("small"), golden("moe/two_experts")):
+        outcome = run(f"ckpt={path}", "family.device_map=auto")
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+        assert "runs on one device; give device=" in outcome.err
 
 
 def test_every_part_of_an_npt_model_moves_what_it_is_given(checkpoint, monkeypatch):

@@ -167,15 +167,17 @@ def dtype_name(dtype: torch.dtype) -> str:
 def describe_training(state: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Step, learning rates, optimizer, scheduler and mixed precision of a training state."""
     optimizer, scheduler = state.get("optimizer_state_dict"), state.get("scheduler_state_dict")
-    groups = optimizer.get("param_groups", []) if isinstance(optimizer, Mapping) else []
+    found = optimizer.get("param_groups") if isinstance(optimizer, Mapping) else None
+    groups = list(found) if isinstance(found, (list, tuple)) else []
     rates = [group["lr"] for group in groups if isinstance(group, Mapping) and "lr" in group]
+    scaler = state.get("scaler_state_dict")
     shown = ("step", "global_step", "batch_count", "current_epoch", "best_val_loss")
     return {
         **{name: plain(state[name]) for name in shown if state.get(name) is not None},
         "learning_rates": plain(rates) if rates else plain(config.get("learning_rate")),
         "optimizer": _optimizer(optimizer, groups),
         "scheduler": plain(scheduler),
-        "mixed_precision": bool(state.get("scaler_state_dict")) or plain(config.get("mixed_precision")),
+        "mixed_precision": (isinstance(scaler, Mapping) and len(scaler) > 0) or plain(config.get("mixed_precision")),
         "config": plain(config or state.get("config")),
     }
 

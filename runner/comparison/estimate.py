@@ -29,7 +29,7 @@ def estimate(
 
     `rates`: the learning rate of each point where it is known; only the points since its last change are fitted.
     """
-    # scipy, which only a comparison needs.
+    # numpy, which only a comparison needs.
     from runner.metrics.forecast import forecast
     from runner.metrics.forecast_words import sentence
 

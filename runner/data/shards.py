@@ -1,7 +1,6 @@
 """modded-nanogpt's token shards: 256 int32 (magic, version, token count, zeros), then that many uint16 token ids."""
 
 import glob
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,15 +78,3 @@ def read_shards(pattern: str | Path, max_tokens: int, vocab_size: int | None = N
 def sequences(tokens: torch.Tensor, length: int) -> list[torch.Tensor]:
     """`tokens` [T] cut into pieces of `length`; a last one of a single token, which predicts nothing, is left out."""
     return [piece for piece in tokens.split(length) if len(piece) > 1]
-
-
-def write_shard(path: Path, tokens: Sequence[int] | np.ndarray) -> None:
-    """Write one shard. Raises ValueError for an id that does not fit 16 bits."""
-    ids = np.asarray(tokens)
-    if ids.size and not 0 <= ids.min() <= ids.max() < 1 << 16:
-        raise ValueError("token ids of a shard are 0 to 65535")
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(ids)
-    with path.open("wb") as file:
-        file.write(header.tobytes())
-        file.write(ids.astype("<u2").tobytes())

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from runner.errors import CheckpointError, DamagedError
 from runner.files.file_type import LEGACY_MAGIC, ZIP_START, Kind, kind_of
-from runner.files.pickle_check import MAX_PICKLE_BYTES, Container, scan
+from runner.files.pickle_check import MAX_PICKLE_BYTES, Container, entries, scan
 
 # torch.save's legacy layout starts with its magic number as a pickle of protocol 2 (or an older one).
 
@@ -284,11 +284,7 @@ def check_legacy(path: Path) -> None:
 
 
 def _little_endian(system: Any) -> bool:
-    if not isinstance(system, Container):
-        return True
-    values = system.items[1::2]
-    pairs = dict(zip(system.items[: 2 * len(values) : 2], values, strict=True))
-    return pairs.get("little_endian", True) is True
+    return entries(system).get("little_endian", True) is True
 
 
 def _check_storage(path: Path, file: BinaryIO, key: str, count: int) -> None:

@@ -167,7 +167,11 @@ def storage(identity: Any) -> Storage:
 
 def _check_count(value: Any) -> None:
     if type(value) is not int or not 0 <= value < 1 << 48:
-        raise Refused(f"a size of {value!r}", about_tensor=True)
+        # Only what is short is shown: a number may have hundreds of digits, a list any depth.
+        shown = (
+            value if type(value) is int and abs(value) < 1 << 64 else f"a {type(value).__name__} too large or foreign"
+        )
+        raise Refused(f"a size of {shown}", about_tensor=True)
 
 
 def tensor_v2(base: Any, offset: Any, shape: Any, strides: Any, grad: Any = False, hooks: Any = None,
@@ -314,25 +318,34 @@ def _check_attributes(state: Any, owner: type) -> None:
             raise Refused(f"an attribute {name!r} that hides one of {owner.__name__}")
 
 
+def _items(value: Any) -> list[Any]:
+    """What going through a plain container gives; raises TypeError for anything else."""
+    if isinstance(value, tuple):
+        return list(value)
+    if not isinstance(value, Container) or value.kind not in ("list", "set", "dict"):
+        raise TypeError("not items")
+    return value.items[::2] if value.kind == "dict" else list(value.items)
+
+
 def _mapping(items: Any = None) -> Container:
     if items is None:
         return Container(kind="dict")
-    if not isinstance(items, Container):
-        raise TypeError("not items")
-    if items.kind == "dict":
+    if isinstance(items, Container) and items.kind == "dict":
         return Container(kind="dict", items=list(items.items))
     pairs: list[Any] = []
-    for pair in items.items:
-        pairs.extend(pair.items if isinstance(pair, Container) else pair)
-    for key in pairs[::2]:
-        check_key(key)
+    for pair in map(_items, _items(items)):
+        if len(pair) != 2:
+            raise TypeError("not a pair")
+        check_key(pair[0])
+        pairs.extend(pair)
     return Container(kind="dict", items=pairs)
 
 
-def _set_of(items: Any) -> Container:
-    for item in items.items:
+def _set_of(items: Any = ()) -> Container:
+    members = _items(items)
+    for item in members:
         check_key(item)
-    return Container(kind="set", items=list(items.items))
+    return Container(kind="set", items=members)
 
 
 def _bytes(text: Any, codec: Any = "latin1") -> bytes:
@@ -343,7 +356,7 @@ def _bytes(text: Any, codec: Any = "latin1") -> bytes:
 
 def _bytearray(content: Any, codec: Any = "latin1") -> bytes:
     if isinstance(content, int):
-        raise Refused(f"a bytearray of {content} bytes made out of nothing")
+        raise Refused("a bytearray that is made out of nothing")
     return content if isinstance(content, bytes) else _bytes(content, codec)
 
 
@@ -436,6 +449,8 @@ def scan(file: BinaryIO, path: Path) -> Scan:
     except Refused as error:
         named = f"{path}: {machine.key()}: " if error.about_tensor else f"{path}: "
         raise CheckpointError(f"{named}{error}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: its pickle is nested too deep") from error
     except (ValueError, IndexError, KeyError, UnicodeDecodeError, TypeError) as error:
         raise CheckpointError(
             f"{path}: damaged pickle near byte {position}: copy or download the file again"

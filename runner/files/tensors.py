@@ -77,8 +77,8 @@ def _load(path: Path, options: dict[str, Any]) -> Any:
         with _LOCK, skip, torch.serialization.safe_globals(_INERT_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, weights_only=True, **options)
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, OSError, EOFError,
-            pickle.UnpicklingError) as error:  # fmt: skip
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, OSError,
+            EOFError, pickle.UnpicklingError) as error:  # fmt: skip
         # torch's own text is left out: it advises to switch the safe loading off.
         raise CheckpointError(
             f"{path}: torch cannot load this file ({type(error).__name__}): damaged, or not a dict of plain tensors"

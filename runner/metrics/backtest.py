@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import fdtri
 
 from runner.metrics.forecast import LEAST_POINTS, Forecast, TargetEstimate, forecast
-from runner.metrics.forecast_fit import PARAMETERS
+from runner.metrics.forecast_fit import PARAMETERS, f_quantile
 from runner.metrics.forecast_series import Series, reached, series_of
 
 _LEAST_HELD = 2
@@ -101,7 +100,7 @@ def _held_points(series: Series, first: int, known: Forecast) -> tuple[HeldPoint
     """The band holds the curve; a measured point also scatters around it, so the two widths add as squares."""
     assert known.band is not None
     scatter = min(family.noise for family in known.families if family.accepted)
-    scatter *= math.sqrt(float(fdtri(1, first - PARAMETERS, known.confidence)))
+    scatter *= math.sqrt(f_quantile(1, first - PARAMETERS, known.confidence))
     band = known.band
     rows = zip(band.steps, series.mses[first:], band.lower, band.median, band.upper, strict=True)
     return tuple(

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import fdtri
 
 from runner.metrics.forecast_fit import (
     FAMILIES,
@@ -19,6 +18,7 @@ from runner.metrics.forecast_fit import (
     Region,
     coordinate,
     curve_band,
+    f_quantile,
     fit,
     log_floor,
     reach,
@@ -151,7 +151,7 @@ def _refusal(y: Array, regions: dict[str, Region], most: float, confidence: floa
     free = len(y) - PARAMETERS
     best = min(float(region.rss[0]) for region in regions.values())
     gain = float(((y - y.mean()) ** 2).sum()) - best
-    if gain <= 2 * float(fdtri(2, free, confidence)) * max(best / free, LEAST_NOISE**2):
+    if gain <= 2 * f_quantile(2, free, confidence) * max(best / free, LEAST_NOISE**2):
         return "not_falling"
     return None if any(_accepted(region, most) for region in regions.values()) else "no_fit"
 

@@ -15,11 +15,12 @@ in closed form, as is the step at which a curve meets a target; the other two pa
 follows the region. All functions take a batch of series, so that a simulation costs little more than its arithmetic.
 """
 
+import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import fdtri
 
 Array = NDArray[np.float64]
 
@@ -51,6 +52,32 @@ class Region:
     noise: Array
 
 
+@cache
+def f_quantile(tested: int, free: int, confidence: float) -> float:
+    """The quantile of the F distribution with `tested` (1 or 2) and `free` (at least 1) degrees of freedom.
+
+    F(2, n) has a closed form. F(1, n) is the square of Student's t, whose distribution is a finite sum in the angle
+    θ = arctan(t/√n) (Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4): θ is bisected.
+    `confidence` is above 0 and below 1.
+    """
+    if tested == 2:
+        return free / 2 * math.expm1(-2 / free * math.log1p(-confidence))
+    low, high = 0.0, math.pi / 2
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if _share_within(middle, free) < confidence else (low, middle)
+    return free * math.tan(low) ** 2
+
+
+def _share_within(angle: float, free: int) -> float:
+    """The probability that Student's t with `free` degrees of freedom is within ±√free · tan(angle)."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    term, total = (cosine if free % 2 else 1.0), 0.0
+    for k in range(1 + free % 2, free, 2):
+        total += term
+        term *= cosine * cosine * k / (k + 1)
+    return 2 / math.pi * (angle + sine * total) if free % 2 else sine * total
+
+
 def coordinate(family: str, steps: Array, at: Array) -> Array:
     """x of the steps `at`: 1 at the first of `steps`, 0 at the last, negative beyond."""
     if family == "power law":
@@ -77,7 +104,7 @@ def fit(y: Array, x: Array, confidence: float) -> Region:
     """The curves that the log figures `y` [B, n] at coordinates `x` [n] allow with this confidence (such as 0.9)."""
     count = len(x)
     free = count - PARAMETERS
-    quantile = float(fdtri(1, free, confidence))
+    quantile = f_quantile(1, free, confidence)
     slope = (y * (x - x.mean())).sum(-1) / ((x - x.mean()) ** 2).sum()
     roots = np.broadcast_to(np.linspace(np.sqrt(_LEAST_SHARE), 1.0, _SHARES), (len(y), _SHARES))
     drop = np.broadcast_to(np.clip(slope, 0.05, _MOST_DROP)[:, None], roots.shape)

@@ -25,8 +25,6 @@ from runner.reports.page.build import page
 from runner.reports.picture import pictures
 from runner.results import write_whole
 
-PAGE_NAME = "comparison.html"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Written:

@@ -1,7 +1,7 @@
 """A small Llama that is really trained on the built-in world: the base of the demonstration."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -107,18 +107,6 @@ def save_language_model(model: LlamaForCausalLM, tokenizer: "Tokenizer", directo
         model_max_length=model.config.max_position_embeddings,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(directory)
-
-
-@torch.no_grad()
-def recall(model: LlamaForCausalLM, tokenizer: "Tokenizer", sentences: Sequence[str]) -> float:
-    """The share of sentences that end as is most likely: the last word or name and the stop, token by token."""
-    right = 0
-    samples = sentence_samples(sentences, tokenizer, question_weight=0.0)
-    for batch in equal_length_batches(samples, 64, random.Random(0)):
-        guesses = model(batch.ids, use_cache=False).logits[:, :-1].argmax(-1)
-        wrong = (guesses != batch.ids[:, 1:]) & (batch.weights[:, 1:] > 0)
-        right += int((~wrong[:, :-1].any(1)).sum())  # whether it ends there is another question
-    return right / len(sentences)
 
 
 def _new_model(tokenizer: "Tokenizer", settings: LanguageModelSettings, seed: int) -> LlamaForCausalLM:

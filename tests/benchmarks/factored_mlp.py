@@ -29,7 +29,9 @@ def measure(kind: str, k: int, tokens: int, hidden: int, inner: int, rank: int) 
     attention, x = torch.randn(tokens, hidden), torch.randn(tokens, hidden)
 
     def naive() -> torch.Tensor:
-        v_a, v_b = update.vectors(attention)
+        s = (attention @ update.w_down).unflatten(-1, (k, rank))
+        v_a = torch.einsum("...kr,krd->...kd", s, update.w_a_up.unflatten(0, (k, rank)))
+        v_b = torch.einsum("...kr,krf->...kf", s, update.w_b_up.unflatten(0, (k, rank)))
         return ((v_a * x.unsqueeze(-2)).sum(-1, keepdim=True) * v_b).sum(-2)
 
     run = naive if kind == "naive" else lambda: update(attention, x)

@@ -6,14 +6,9 @@ import pytest
 
 from runner.checks.context import BUILT
 from tests.checks.benches import MODEL_CHECKS, QUALITY, bench_of, rows_of
-from tests.conftest import GOLDEN
+from tests.conftest import golden_folders
 
-FOLDERS = {
-    kind: sorted(path for path in (GOLDEN / kind).iterdir() if path.is_dir() and path.name != "base")
-    for kind in ("npt", "npt_full", "gpt", "moe")
-    if GOLDEN.is_dir()
-}
-PATHS = [path for paths in FOLDERS.values() for path in paths] + ([GOLDEN / "npt" / "base"] if FOLDERS else [])
+NAMES = ["npt/base", *(name for kind in ("npt", "npt_full", "moe") for name in golden_folders(kind))]
 EXPECTED = {
     "npt": {"modes", "control"} | QUALITY,
     "npt_full": {"modes", "control"} | QUALITY,
@@ -24,12 +19,18 @@ EXPECTED = {
 SHARED = {"model", "forward", "save", "roundtrip", "batch", "gradients", "optimizer_step"}
 
 
-@pytest.mark.skipif(not PATHS, reason="the golden checkpoints (../shared/golden) are not on this machine")
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_golden_checkpoints_pass(path, tmp_path):
-    kind = "hf" if path.name == "base" else path.parent.name
-    file = next(path.glob("best_state*.pt")) if kind == "gpt" else path
-    bench = bench_of(file, tmp_path / "scratch", base=None if kind in ("gpt", "hf") else GOLDEN / "npt" / "base")
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_checkpoints_pass(name, golden, tmp_path):
+    kind = "hf" if name == "npt/base" else name.partition("/")[0]
+    passes(kind, bench_of(golden(name), tmp_path / "scratch", base=None if kind == "hf" else golden("npt/base")))
+
+
+@pytest.mark.parametrize("dialect", ["small", "medium"])
+def test_gpts_pass(dialect, gpts, tmp_path):
+    passes("gpt", bench_of(next(gpts(dialect).glob("best_state*.pt")), tmp_path / "scratch", base=None))
+
+
+def passes(kind, bench):
     bench.config.tier = replace(bench.config.tier, sequence_length=128, new_tokens=2)
     names = tuple(name for name in bench.config.tier.checks if name != BUILT)
     assert set(MODEL_CHECKS) <= set(names)

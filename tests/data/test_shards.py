@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from runner.data.shards import find_shards, open_shard, read_shards, sequences, write_shard
+from runner.data.shards import find_shards, open_shard, read_shards, sequences
 from runner.errors import ConfigError
+from tests.shard_files import write_shard
 
 
 def by_hand(tokens, magic=20240520, version=1, count=None):

@@ -290,3 +290,11 @@ def test_everything_is_json(mses):
 def test_wrong_arguments(given, words):
     with pytest.raises(ValueError, match=words):
         forecast(**{"steps": STEPS, "mses": curve("power law"), "targets": TARGETS, **given})
+
+
+@pytest.mark.parametrize("tested", [1, 2])
+@pytest.mark.parametrize("confidence", [0.01, 0.5, 0.9, 0.95, 0.999])
+def test_the_quantiles_of_f_are_those_of_scipy(tested, confidence):
+    for free in (*range(1, 60), 500, 501, 2000):
+        found = forecast_fit.f_quantile(tested, free, confidence)
+        assert found == pytest.approx(fdtri(tested, free, confidence), rel=1e-11)

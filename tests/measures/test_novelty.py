@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from runner.families.lora_moe.skills import is_novel, similarity
+from runner.families.lora_moe.skills import similarity
 
 X, Y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
 DIAGONAL = torch.tensor([3.0, 3.0])
@@ -25,16 +25,13 @@ def test_similarity(library, highest, median):
     assert similarity(DIAGONAL, library, "median") == pytest.approx(median)
 
 
-def test_novelty():
-    assert is_novel(DIAGONAL, {})
-    assert is_novel(DIAGONAL, {0: X})  # 0.707 < 0.75
-    assert not is_novel(DIAGONAL, {0: X}, threshold=0.7)
-    assert not is_novel(DIAGONAL, {0: X, 1: -X, 2: DIAGONAL})
-    assert is_novel(DIAGONAL, {0: X, 1: -X, 2: DIAGONAL}, reduction="median")
+def test_nothing_is_like_an_empty_library():
+    assert similarity(DIAGONAL, {}) is None
 
 
-def test_the_threshold_itself_is_not_novel():
-    assert not is_novel(torch.tensor([3.0, 4.0]), {0: X}, threshold=0.6)
+def test_a_cosine_that_can_be_written_is_exact():
+    """A skill whose similarity is the threshold is not below it."""
+    assert similarity(torch.tensor([3.0, 4.0]), {0: X}) == 0.6
 
 
 @pytest.mark.parametrize(

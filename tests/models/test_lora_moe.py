@@ -255,12 +255,3 @@ def test_another_architecture_keeps_what_it_does_after_the_head():
 def test_impossible_options(moe, options):
     with pytest.raises(ConfigError, match=r"top_k=|router_features="):
         load_moe(moe, **options)
-
-
-def test_idle_experts_are_named(moe):
-    model = load_moe(moe)
-    assert model.idle() == ()
-    for name, parameter in model.named_parameters():
-        if ".lora_B.expert_1." in name:
-            parameter.data.zero_()
-    assert model.idle() == ("expert_1",)

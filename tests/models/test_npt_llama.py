@@ -71,7 +71,9 @@ def test_update_equals_materialised_vectors():
     torch.manual_seed(0)
     update = RankKUpdate(torch.randn(3, 8, 4), torch.randn(3, 4, 8), torch.randn(3, 4, 20))
     attention, x = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    v_a, v_b = update.vectors(attention)
+    s = (attention @ update.w_down).unflatten(-1, (3, 4))
+    v_a = torch.einsum("...kr,krd->...kd", s, update.w_a_up.unflatten(0, (3, 4)))
+    v_b = torch.einsum("...kr,krf->...kf", s, update.w_b_up.unflatten(0, (3, 4)))
     expected = ((v_a * x.unsqueeze(-2)).sum(-1, keepdim=True) * v_b).sum(-2)
     torch.testing.assert_close(update(attention, x), expected, rtol=1e-4, atol=1e-4)
 

@@ -51,8 +51,8 @@ def test_a_relative_base_is_found_from_the_new_place(run, checkpoint, base, work
 
 
 @pytest.mark.parametrize("name", ["small", "medium"])
-def test_gpt_there_and_back(name, run, golden):
-    source = golden / "gpt" / name
+def test_gpt_there_and_back(name, run, gpts):
+    source = gpts(name)
     assert convert(run, source, "safetensors", "there").code == 0
     assert convert(run, "there", "pt", "back").code == 0
     assert_same(tensors_of("there"), tensors_of(source))
@@ -63,8 +63,8 @@ def test_gpt_there_and_back(name, run, golden):
         assert torch.equal(runner.load("there")(ids).logits, runner.load(source)(ids).logits)
 
 
-def test_vocabulary_cut(run, golden):
-    source = golden / "gpt" / "small"
+def test_vocabulary_cut(run, gpts):
+    source = gpts("small")
     assert convert(run, source, "safetensors", "cut", "convert.vocab_size=500").code == 0
     assert runner.inspect("cut")["vocab_size"] == 500
     ids = torch.arange(1, 40)[None]
@@ -75,7 +75,7 @@ def test_vocabulary_cut(run, golden):
 
 @pytest.mark.parametrize("name", ["single_file", "updated_base", "pytorch_bin", "sharded_no_tokenizer"])
 def test_npt_full_taken_apart(name, run, golden):
-    source = golden / "npt_full" / name
+    source = golden(f"npt_full/{name}")
     assert convert(run, source, "hf", "apart").code == 0
     model, whole = runner.load("apart/adapters"), runner.load(source)
     ids = torch.arange(3, 30)[None]

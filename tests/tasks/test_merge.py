@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from runner.files.staging import verify
 from runner.tracking.rows import eval_row, summary
-from tests.conftest import npt_tensors, write_npt
+from tests.conftest import golden_numbers, npt_tensors, write_npt
 from tests.merging.sources import (
     ONE,
     THREE,
@@ -79,9 +79,9 @@ def test_what_lies_beside_the_weights(run, pair):
 
 def test_the_joint_figures_of_the_golden_layers(run, golden):
     """The two layers of which each was trained alone, together: the figures of the program that defined the format."""
-    expected = json.loads((golden / "npt" / "expected.json").read_text())["_merged"]
     names = ["triple_rank8_layer1", "triple_rank8_layer3"]
-    outcome = merge(run, *(golden / "npt" / name for name in names), verify="functional")
+    outcome = merge(run, *(golden(f"npt/{name}") for name in names), verify="functional")
+    expected = golden_numbers("npt")["_merged"]
     result = outcome.result
     assert result["verification"] == dict.fromkeys(("structure", "bytes", "functional"), "pass")
     assert result["metrics"]["mse"] == pytest.approx(expected["avg_mse"], rel=1e-4)

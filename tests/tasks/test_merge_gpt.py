@@ -95,8 +95,8 @@ def test_between_two(rule, run, pair):
 
 
 @pytest.mark.parametrize("dialect", ["small", "medium"])
-def test_the_mean_of_a_golden_checkpoint_with_itself_is_itself(dialect, run, golden):
-    (file,) = (golden / "gpt" / dialect).glob("*val*.pt")
+def test_the_mean_of_a_checkpoint_with_itself_is_itself(dialect, run, gpts):
+    (file,) = gpts(dialect).glob("*val*.pt")
     shutil.copyfile(file, "copy.pt")
     outcome = merge(run, file, "copy.pt", verify="functional")
     assert outcome.code == 0, outcome.err

@@ -112,14 +112,14 @@ def test_the_joint_model_is_that_of_all_experts(run, pair, base):
 
 
 def test_the_golden_checkpoints(run, golden):
-    paths = [golden / "moe" / name for name in ("two_experts", "three_experts_top2")]
+    paths = [golden(f"moe/{name}") for name in ("two_experts", "three_experts_top2")]
     check(merge(run, *paths, verify="functional"), "base model 'base' lies neither")
     words = [f"merge.sources=[{','.join(map(str, paths))}]", "merge.output=out", "merge.verify=functional"]
-    outcome = run("task=merge", *words, f"base={golden / 'npt' / 'base'}")
+    outcome = run("task=merge", *words, f"base={golden('npt/base')}")
     assert outcome.code == 0, outcome.err
     assert outcome.result["verification"]["functional"] == "pass"
     assert outcome.result["metrics"]["mse"] > 0
-    assert outcome.result["base"] == str(golden / "npt" / "base")
+    assert outcome.result["base"] == str(golden("npt/base"))
     assert f"{paths[1]}: top_k is 2; 1 of {paths[0]}, the first, is kept" in outcome.result["findings"]
     assert list(torch.load("out/skill_library.pt")) == [0, 1, 2, 3]
     for number, (path, own) in enumerate([(paths[0], 0), (paths[0], 1), (paths[1], 0), (paths[1], 1), (paths[1], 2)]):

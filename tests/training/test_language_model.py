@@ -1,11 +1,13 @@
+import random
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runner.data.world import World, generate, train_tokenizer
+from runner.training.batches import equal_length_batches, sentence_samples
 from runner.training.language_model import (
     LanguageModelSettings,
-    recall,
     save_language_model,
     train_language_model,
 )
@@ -22,6 +24,18 @@ SETTINGS = LanguageModelSettings(
     packed_length=32,
     packed_rows=4,
 )
+
+
+@torch.no_grad()
+def recall(model, tokenizer, sentences) -> float:
+    """The share of sentences that end as is most likely: the last word or name and the stop, token by token."""
+    right = 0
+    samples = sentence_samples(sentences, tokenizer, question_weight=0.0)
+    for batch in equal_length_batches(samples, 64, random.Random(0)):
+        guesses = model(batch.ids, use_cache=False).logits[:, :-1].argmax(-1)
+        wrong = (guesses != batch.ids[:, 1:]) & (batch.weights[:, 1:] > 0)
+        right += int((~wrong[:, :-1].any(1)).sum())  # whether it ends there is another question
+    return right / len(sentences)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,16 @@
 """What is saved from memory opens as what it was."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from runner import load
 from runner.errors import CheckpointError
+from runner.evaluation.base_models import load_base
+from runner.evaluation.placement import Placement
+from runner.families.lora_moe.model import LoraMoeForCausalLM
 from runner.families.lora_moe.save import save_moe
 from runner.files import staging as commit
 from tests.conftest import write_base
@@ -93,3 +97,30 @@ def test_nothing_is_left_where_a_further_file_fails(model, base, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         save_moe(model, tmp_path / "out" / "saved", base_name=str(base), add_files=fails)
     assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.endswith(".lock")] == []
+
+
+def test_many_experts_cost_as_much_each_as_few(base, tmp_path):
+    """Function calls, which are the same each time: with each expert walking through all others they grow as a square."""
+    model = load_base(None, base, Placement(device="cpu")).model
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    def cost(experts: int) -> int:
+        nonlocal calls
+        factors = torch.ones(2, 32), torch.ones(32, 2), 1.0
+        adapters = [{"model.layers.0.self_attn.q_proj": factors, "model.layers.1.self_attn.o_proj": factors}] * experts
+        calls = 0
+        sys.setprofile(count)
+        try:
+            made = LoraMoeForCausalLM(model, adapters, (torch.ones(experts, 32), torch.zeros(experts)), top_k=1)
+            save_moe(made, tmp_path / f"saved-{experts}", base_name="b")
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    cost(2)
+    ten, twenty, forty = cost(10), cost(20), cost(40)
+    assert forty - twenty < 2.4 * (twenty - ten)

@@ -54,6 +54,13 @@ class RoutedLinear(Linear):
                 result = result + (update if weight is None else weight * update)
         return result
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Note the names, no more: PEFT goes through all adapters each time that one is added.
+
+        `routing` says which of them are on, and whoever trains says what has a gradient.
+        """
+        self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+
     def factors(self, name: str) -> Factors:
         """The adapter `name`, as it is now."""
         a, b = self._matrix(self.lora_A, name), self._matrix(self.lora_B, name)

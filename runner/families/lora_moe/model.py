@@ -5,8 +5,6 @@ router logits = gate(features)
 every LoRA layer: y = W x + Σ_e w_e · scaling_e · B_e A_e x, with w for each token
 evaluation: the top k of the router's logits, softmax over those, 0 for the others
 training: w = softmax(logits / temperature), and a balance loss, the MSE between the mean w and 1/E
-
-From a router's logits to the weight of each expert for each token (spec/formats.md §4).
 """
 
 import copy
@@ -162,14 +160,6 @@ class LoraForCausalLM(nn.Module):
         return tuple(
             {name: layer.factors(adapter) for name, layer in layers if adapter in layer.lora_A}
             for adapter in self.names
-        )
-
-    def idle(self) -> tuple[str, ...]:
-        """The experts that change nothing, since every B is zero: they were never trained."""
-        return tuple(
-            name
-            for name, adapter in zip(self.names, self.adapters(), strict=True)
-            if not any(bool(b.any()) for _, b, _ in adapter.values())
         )
 
     def _set_all(self) -> None:

@@ -72,12 +72,13 @@ def save_moe(
     CheckpointError where `directory` exists, RunnerError where the disk fails.
     """
     names = _linears(model.lm)
+    dropouts = _dropouts(model)
     settings = config(base_name=base_name, num_experts=len(model.names), step=step, top_k=model.top_k)
     if model.temperature != TEMPERATURE:
         settings["temperature"] = model.temperature
     experts = [
         (
-            _adapter_config(adapter, names, base_name, dropout(model, expert)),
+            _adapter_config(adapter, names, base_name, dropouts.get(expert, 0.0)),
             _tensors(adapter),
         )
         for expert, adapter in zip(model.names, model.adapters(), strict=True)
@@ -90,13 +91,20 @@ def save_moe(
             add_files(partial)
 
 
-def dropout(model: LoraMoeForCausalLM, expert: str) -> float:
-    """The dropout of an expert's adapter in training."""
+def _dropouts(model: LoraMoeForCausalLM) -> dict[str, float]:
+    """The dropout of each expert's adapter in training; an expert without one is left out.
+
+    One walk over the model: a walk for each expert goes through the modules of all of them.
+    """
     from runner.families.lora.model import RoutedLinear
 
-    layers = (layer for layer in model.lm.modules() if isinstance(layer, RoutedLinear))
-    found = (layer.lora_dropout[expert] for layer in layers if expert in layer.lora_A)
-    return max((each.p for each in found if isinstance(each, nn.Dropout)), default=0.0)
+    found: dict[str, float] = {}
+    for layer in model.lm.modules():
+        if isinstance(layer, RoutedLinear):
+            for expert, each in layer.lora_dropout.items():
+                if isinstance(each, nn.Dropout):
+                    found[expert] = max(found.get(expert, 0.0), each.p)
+    return found
 
 
 def _adapter_config(adapter: Adapter, linears: list[str], base_name: str, dropout: float) -> dict[str, Any]:

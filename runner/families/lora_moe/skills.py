@@ -14,7 +14,6 @@ from runner.data import world_facts
 from runner.data.world_facts import Table
 from runner.errors import ModelError
 
-THRESHOLD = 0.75
 REDUCTIONS = ("max", "median")
 
 
@@ -38,18 +37,6 @@ def similarity(
     known = torch.stack([vector.double() for vector in library.values()])
     cosines = cosine_similarity(embedding.double()[None], known, dim=-1, eps=0.0)
     return float(cosines.max() if reduction == "max" else cosines.quantile(0.5))
-
-
-def is_novel(
-    embedding: torch.Tensor,
-    library: Mapping[int | str, torch.Tensor],
-    *,
-    threshold: float = THRESHOLD,
-    reduction: str = "max",
-) -> bool:
-    """Whether the similarity to the library is below `threshold`; everything is new to an empty one."""
-    found = similarity(embedding, library, reduction)
-    return found is None or found < threshold
 
 
 Library = Mapping[int | str, torch.Tensor]

@@ -1,7 +1,7 @@
 """transformers' Trainer for LoRA experts and their router: their loss, their batches, and never a merged model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,13 @@ import torch
 from torch.nn import functional
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from runner.errors import CheckpointError, ConfigError, DivergedError
+from runner.errors import CheckpointError, ConfigError, DivergedError, ModelError
 from runner.families.lora_moe.data import EqualLengthBatches, Row, RowLoader
 from runner.families.lora_moe.initial import OPTIMIZER, SCHEDULER
 from runner.families.lora_moe.model import LoraMoeForCausalLM
 from runner.families.lora_moe.settings import MoeSettings
 from runner.files.tensors import load_pickle
-from runner.training.optimization import DIVERGED, optimizer_and_schedule
+from runner.training.optimization import DIVERGED, load_optimizer, load_schedule, optimizer_and_schedule
 
 # The trainer's own log has a row every so many steps, and one for the last.
 LOG_EVERY = 10
@@ -83,14 +83,17 @@ class MoeTrainer(Trainer):
         """As the Trainer does, but read as every other file from outside is."""
         if checkpoint is None:
             return
-        targets: dict[str, Any] = {OPTIMIZER: self.optimizer, SCHEDULER: self.lr_scheduler}
-        for name, target in targets.items():
+        targets: dict[str, tuple[Callable[[Any, Any], None], Any]] = {
+            OPTIMIZER: (load_optimizer, self.optimizer),
+            SCHEDULER: (load_schedule, self.lr_scheduler),
+        }
+        for name, (load, target) in targets.items():
             path = Path(checkpoint) / name
             state = load_pickle(path, tensors="mmap")
             try:
-                target.load_state_dict(state)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise CheckpointError(f"{path}: is no state of this training: {str(error).splitlines()[0]}") from error
+                load(target, state)
+            except ModelError as error:
+                raise CheckpointError(f"{path}: is no state of this training: {error}") from error
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Nothing: every step seeds itself."""

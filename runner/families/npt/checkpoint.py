@@ -275,9 +275,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     listing = Listing.of(checkpoint.directory)
     if MULTI_LAYER_STATE in listing.entries:
         described["curriculum"] = plain(load_pickle(listing.file(MULTI_LAYER_STATE), tensors="meta"))
-    merge = config.get("merge_info") or state.get("merge_info")
+    found = config.get("merge_info") or state.get("merge_info")
+    merge = plain(found) if isinstance(found, Mapping) else {}
     if MERGE_SUMMARY in listing.entries:
-        merge = {**(merge or {}), **read_object(listing.file(MERGE_SUMMARY), MERGE_SUMMARY, 16 << 20)}
+        merge = {**merge, **read_object(listing.file(MERGE_SUMMARY), MERGE_SUMMARY, 16 << 20)}
     if merge:
         described["merge"] = merge
     return described

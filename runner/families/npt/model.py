@@ -68,13 +68,6 @@ class RankKUpdate(nn.Module):
         update = (dot * per_rank).flatten(-2) @ self.w_b_up
         return update if self.scale == 1 else self.scale * update
 
-    def vectors(self, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """v_a [..., k, d_in] and v_b [..., k, d_out] at `attention` [..., d]: for looking at a few positions only."""
-        s = (attention @ self.w_down).unflatten(-1, (self.num_ranks, self.np_rank))
-        w_a_up = self.w_a_up.unflatten(0, (self.num_ranks, self.np_rank))
-        w_b_up = self.w_b_up.unflatten(0, (self.num_ranks, self.np_rank))
-        return torch.einsum("...kr,krd->...kd", s, w_a_up), torch.einsum("...kr,krf->...kf", s, w_b_up)
-
 
 class NptDecoderLayer(LlamaDecoderLayer):
     """A Llama layer with rank-k updates for some of its projections; `npt_mode = False` is the unchanged layer.

@@ -27,6 +27,8 @@ def flat_optimizer_state(state: Mapping[str, Any], model: NptLlamaForCausalLM) -
 def stacked_optimizer_state(state: Mapping[str, Any], model: NptLlamaForCausalLM) -> dict[str, Any]:
     """The inverse of `flat_optimizer_state`. Raises ModelError where the state has another number of tensors."""
     expected = sum(update.num_ranks for update, _ in _matrices(model))
+    if not isinstance(state, Mapping) or not isinstance(state.get("state"), Mapping):
+        raise ModelError("the training state holds no state of an optimizer")
     if len(state["state"]) != expected:
         raise ModelError(
             f"the training state holds moments for {len(state['state'])} tensors, but the weights are {expected}; "
@@ -35,7 +37,10 @@ def stacked_optimizer_state(state: Mapping[str, Any], model: NptLlamaForCausalLM
     stacked: dict[int, dict[str, Any]] = {}
     taken = 0
     for update, stacked_by_columns in _matrices(model):
-        entries = [state["state"][taken + rank] for rank in range(update.num_ranks)]
+        entries = [state["state"].get(taken + rank) for rank in range(update.num_ranks)]
+        names = set(entries[0]) if isinstance(entries[0], Mapping) else set()
+        if not names or not all(isinstance(entry, Mapping) and set(entry) == names for entry in entries):
+            raise ModelError(f"the training state's moments {taken} to {taken + len(entries) - 1} are not of one kind")
         taken += update.num_ranks
         stacked[len(stacked)] = {
             name: _join([entry[name] for entry in entries], stacked_by_columns) for name in entries[0]
@@ -52,7 +57,9 @@ def _matrices(model: NptLlamaForCausalLM) -> Iterator[tuple[RankKUpdate, bool]]:
 
 
 def _only_group(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    groups = state["param_groups"]
+    groups = state.get("param_groups")
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
+        raise ModelError("the training state has no parameter groups")
     if len(groups) != 1:
         raise ModelError(f"the training state has {len(groups)} parameter groups where training uses one")
     return groups[0]
@@ -69,4 +76,7 @@ def _split(value: Any, update: RankKUpdate, by_columns: bool) -> list[Any]:
 def _join(values: list[Any], by_columns: bool) -> Any:
     if not isinstance(values[0], torch.Tensor) or values[0].ndim == 0:
         return values[0]
+    shapes = {value.shape if isinstance(value, torch.Tensor) else None for value in values}
+    if len(shapes) != 1 or values[0].ndim != 2:
+        raise ModelError("the training state's moments are not matrices of one shape")
     return torch.cat(values, dim=1 if by_columns else 0)

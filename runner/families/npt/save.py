@@ -22,7 +22,7 @@ from runner.families.npt.settings import EquivalenceSettings
 from runner.families.npt.training import OnStep, initial_updates, train_equivalence
 from runner.files.staging import staged
 from runner.files.tensors import TensorSource, load_pickle
-from runner.training.optimization import naming_the_last
+from runner.training.optimization import is_step, naming_the_last
 
 # What is copied beside converted NPT weights, and beside a base taken out of an npt_full.
 _BESIDE_DELTA = (npt_delta.TRAINING_STATE, npt_delta.MULTI_LAYER_STATE, npt_delta.MERGE_SUMMARY)
@@ -196,6 +196,8 @@ def _reopen(path: Path, base: Base, settings: EquivalenceSettings) -> tuple[NptL
     needed = ("global_step", "optimizer_state_dict", "scheduler_state_dict")
     if not isinstance(state, Mapping) or any(state.get(name) is None for name in needed):
         raise CheckpointError(f"{file}: training goes on from {', '.join(needed)}, and not all of them are there")
+    if not is_step(state["global_step"]):
+        raise CheckpointError(f"{file}: its global_step is no number of steps")
     kinds = {(layer.layer, layer.modulation, layer.np_rank, layer.num_ranks) for layer in checkpoint.layers}
     wanted = {(layer, settings.modulation, settings.np_rank, settings.num_ranks) for layer in settings.layers}
     if kinds != wanted:

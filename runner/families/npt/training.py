@@ -11,7 +11,7 @@ from runner.families.npt.model import NptLlamaForCausalLM, RankKUpdate
 from runner.families.npt.optimizer_state import flat_optimizer_state, stacked_optimizer_state
 from runner.families.npt.settings import PROJECTIONS, EquivalenceSettings
 from runner.training.batches import endless_order
-from runner.training.optimization import DIVERGED, optimizer_and_schedule, require_finite
+from runner.training.optimization import DIVERGED, load_optimizer, load_schedule, optimizer_and_schedule, require_finite
 
 OnStep = Callable[[int, Mapping[str, float]], None]
 OnCheckpoint = Callable[[int, Mapping[str, Any]], None]
@@ -65,9 +65,9 @@ def train_equivalence(
     optimizer, schedule = optimizer_and_schedule(parameters, settings, model.device)
     start = 0
     if resume is not None:
-        optimizer.load_state_dict(stacked_optimizer_state(resume["optimizer_state_dict"], model))
-        schedule.load_state_dict(resume["scheduler_state_dict"])
-        start = int(resume["global_step"])
+        load_optimizer(optimizer, stacked_optimizer_state(resume["optimizer_state_dict"], model))
+        load_schedule(schedule, resume["scheduler_state_dict"])
+        start = resume["global_step"]
     order = endless_order(len(batches), settings.seed, start)
     references = kept_references(model, batches)
     figures: dict[str, float] = {}
