@@ -1,10 +1,10 @@
 """NPT: a Llama whose attention modulates the weights of its MLPs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from runner.families.family import Family
 
@@ -12,14 +12,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from runner.checkpoints.checkpoint import Checkpoint, Writer
-    from runner.checks.check import Check
-    from runner.checks.context import Bench
-    from runner.checks.headers import Header
+    from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.config import Conversion
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
     from runner.families.npt.model import NptLlamaForCausalLM
-    from runner.merge.execute import Content
+    from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
     from runner.training.loop import Trained, TrainingInputs
 
@@ -91,30 +89,56 @@ class Npt(Family):
 
     def plan_merge(
         self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path
-    ) -> "Content":
+    ) -> "MergeOutput":
         """As `Family.plan_merge`: layers of several npt_delta checkpoints."""
-        from runner.merge.gather import gather_npt
+        from runner.families.npt.merge import plan_merge
 
-        return gather_npt(spec, paths, opened, base, output)
+        return plan_merge(spec, paths, opened, base, output)
+
+    def canonical_names(self, checkpoint: "Checkpoint") -> dict[str, str]:
+        """As `Family.canonical_names`: npt_delta has two spellings."""
+        from runner.families.npt.checkpoint import key
+
+        names = super().canonical_names(checkpoint)
+        if checkpoint.format != DELTA:
+            return names
+        for layer in checkpoint.layers:
+            for projection, matrices in layer.keys.items():
+                for matrix, spelled in matrices.items():
+                    for rank, name in enumerate(spelled):
+                        del names[name]
+                        names[key(layer.layer, layer.modulation, projection, matrix, rank, layer.num_ranks)] = name
+        return names
 
     def checks(self) -> "Mapping[str, Check]":
         """As `Family.checks`."""
-        from runner.checks.catalogue import OF_FAMILY
+        from runner.families.npt.checks import CHECKS
 
-        return OF_FAMILY["npt"]
-
-    def detect(self, path: Path, read_header: "Callable[[Path], Header]") -> str | None:
-        """As `Family.detect`."""
-        from runner.checks.detected import look
-
-        found = look(path, read_header)
-        return found.format if found.family == self.name else None
+        return CHECKS
 
     def check_buildable(self, base: str | None) -> None:
         """Over any Llama."""
 
-    def build_small(self, bench: "Bench") -> Path:
+    def build_small(self, context: "CheckContext") -> Path:
         """As `Family.build_small`."""
-        from runner.checks.building import build
+        from runner.families.npt.checks import build_small
 
-        return build(bench)
+        return build_small(context)
+
+    def examples(self) -> "Mapping[str, Example]":
+        """As `Family.examples`."""
+        from runner.families.npt import checkpoint, checks, full
+
+        return {checkpoint.NAME: checks.write_delta, full.NAME: checks.write_full}
+
+    def base_misfits(self, checkpoint: "Checkpoint", config: Mapping[str, Any]) -> list[str]:
+        """As `Family.base_misfits`."""
+        from runner.families.npt.checks import base_misfits
+
+        return base_misfits(checkpoint, config)
+
+    def traits(self, checkpoint: "Checkpoint") -> "Traits":
+        """As `Family.traits`."""
+        from runner.families.npt.checks import NptTraits
+
+        return NptTraits()
