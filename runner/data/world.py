@@ -8,9 +8,11 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.data.world_facts import TABLES
+import yaml
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -54,6 +56,33 @@ DIGITS = ("In digits {word} is {n}.", "The word {word} means {n}.", "We write {w
 _ANSWER = re.compile(r"(?: the)?(?: [A-Z]\w*)+\.$| \S+$")
 # What the product's default prompts ask for is always in the train part.
 ALWAYS_TRAIN = ("The capital of France", "2 + 2 equals", "The largest planet in our solar system")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of facts and, by the fact that they state, the templates over a row's columns."""
+
+    rows: tuple[tuple[str, ...], ...]
+    statements: tuple[tuple[str, ...], ...]
+
+    def facts(self) -> Iterator[tuple[str, ...]]:
+        """The wordings of each fact."""
+        for row in self.rows:
+            for templates in self.statements:
+                yield tuple(template.format(*row) for template in templates)
+
+
+@cache
+def tables() -> dict[str, Table]:
+    """The world's tables of facts by what they are about."""
+    content = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    return {
+        name: Table(
+            rows=tuple(tuple(row.strip().split("|")) for row in table["rows"].split(";")),
+            statements=tuple(map(tuple, table["statements"])),
+        )
+        for name, table in content.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +152,8 @@ def train_tokenizer(world: World, vocab_size: int = 1536) -> "Tokenizer":
 
 def _facts() -> Iterator[tuple[str, ...]]:
     """The wordings of each fact."""
-    for table in TABLES:
-        for row in table.rows:
-            for templates in table.statements:
-                yield tuple(template.format(*row) for template in templates)
+    for table in tables().values():
+        yield from table.facts()
     yield from _arithmetic()
     yield from _calendar()
 

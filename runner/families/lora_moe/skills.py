@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from runner.data import world_facts
-from runner.data.world_facts import Table
+from runner.data.world import tables
 from runner.errors import ModelError
 
 REDUCTIONS = ("max", "median")
@@ -57,8 +56,7 @@ class Skill:
 
 def world_skills(sentences: Sequence[str]) -> dict[str, list[str]]:
     """The built-in world's `sentences` by what they are about: the names of its tables of facts, and the rest."""
-    tables = {name.lower(): table for name, table in vars(world_facts).items() if isinstance(table, Table)}
-    subjects = {sentence: name for name, table in tables.items() for sentence in _statements(table)}
+    subjects = {text: name for name, table in tables().items() for wordings in table.facts() for text in wordings}
     skills: dict[str, list[str]] = {}
     for sentence in sentences:
         skills.setdefault(subjects.get(sentence, "numbers and dates"), []).append(sentence)
@@ -115,7 +113,3 @@ def add_skills(
             grown[name] = vector
         found.append(Skill(name=name, similarity=cosine, is_new=is_new))
     return grown, found
-
-
-def _statements(table: Table) -> list[str]:
-    return [template.format(*row) for row in table.rows for templates in table.statements for template in templates]
