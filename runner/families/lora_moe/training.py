@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.nn import functional
@@ -319,8 +319,10 @@ def new_moe(base: Base, settings: MoeSettings, *, top_k: int | None = None) -> L
     assert isinstance(settings.experts, int), "whoever knows the skills has counted them"
     model = base.model
     generator = torch.Generator().manual_seed(settings.seed)
-    place: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
     modules = _target_modules(base, settings)
+
+    def placed(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device=model.device, dtype=model.dtype)
 
     def adapter() -> Adapter:
         factors = {}
@@ -328,12 +330,12 @@ def new_moe(base: Base, settings: MoeSettings, *, top_k: int | None = None) -> L
             bound = inputs**-0.5  # kaiming_uniform_(a=√5)
             a = (torch.rand(settings.lora_r, inputs, generator=generator) * 2 - 1) * bound
             b = torch.zeros(outputs, settings.lora_r)
-            factors[name] = a.to(**place), b.to(**place), settings.lora_alpha / settings.lora_r
+            factors[name] = placed(a), placed(b), settings.lora_alpha / settings.lora_r
         return factors
 
     hidden = model.config.hidden_size
     weight = torch.randn(settings.experts, hidden, generator=generator) * ROUTER_SCALE / math.sqrt(hidden)
-    router = weight.to(**place), torch.zeros(settings.experts, **place)
+    router = placed(weight), placed(torch.zeros(settings.experts))
     adapters = [adapter() for _ in range(settings.experts)]
     return LoraMoeForCausalLM(
         model,
@@ -365,7 +367,7 @@ def reopened_moe(
         raise CheckpointError(f"{path / TRAINER_STATE}: is no state of the Trainer: {error}") from error
     require_steps_left(path, checkpoint.step, settings)
     own = [expert.adapter.settings for expert in details.experts]
-    asked: dict[str, tuple[list[Any], Any]] = {
+    asked: dict[str, tuple[list[object], object]] = {
         "experts": ([len(own)], settings.experts),
         "lora_r": ([each.r for each in own], settings.lora_r),
         "lora_alpha": ([each.alpha for each in own], settings.lora_alpha),
@@ -376,11 +378,11 @@ def reopened_moe(
             f"{name}={_spelled(asked[name][0])}, not {_spelled([asked[name][1]])}" for name in differing
         )
         raise ConfigError(f"train.resume_from={path}: it has {shown}; they must be the same")
-    options: dict[str, Any] = {"temperature": settings.temperature, "dropout": settings.lora_dropout}
-    return build_moe(checkpoint, base, **(options if top_k is None else {**options, "top_k": top_k}))
+    routing = {} if top_k is None else {"top_k": top_k}
+    return build_moe(checkpoint, base, temperature=settings.temperature, dropout=settings.lora_dropout, **routing)
 
 
-def _spelled(values: list[Any]) -> str:
+def _spelled(values: list[object]) -> str:
     """Each value once, as on the command line."""
     each = (
         f"[{','.join(v)}]" if isinstance(v, tuple) else f"{v:g}" if isinstance(v, float) else f"{v}" for v in values

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -74,7 +73,7 @@ def make_demo(
     return run
 
 
-def figures(run: Path, *, seed: int = 0, settings: DemoSettings | None = None) -> dict[str, Any]:
+def figures(run: Path, *, seed: int = 0, settings: DemoSettings | None = None) -> dict[str, object]:
     """What `task=diagnose` says of each checkpoint of `run`, by step, and what the run was made of."""
     found = find_run(run)
     assert found is not None

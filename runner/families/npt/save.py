@@ -106,13 +106,13 @@ def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def flat_optimizer_state(state: Mapping[str, Any], model: NptLlamaForCausalLM) -> dict[str, Any]:
+def flat_optimizer_state(state: Mapping[str, Any], model: NptLlamaForCausalLM) -> dict[str, object]:
     """A state dict over the updates' parameters → the same over the keys of the saved weights, in their order.
 
     The format saves every rank-1 term under a key of its own, and the i-th entry of a saved state belongs to the i-th
     key of the weights; the modules hold the k terms of a matrix stacked in one parameter.
     """
-    flat: dict[int, dict[str, Any]] = {}
+    flat: dict[int, dict[str, object]] = {}
     for index, (update, stacked_by_columns) in enumerate(_matrices(model)):
         entries = state["state"][index]
         parts = {name: _split(value, update, stacked_by_columns) for name, value in entries.items()}
@@ -121,7 +121,7 @@ def flat_optimizer_state(state: Mapping[str, Any], model: NptLlamaForCausalLM) -
     return {"state": flat, "param_groups": [{**_only_group(state), "params": list(range(len(flat)))}]}
 
 
-def stacked_optimizer_state(state: Mapping[str, Any], model: NptLlamaForCausalLM) -> dict[str, Any]:
+def stacked_optimizer_state(state: object, model: NptLlamaForCausalLM) -> dict[str, object]:
     """The inverse of `flat_optimizer_state`. Raises ModelError where the state has another number of tensors."""
     expected = sum(update.num_ranks for update, _ in _matrices(model))
     if not isinstance(state, Mapping) or not isinstance(state.get("state"), Mapping):
@@ -131,7 +131,7 @@ def stacked_optimizer_state(state: Mapping[str, Any], model: NptLlamaForCausalLM
             f"the training state holds moments for {len(state['state'])} tensors, but the weights are {expected}; "
             "resume with the layers, ranks and modulation of the checkpoint"
         )
-    stacked: dict[int, dict[str, Any]] = {}
+    stacked: dict[int, dict[str, object]] = {}
     taken = 0
     for update, stacked_by_columns in _matrices(model):
         entries = [state["state"].get(taken + rank) for rank in range(update.num_ranks)]
@@ -153,7 +153,7 @@ def _matrices(model: NptLlamaForCausalLM) -> Iterator[tuple[RankKUpdate, bool]]:
             yield from ((update, True), (update, False), (update, False))
 
 
-def _only_group(state: Mapping[str, Any]) -> Mapping[str, Any]:
+def _only_group(state: Mapping[str, object]) -> Mapping[str, object]:
     groups = state.get("param_groups")
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, Mapping) for group in groups):
         raise ModelError("the training state has no parameter groups")
@@ -162,7 +162,7 @@ def _only_group(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return groups[0]
 
 
-def _split(value: Any, update: RankKUpdate, by_columns: bool) -> list[Any]:
+def _split(value: object, update: RankKUpdate, by_columns: bool) -> list[object]:
     """One value a rank-1 term: parts of a matrix, copies of a step count."""
     if not isinstance(value, torch.Tensor) or value.ndim == 0:
         return [value.clone() if isinstance(value, torch.Tensor) else value for _ in range(update.num_ranks)]
@@ -170,10 +170,10 @@ def _split(value: Any, update: RankKUpdate, by_columns: bool) -> list[Any]:
     return [part.clone(memory_format=torch.contiguous_format) for part in parts]
 
 
-def _join(values: list[Any], by_columns: bool) -> Any:
+def _join(values: list[object], by_columns: bool) -> object:
     if not isinstance(values[0], torch.Tensor) or values[0].ndim == 0:
         return values[0]
-    shapes = {value.shape if isinstance(value, torch.Tensor) else None for value in values}
-    if len(shapes) != 1 or values[0].ndim != 2:
+    parts = [value for value in values if isinstance(value, torch.Tensor)]
+    if len(parts) < len(values) or {part.shape for part in parts} != {values[0].shape} or values[0].ndim != 2:
         raise ModelError("the training state's moments are not matrices of one shape")
-    return torch.cat(values, dim=1 if by_columns else 0)
+    return torch.cat(parts, dim=1 if by_columns else 0)

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, TypedDict, cast
 
 import torch
 from transformers import PreTrainedConfig
@@ -36,11 +36,19 @@ from runner.training.optimization import (
 )
 from runner.training.resume import is_step, load_optimizer, load_schedule, require_state, require_steps_left
 
-OnCheckpoint = Callable[[int, Mapping[str, Any]], None]
-
 PROJECTIONS = {"single": ("gate",), "dual": ("gate", "up"), "triple": ("gate", "up", "down")}
 # How much of what the base computes is kept in memory instead of being computed again in every epoch.
 CACHE_BYTES = 256 << 20
+
+
+class TrainingState(TypedDict):
+    """What training goes on from, as training_state.pt holds it; moments are laid out like the keys of the weights."""
+
+    global_step: int
+    batch_count: int
+    optimizer_state_dict: dict[str, object]
+    scheduler_state_dict: dict[str, object]
+    scaler_state_dict: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +115,7 @@ class BaseOutputs:
     hidden: torch.Tensor
     layers: Mapping[int, LayerOutputs]
     final: torch.Tensor
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, object]
 
     @property
     def nbytes(self) -> int:
@@ -175,7 +183,7 @@ def cached_base_outputs(model: NptLlamaForCausalLM, batches: Sequence[torch.Tens
     return get
 
 
-def _layer_arguments(model: NptLlamaForCausalLM, hidden_states: torch.Tensor) -> dict[str, Any]:
+def _layer_arguments(model: NptLlamaForCausalLM, hidden_states: torch.Tensor) -> dict[str, object]:
     """What `LlamaModel.forward` hands to each layer, for unpadded `hidden_states` [B, T, d]."""
     positions = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
     mask = create_causal_mask(
@@ -226,14 +234,14 @@ def train_equivalence(
     settings: EquivalenceSettings,
     *,
     on_step: OnStep | None = None,
-    on_checkpoint: OnCheckpoint | None = None,
-    resume: Mapping[str, Any] | None = None,
+    on_checkpoint: Callable[[int, TrainingState], None] | None = None,
+    resume: TrainingState | None = None,
 ) -> dict[str, float]:
     """Train the updates of `model` in place on `batches` of token ids [B, T] without padding; → the last losses.
 
     `on_step(step, losses)` is called after each step, `on_checkpoint(step, training_state)` every `save_every` steps
-    and after the last; the state's optimizer moments are laid out like the keys of the saved weights. `resume`: such
-    a state; `model` holds the weights saved with it. Training then goes on as if it had never stopped, bit for bit.
+    and after the last. `resume`: such a state; `model` holds the weights saved with it. Training then goes on as if it
+    had never stopped, bit for bit.
     Raises ModelError where the state does not fit the model, DivergedError where the loss is no longer finite, or for
     weights to be saved that are not, or that no longer give a finite loss.
     """
@@ -318,7 +326,7 @@ def train_run(
     state, twice the size of the weights, and can be gone on from: "every" one or the "last".
     Raises CheckpointError, ConfigError or ModelError; DivergedError names the last good checkpoint.
     """
-    state: Mapping[str, Any] | None = None
+    state: TrainingState | None = None
     if resume_from is None:
         updates = initial_updates(base.model.config, settings)
         for layer_updates in updates.values():
@@ -329,11 +337,11 @@ def train_run(
         model, state = _reopen(resume_from, base, settings)
     checkpoints: list[Path] = []
 
-    def on_checkpoint(step: int, training_state: Mapping[str, Any]) -> None:
+    def on_checkpoint(step: int, training_state: TrainingState) -> None:
         target = directory / f"checkpoint-{step}"
-        if moments == "last" and step < settings.max_steps:
-            training_state = {name: x for name, x in training_state.items() if name != "optimizer_state_dict"}
-        _save(target, model, training_state, settings, base_name=base_name)
+        left_out = "optimizer_state_dict" if moments == "last" and step < settings.max_steps else None
+        saved = {name: value for name, value in training_state.items() if name != left_out}
+        _save(target, model, saved, settings, base_name=base_name)
         checkpoints.append(target)
 
     with naming_the_last(checkpoints, resume_from):
@@ -346,7 +354,7 @@ def train_run(
 def _save(
     target: Path,
     model: NptLlamaForCausalLM,
-    training_state: Mapping[str, Any],
+    training_state: Mapping[str, object],
     settings: EquivalenceSettings,
     *,
     base_name: str,
@@ -374,7 +382,7 @@ def _save(
         )
 
 
-def _reopen(path: Path, base: Base, settings: EquivalenceSettings) -> tuple[NptLlamaForCausalLM, Mapping[str, Any]]:
+def _reopen(path: Path, base: Base, settings: EquivalenceSettings) -> tuple[NptLlamaForCausalLM, TrainingState]:
     """A checkpoint's model over `base` and its training state.
 
     Raises CheckpointError where it has no such state, ConfigError where its layers are not those of `settings` or
@@ -397,4 +405,4 @@ def _reopen(path: Path, base: Base, settings: EquivalenceSettings) -> tuple[NptL
             f"those asked for {sorted(wanted)}; they must be the same"
         )
     require_steps_left(path, state["global_step"], settings)
-    return build_npt(checkpoint, base), state
+    return build_npt(checkpoint, base), cast(TrainingState, state)
