@@ -37,27 +37,31 @@ def run_layers(
 
     llama = model.model
     hidden_states = hidden_states.to(dtype or hidden_states.dtype)
+    arguments = layer_arguments(model, hidden_states)
+    for layer in llama.layers[start:]:
+        if record is not None:
+            record.append(hidden_states)
+        hidden_states = cast(layer)(hidden_states, **arguments)
+    return cast(llama.norm)(hidden_states)
+
+
+def layer_arguments(model: LlamaForCausalLM, hidden_states: torch.Tensor) -> dict[str, object]:
+    """What `LlamaModel.forward` hands to each layer, for unpadded `hidden_states` [B, T, d]."""
     positions = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
     mask = create_causal_mask(
-        config=llama.config,
+        config=model.config,
         inputs_embeds=hidden_states,
         attention_mask=None,
         past_key_values=None,
         position_ids=positions,
     )
-    rotary = llama.rotary_emb(hidden_states, position_ids=positions)
-    for layer in llama.layers[start:]:
-        if record is not None:
-            record.append(hidden_states)
-        hidden_states = cast(layer)(
-            hidden_states,
-            attention_mask=mask,
-            position_embeddings=rotary,
-            position_ids=positions,
-            past_key_values=None,
-            use_cache=False,
-        )
-    return cast(llama.norm)(hidden_states)
+    return {
+        "attention_mask": mask,
+        "position_embeddings": model.model.rotary_emb(hidden_states, position_ids=positions),
+        "position_ids": positions,
+        "past_key_values": None,
+        "use_cache": False,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

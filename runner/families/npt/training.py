@@ -15,11 +15,11 @@ from typing import ClassVar, Literal, TypedDict, cast
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.masking_utils import create_causal_mask
 
 from runner.checkpoints.detect import open_checkpoint
 from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.evaluation.base_models import Base
+from runner.evaluation.forward import layer_arguments
 from runner.families.npt import checkpoint as npt_delta
 from runner.families.npt.model import NptDecoderLayer, NptLlamaForCausalLM, RankKUpdate, build_npt, npt_tensors
 from runner.families.npt.save import flat_optimizer_state, stacked_optimizer_state
@@ -130,7 +130,7 @@ def base_outputs(model: NptLlamaForCausalLM, ids: torch.Tensor) -> BaseOutputs:
     llama = model.model
     first = min(model.npt_layers)
     hidden = lowest = llama.embed_tokens(ids)
-    arguments = _layer_arguments(model, hidden)
+    arguments = layer_arguments(model, hidden)
     layers = {}
     for i, layer in enumerate(llama.layers):
         if i == first:
@@ -181,25 +181,6 @@ def cached_base_outputs(model: NptLlamaForCausalLM, batches: Sequence[torch.Tens
         return computed
 
     return get
-
-
-def _layer_arguments(model: NptLlamaForCausalLM, hidden_states: torch.Tensor) -> dict[str, object]:
-    """What `LlamaModel.forward` hands to each layer, for unpadded `hidden_states` [B, T, d]."""
-    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-    mask = create_causal_mask(
-        config=model.config,
-        inputs_embeds=hidden_states,
-        attention_mask=None,
-        past_key_values=None,
-        position_ids=positions,
-    )
-    return {
-        "attention_mask": mask,
-        "position_embeddings": model.model.rotary_emb(hidden_states, position_ids=positions),
-        "position_ids": positions,
-        "past_key_values": None,
-        "use_cache": False,
-    }
 
 
 def initial_updates(config: PreTrainedConfig, settings: EquivalenceSettings) -> dict[int, dict[str, RankKUpdate]]:
