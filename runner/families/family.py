@@ -17,13 +17,12 @@ if TYPE_CHECKING:
 
     from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Writer
     from runner.checks.context import Check, CheckContext, Example, Traits
-    from runner.config import Conversion
+    from runner.config import Conversion, TrainingSettings
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
     from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
     from runner.training.loop import Trained, TrainingInputs
-    from runner.training.optimization import TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.runs import find_run
-from runner.config import TrainConfig
+from runner.config import TrainConfig, TrainingSettings
 from runner.data.text import MAX_DOCUMENTS, Data
 from runner.data.world import generate
 from runner.errors import ConfigError
@@ -20,7 +20,6 @@ from runner.progress import step_bar
 from runner.results import Result, versions
 from runner.tasks.context import Context
 from runner.training.loop import TrainingInputs
-from runner.training.optimization import TrainingSettings
 
 
 def run(config: TrainConfig, context: Context) -> Result:

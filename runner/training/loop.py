@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from runner.config import TrainingSettings
 from runner.errors import DivergedError
 from runner.evaluation.base_models import Base
-from runner.training.optimization import TrainingSettings, require_finite_loss
+from runner.training.optimization import require_finite_loss
 
 OnStep = Callable[[int, Mapping[str, float]], None]
 # A row for the tracker every so many steps, and at the last.

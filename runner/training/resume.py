@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from runner.config import TrainingSettings
 from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.files import manifest
-from runner.training.optimization import TrainingSettings
 
 # What the state of the optimizer and its schedule says again, whatever the settings say.
 RESTORED = ("learning_rate", "weight_decay")

@@ -16,7 +16,8 @@ from runner.checkpoints.detect import formats, open_checkpoint
 from runner.errors import RunnerError
 from runner.evaluation.base_models import load_base
 from runner.evaluation.placement import Placement
-from runner.families.npt.training import EquivalenceSettings, train_run
+from runner.families.npt import EquivalenceSettings
+from runner.families.npt.training import train_run
 from runner.files.tensors import load_pickle
 from runner.merge.spec import MergeSpec
 from runner.tasks.merge import plan

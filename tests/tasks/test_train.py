@@ -10,9 +10,8 @@ from runner import load
 from runner.config import TrainConfig
 from runner.data.text import Data
 from runner.errors import ConfigError, ModelError
-from runner.families.npt import Npt
+from runner.families.npt import Npt, TrainSettings
 from runner.families.npt.demo import make_demo
-from runner.families.npt.training import TrainSettings
 from runner.tasks import train
 from runner.tasks.context import Context
 from tests.training.test_demo import SETTINGS

@@ -10,8 +10,7 @@ from rich.console import Console
 
 from runner.config import TrainConfig
 from runner.data.text import Data
-from runner.families.lora_moe import LoraMoe
-from runner.families.lora_moe.training import MoeTrainSettings
+from runner.families.lora_moe import LoraMoe, MoeTrainSettings
 from runner.tasks import train
 from runner.tasks.context import Context
 

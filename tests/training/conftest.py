@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from runner.families.npt import EquivalenceSettings
 from runner.families.npt.model import NptLlamaForCausalLM
-from runner.families.npt.training import EquivalenceSettings, initial_updates
+from runner.families.npt.training import initial_updates
 
 
 @pytest.fixture

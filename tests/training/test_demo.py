@@ -13,9 +13,8 @@ from torch.utils._pytree import tree_leaves
 from runner import load
 from runner.checkpoints.runs import find_run
 from runner.errors import CheckpointError
-from runner.families.npt import demo
+from runner.families.npt import EquivalenceSettings, demo
 from runner.families.npt.demo import DemoSettings, make_demo
-from runner.families.npt.training import EquivalenceSettings
 from runner.training.language_model import LanguageModelSettings
 
 SETTINGS = DemoSettings(

@@ -4,15 +4,9 @@ import pytest
 import torch
 
 from runner.errors import ModelError
+from runner.families.npt import PROJECTIONS, EquivalenceSettings
 from runner.families.npt.model import NptLlamaForCausalLM, npt_tensors
-from runner.families.npt.training import (
-    PROJECTIONS,
-    EquivalenceSettings,
-    base_outputs,
-    initial_updates,
-    losses,
-    train_equivalence,
-)
+from runner.families.npt.training import base_outputs, initial_updates, losses, train_equivalence
 
 
 def test_the_logits_come_close_to_the_bases(base, batches):

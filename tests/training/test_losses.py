@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from runner.families.npt import EquivalenceSettings
 from runner.families.npt import training as training_losses
 from runner.families.npt.model import NptLlamaForCausalLM
-from runner.families.npt.training import EquivalenceSettings, base_outputs, cached_base_outputs, initial_updates, losses
+from runner.families.npt.training import base_outputs, cached_base_outputs, initial_updates, losses
 
 
 @pytest.fixture(params=[(0, 2), (1,), (1, 2)], ids=str)

@@ -12,8 +12,9 @@ from runner import load
 from runner.errors import CheckpointError, ConfigError, DivergedError, ModelError, RunnerError
 from runner.evaluation.base_models import load_base
 from runner.evaluation.placement import Placement
+from runner.families.lora_moe import MoeSettings
 from runner.families.lora_moe import training as moe_training
-from runner.families.lora_moe.training import MoeSettings, train_moe
+from runner.families.lora_moe.training import train_moe
 from runner.files import staging as commit
 from tests.conftest import write_base
 from tests.lora_files import edit_json, hashes

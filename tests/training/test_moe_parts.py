@@ -8,8 +8,9 @@ import torch
 
 from runner.data.world import generate
 from runner.errors import ConfigError
+from runner.families.lora_moe import MoeSettings
 from runner.families.lora_moe.skills import add_skills, embedding, world_skills
-from runner.families.lora_moe.training import MoeSettings, new_moe
+from runner.families.lora_moe.training import new_moe
 from runner.training.batches import cut, endless_batches, epoch_batches
 
 WRONG = [

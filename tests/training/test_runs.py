@@ -11,8 +11,9 @@ import torch
 from runner.errors import CheckpointError, ConfigError, DivergedError
 from runner.evaluation.base_models import load_base
 from runner.evaluation.placement import Placement
+from runner.families.npt import EquivalenceSettings
 from runner.families.npt import training as equivalence
-from runner.families.npt.training import EquivalenceSettings, train_run
+from runner.families.npt.training import train_run
 from runner.files.staging import verify
 
 

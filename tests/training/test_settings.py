@@ -1,7 +1,7 @@
 import pytest
 
 from runner.errors import ConfigError
-from runner.families.npt.training import EquivalenceSettings, TrainSettings
+from runner.families.npt import EquivalenceSettings, TrainSettings
 from runner.training.language_model import LanguageModelSettings
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from runner.config import AUTO, TrainingSettings, check_whole
 from runner.errors import ConfigError
 from runner.families.family import Family
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
     from runner.training.loop import Trained, TrainingInputs
-    from runner.training.optimization import TrainingSettings
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+REDUCTIONS = ("max", "median")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,6 @@ class LoraMoe(Family):
 
     def check_training(self, settings: "TrainingSettings") -> None:
         """As `Family.check_training`."""
-        from runner.families.lora_moe.training import MoeSettings
-
         assert isinstance(settings, MoeSettings)
         if self.router_features is not None or not self.experts:
             raise ConfigError(
@@ -136,3 +137,57 @@ class LoraMoe(Family):
         from runner.families.lora_moe.checks import MoeTraits
 
         return MoeTraits()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeSettings(TrainingSettings):
+    """The experts, and how they are trained.
+
+    `experts`: their number, or `auto` for one for each new skill of the data (a training that goes on keeps those of
+    its checkpoint). `target_modules`: what the experts change, by the last part of the modules' names. `temperature`
+    divides the router's logits in training; `balance_weight`: how much the balance loss counts beside the
+    cross-entropy. A skill is new where its `novelty` (max or median) cosine to the library is below
+    `novelty_threshold`.
+    """
+
+    experts: int | str = 2
+    lora_r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] = TARGETS
+    temperature: float = 2.0
+    balance_weight: float = 0.1
+    novelty: str = "max"
+    novelty_threshold: float = 0.75
+    max_steps: int = 200
+    save_every: int = 100
+    learning_rate: float = 5e-3
+    warmup_steps: int = 20
+    batch_size: int = 16
+
+    family: ClassVar[str] = "lora_moe"
+    at_least_one: ClassVar[tuple[str, ...]] = ("lora_r", *TrainingSettings.at_least_one)
+    positive: ClassVar[tuple[str, ...]] = ("lora_alpha", "temperature", *TrainingSettings.positive)
+    not_negative: ClassVar[tuple[str, ...]] = ("weight_decay", "balance_weight", "lora_dropout", "novelty_threshold")
+
+    def __post_init__(self) -> None:
+        names = self.target_modules
+        if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) and n for n in names):
+            raise ConfigError(f"train.target_modules={names}: give a list of modules, such as [q_proj,v_proj]")
+        object.__setattr__(self, "target_modules", tuple(names))
+        if self.experts != AUTO:
+            check_whole("experts", self.experts, 1, or_else=AUTO)
+        super().__post_init__()
+        if self.lora_dropout >= 1:
+            raise ConfigError(f"train.lora_dropout={self.lora_dropout}: must be below 1")
+        if self.novelty_threshold > 1:
+            raise ConfigError(f"train.novelty_threshold={self.novelty_threshold}: a cosine is at most 1")
+        if self.novelty not in REDUCTIONS:
+            raise ConfigError(f"train.novelty={self.novelty} is unknown; choose {' or '.join(REDUCTIONS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeTrainSettings(MoeSettings):
+    """The `train` node of `task=train family=lora_moe`. `resume_from`: a checkpoint or a run to go on from."""
+
+    resume_from: str | None = None

@@ -12,8 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from runner.data.world import tables
 from runner.errors import ModelError
-
-REDUCTIONS = ("max", "median")
+from runner.families.lora_moe import REDUCTIONS
 
 
 def similarity(

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch.nn import functional
@@ -15,24 +14,20 @@ from transformers import TrainerState
 
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
+from runner.config import AUTO
 from runner.errors import CheckpointError, ConfigError, DivergedError, ModelError
 from runner.evaluation.base_models import Base
+from runner.families.lora_moe import MoeSettings
 from runner.families.lora_moe import checkpoint as lora_moe
 from runner.families.lora_moe.checkpoint import MoeDetails
 from runner.families.lora_moe.model import Adapter, LoraMoeForCausalLM, build_moe
 from runner.families.lora_moe.save import save_moe
-from runner.families.lora_moe.skills import REDUCTIONS, Skill, add_skills
+from runner.families.lora_moe.skills import Skill, add_skills
 from runner.families.lora_moe.state import TRAINER_STATE, read_skills
 from runner.files.tensors import load_pickle
 from runner.training.batches import NO_TEXT, cut, endless_batches, epoch_batches
 from runner.training.loop import LOG_EVERY, OnStep, Trained, TrainingInputs, is_logged, naming_the_last, take_steps
-from runner.training.optimization import (
-    DIVERGED,
-    TrainingSettings,
-    check_whole,
-    optimizer_and_schedule,
-    require_finite,
-)
+from runner.training.optimization import DIVERGED, optimizer_and_schedule, require_finite
 from runner.training.resume import (
     differences,
     load_optimizer,
@@ -43,68 +38,12 @@ from runner.training.resume import (
 )
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"  # as the Trainer of transformers calls them
-AUTO = "auto"
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # The router starts with hardly a preference: by how much, in units of its logits.
 ROUTER_SCALE = 0.02
 # How often a checkpoint is written, and how skills are told apart, changes no weight.
 HARMLESS = ("save_every", "novelty", "novelty_threshold")
 # How much worse than the base alone, in nats a token, experts may be on the text that they are trained on.
 WORSE = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoeSettings(TrainingSettings):
-    """The experts, and how they are trained.
-
-    `experts`: their number, or `auto` for one for each new skill of the data (a training that goes on keeps those of
-    its checkpoint). `target_modules`: what the experts change, by the last part of the modules' names. `temperature`
-    divides the router's logits in training; `balance_weight`: how much the balance loss counts beside the
-    cross-entropy. A skill is new where its `novelty` (max or median) cosine to the library is below
-    `novelty_threshold`.
-    """
-
-    experts: int | str = 2
-    lora_r: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] = TARGETS
-    temperature: float = 2.0
-    balance_weight: float = 0.1
-    novelty: str = "max"
-    novelty_threshold: float = 0.75
-    max_steps: int = 200
-    save_every: int = 100
-    learning_rate: float = 5e-3
-    warmup_steps: int = 20
-    batch_size: int = 16
-
-    family: ClassVar[str] = "lora_moe"
-    at_least_one: ClassVar[tuple[str, ...]] = ("lora_r", *TrainingSettings.at_least_one)
-    positive: ClassVar[tuple[str, ...]] = ("lora_alpha", "temperature", *TrainingSettings.positive)
-    not_negative: ClassVar[tuple[str, ...]] = ("weight_decay", "balance_weight", "lora_dropout", "novelty_threshold")
-
-    def __post_init__(self) -> None:
-        names = self.target_modules
-        if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, str) and n for n in names):
-            raise ConfigError(f"train.target_modules={names}: give a list of modules, such as [q_proj,v_proj]")
-        object.__setattr__(self, "target_modules", tuple(names))
-        if self.experts != AUTO:
-            check_whole("experts", self.experts, 1, or_else=AUTO)
-        super().__post_init__()
-        if self.lora_dropout >= 1:
-            raise ConfigError(f"train.lora_dropout={self.lora_dropout}: must be below 1")
-        if self.novelty_threshold > 1:
-            raise ConfigError(f"train.novelty_threshold={self.novelty_threshold}: a cosine is at most 1")
-        if self.novelty not in REDUCTIONS:
-            raise ConfigError(f"train.novelty={self.novelty} is unknown; choose {' or '.join(REDUCTIONS)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoeTrainSettings(MoeSettings):
-    """The `train` node of `task=train family=lora_moe`. `resume_from`: a checkpoint or a run to go on from."""
-
-    resume_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

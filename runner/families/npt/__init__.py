@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from runner.config import TrainingSettings, check_whole
+from runner.errors import ConfigError
 from runner.families.family import Family
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from runner.training.loop import Trained, TrainingInputs
 
 DELTA, FULL = "npt_delta", "npt_full"
+PROJECTIONS = {"single": ("gate",), "dual": ("gate", "up"), "triple": ("gate", "up", "down")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,3 +145,50 @@ class Npt(Family):
         from runner.families.npt.checks import NptTraits
 
         return NptTraits()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EquivalenceSettings(TrainingSettings):
+    """Which layers become NPT layers, and how they are trained.
+
+    `direct_weight`, `logit_weight`: how much each loss counts. `initial_scale`: the size of the random W_b_up
+    relative to that of the other matrices; 0 starts from the unmodulated MLP.
+    """
+
+    layers: tuple[int, ...]
+    modulation: str = "triple"
+    np_rank: int = 16
+    num_ranks: int = 4
+    max_steps: int = 3000
+    save_every: int = 500
+    learning_rate: float = 1e-3
+    warmup_steps: int = 300
+    batch_size: int = 8
+    direct_weight: float = 1.0
+    logit_weight: float = 1.0
+    initial_scale: float = 1.0
+
+    family: ClassVar[str] = "npt"
+    at_least_one: ClassVar[tuple[str, ...]] = ("np_rank", "num_ranks", *TrainingSettings.at_least_one)
+    not_negative: ClassVar[tuple[str, ...]] = ("weight_decay", "direct_weight", "logit_weight", "initial_scale")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, (list, tuple)) or not self.layers:
+            raise ConfigError(f"train.layers={self.layers}: give a list of layer numbers, such as [1,3]")
+        object.__setattr__(self, "layers", tuple(self.layers))
+        for layer in self.layers:
+            check_whole("layers", layer, 0)
+        if len(set(self.layers)) < len(self.layers):
+            raise ConfigError(f"train.layers={list(self.layers)}: names a layer twice")
+        if self.modulation not in PROJECTIONS:
+            raise ConfigError(f"train.modulation={self.modulation} is unknown; choose {', '.join(PROJECTIONS)}")
+        super().__post_init__()
+        if not self.direct_weight and not self.logit_weight:
+            raise ConfigError("train.direct_weight and train.logit_weight are both 0: nothing would be trained")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(EquivalenceSettings):
+    """The `train` node of `task=train`. `resume_from`: a checkpoint, or a run whose last one it is, to go on from."""
+
+    resume_from: str | None = None

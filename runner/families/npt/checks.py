@@ -202,7 +202,8 @@ def build_small(context: CheckContext) -> Path:
     import torch
 
     from runner.families.hf.checks import small_base
-    from runner.families.npt.training import EquivalenceSettings, train_run
+    from runner.families.npt import EquivalenceSettings
+    from runner.families.npt.training import train_run
 
     root = context.scratch / "built"
     base, name = small_base(context, root)

@@ -22,7 +22,8 @@ from runner.data.world import World, generate, train_tokenizer
 from runner.errors import RunnerError
 from runner.evaluation.base_models import load_base
 from runner.evaluation.placement import Placement
-from runner.families.npt.training import EquivalenceSettings, train_run
+from runner.families.npt import EquivalenceSettings
+from runner.families.npt.training import train_run
 from runner.files.staging import staged
 from runner.progress import step_bar
 from runner.results import versions

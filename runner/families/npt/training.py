@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, TypedDict, cast
+from typing import Literal, TypedDict, cast
 
 import torch
 from transformers import PreTrainedConfig
@@ -20,6 +20,7 @@ from runner.checkpoints.detect import open_checkpoint
 from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.evaluation.base_models import Base
 from runner.evaluation.forward import layer_arguments
+from runner.families.npt import PROJECTIONS, EquivalenceSettings
 from runner.families.npt import checkpoint as npt_delta
 from runner.families.npt.model import NptDecoderLayer, NptLlamaForCausalLM, RankKUpdate, build_npt, npt_tensors
 from runner.families.npt.save import flat_optimizer_state, stacked_optimizer_state
@@ -27,16 +28,9 @@ from runner.files.staging import staged
 from runner.files.tensors import load_pickle
 from runner.training.batches import NO_TEXT, document_batches, endless_order
 from runner.training.loop import OnStep, Trained, TrainingInputs, is_logged, naming_the_last, take_steps
-from runner.training.optimization import (
-    TrainingSettings,
-    check_whole,
-    optimizer_and_schedule,
-    require_finite,
-    require_finite_loss,
-)
+from runner.training.optimization import optimizer_and_schedule, require_finite, require_finite_loss
 from runner.training.resume import is_step, load_optimizer, load_schedule, require_state, require_steps_left
 
-PROJECTIONS = {"single": ("gate",), "dual": ("gate", "up"), "triple": ("gate", "up", "down")}
 # How much of what the base computes is kept in memory instead of being computed again in every epoch.
 CACHE_BYTES = 256 << 20
 
@@ -49,53 +43,6 @@ class TrainingState(TypedDict):
     optimizer_state_dict: dict[str, object]
     scheduler_state_dict: dict[str, object]
     scaler_state_dict: None
-
-
-@dataclass(frozen=True, kw_only=True)
-class EquivalenceSettings(TrainingSettings):
-    """Which layers become NPT layers, and how they are trained.
-
-    `direct_weight`, `logit_weight`: how much each loss counts. `initial_scale`: the size of the random W_b_up
-    relative to that of the other matrices; 0 starts from the unmodulated MLP.
-    """
-
-    layers: tuple[int, ...]
-    modulation: str = "triple"
-    np_rank: int = 16
-    num_ranks: int = 4
-    max_steps: int = 3000
-    save_every: int = 500
-    learning_rate: float = 1e-3
-    warmup_steps: int = 300
-    batch_size: int = 8
-    direct_weight: float = 1.0
-    logit_weight: float = 1.0
-    initial_scale: float = 1.0
-
-    family: ClassVar[str] = "npt"
-    at_least_one: ClassVar[tuple[str, ...]] = ("np_rank", "num_ranks", *TrainingSettings.at_least_one)
-    not_negative: ClassVar[tuple[str, ...]] = ("weight_decay", "direct_weight", "logit_weight", "initial_scale")
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.layers, (list, tuple)) or not self.layers:
-            raise ConfigError(f"train.layers={self.layers}: give a list of layer numbers, such as [1,3]")
-        object.__setattr__(self, "layers", tuple(self.layers))
-        for layer in self.layers:
-            check_whole("layers", layer, 0)
-        if len(set(self.layers)) < len(self.layers):
-            raise ConfigError(f"train.layers={list(self.layers)}: names a layer twice")
-        if self.modulation not in PROJECTIONS:
-            raise ConfigError(f"train.modulation={self.modulation} is unknown; choose {', '.join(PROJECTIONS)}")
-        super().__post_init__()
-        if not self.direct_weight and not self.logit_weight:
-            raise ConfigError("train.direct_weight and train.logit_weight are both 0: nothing would be trained")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings(EquivalenceSettings):
-    """The `train` node of `task=train`. `resume_from`: a checkpoint, or a run whose last one it is, to go on from."""
-
-    resume_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
