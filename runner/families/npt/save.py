@@ -20,6 +20,7 @@ from runner.families.npt import full
 from runner.families.npt.model import NptLlamaForCausalLM, build_npt, npt_tensors
 from runner.families.npt.settings import EquivalenceSettings
 from runner.families.npt.training import OnStep, initial_updates, train_equivalence
+from runner.files.archive import require_crc
 from runner.files.staging import staged
 from runner.files.tensors import TensorSource, load_pickle
 from runner.training.optimization import is_step, naming_the_last
@@ -109,6 +110,7 @@ def _delta(weights: TensorSource, name: str, scale: float) -> Callable[[], torch
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
     for name in names:
         if (source / name).is_file():
+            require_crc(source / name)
             shutil.copyfile(source / name, target / name)
 
 
