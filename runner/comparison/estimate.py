@@ -30,8 +30,7 @@ def estimate(
     `rates`: the learning rate of each point where it is known; only the points since its last change are fitted.
     """
     # numpy, which only a comparison needs.
-    from runner.metrics.forecast import forecast
-    from runner.metrics.forecast_words import sentence
+    from runner.metrics.forecast import forecast, sentence
 
     found = forecast(steps, mses, sorted(thresholds().mse.values(), reverse=True), learning_rates=rates)
     open_targets = [target for target in found.targets if target.status != "reached"] or found.targets[-1:]
