@@ -33,12 +33,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import runner
 from runner.errors import RunnerError
 
 FILE_NAME = "result.json"
+JsonObject: TypeAlias = dict[str, Any]
 
 
 @dataclass(kw_only=True)

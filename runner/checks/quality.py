@@ -21,7 +21,7 @@ from runner.evaluation.evaluator import Subject
 from runner.evaluation.forward import limits
 from runner.metrics import layers as layer_measures
 from runner.metrics.fidelity import summarise
-from runner.metrics.verdict import judge
+from runner.metrics.verdict import judge, thresholds
 
 TEMPERATURES = (0.1, 0.7, 1.0)
 SCORES = {"PASS": 1.0, "WARNING": 0.5, "FAIL": 0.0}
@@ -31,14 +31,14 @@ def grade(mse: float | None, cosine: float | None) -> str:
     """PASS, WARNING or FAIL of one comparison; FAIL where a figure is not finite."""
     if mse is None or cosine is None:
         return "FAIL"
-    if mse < 0.1 and cosine > 0.95:
-        return "PASS"
-    return "WARNING" if mse < 0.5 and cosine > 0.8 else "FAIL"
+    bounds = thresholds().quality
+    return next((word for word, at in bounds.items() if mse < at["mse"] and cosine > at["cosine"]), "FAIL")
 
 
 def word_of(score: float) -> str:
     """PASS, WARNING or FAIL of several comparisons."""
-    return "PASS" if score > 0.8 else "WARNING" if score >= 0.5 else "FAIL"
+    bounds = thresholds().quality_score
+    return "PASS" if score > bounds["PASS"] else "WARNING" if score >= bounds["WARNING"] else "FAIL"
 
 
 def against_base(measure: Callable[[Bench, Subject], Outcome]) -> Callable[[Bench], Outcome]:

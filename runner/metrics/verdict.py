@@ -1,34 +1,50 @@
-"""From figures to words: status, progress, readiness (spec/measures.md, "Verdicts").
+"""From figures to words: status, progress, readiness; every threshold behind them stands in conf/verdict.yaml.
 
-The thresholds stand in conf/verdict.yaml. Progress and remaining work are a rule of thumb from the field; an
-estimate from a series of steps is another thing.
-
-The thresholds behind the verdicts, as conf/verdict.yaml has them.
+Progress and remaining work are a rule of thumb from the field; the estimate from a series of steps is another thing.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 
 from runner.config import config_directory
 
 
+class ProgressRow(TypedDict):
+    """From this mse on: so much is done, and so much remains."""
+
+    mse: float
+    percent: int
+    remaining: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """Upper bounds of mse, lower bounds of cosine, and mse → (percent, words), in the order they are tried."""
+    """conf/verdict.yaml, which says what each is; names stand in the order in which they are tried."""
 
     mse: Mapping[str, float]
     cosine: Mapping[str, float]
-    progress: Sequence[Mapping[str, Any]]
+    progress: Sequence[ProgressRow]
     layer_mse: float
     layer_share: float
     close_mse: float
     close_cosine: float
     generation_agreement: float
     generation_repetition: float
+    trend: Mapping[str, float]
+    quality: Mapping[str, Mapping[str, float]]
+    quality_score: Mapping[str, float]
+    overall: Mapping[str, float]
+
+
+@cache
+def thresholds() -> Thresholds:
+    """Those of conf/verdict.yaml, for what runs without a composed config."""
+    values = yaml.safe_load((config_directory() / "verdict.yaml").read_text(encoding="utf-8"))
+    return Thresholds(**{key: value for key, value in values.items() if key != "_target_"})
 
 
 def mse_status(mse: float | None, thresholds: Thresholds) -> str:
@@ -147,10 +163,3 @@ def _recommendation(
     if mse >= thresholds.close_mse and cosine > thresholds.cosine["good"]:
         return "Direction right, magnitude wrong: more steps, and look at the learning rate."
     return "Continue training."
-
-
-@cache
-def thresholds() -> Thresholds:
-    """The bounds of mse and cosine and the other fixed numbers."""
-    values = yaml.safe_load((config_directory() / "verdict.yaml").read_text(encoding="utf-8"))
-    return Thresholds(**{key: value for key, value in values.items() if key != "_target_"})

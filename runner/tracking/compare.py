@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runner.comparison.comparison import Comparison
-from runner.comparison.insights import answers, headline
+from runner.comparison.insights import headline, insights
 from runner.comparison.jobs import Job
 from runner.comparison.series import Series
 from runner.tracking.base import RunIdentity, Tracker
@@ -146,7 +146,7 @@ def _summary(comparison: Comparison, named: Sequence[tuple[Series, str]]) -> dic
     said: dict[str, Any] = {"headline": headline(comparison).words}
     said |= {f"jobs/{status}": count for status, count in Counter(job.status for job in comparison.jobs).items()}
     for series, end in named:
-        found = answers(series)
+        found = insights(series)
         for name in ("working", "ready", "layer", "best"):
             said[f"answers/{name}{end}"] = getattr(found, name).words
         points = figures(series, "mse")
