@@ -1,4 +1,4 @@
-"""How close a subject's logits are to a reference's, on the same tokens (spec/measures.md, "Fidelity of logits").
+"""How close a subject's logits are to a reference's, on the same tokens (formulas: README.md).
 
 Logits come in chunks of positions, so that no caller has to hold two full [T, V] tensors. Per-entry differences are
 taken in float32, sums and probabilities in float64: the KL of two close distributions is a small difference of
@@ -8,7 +8,6 @@ large numbers.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -49,7 +48,7 @@ class Comparison:
         norms = math.sqrt(self.reference_square * self.subject_square)
         return self.product / norms if norms > 0 else None
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, float | None]:
         """The figures of this one sequence, by the names of the result contract; {} where a logit is not finite."""
         if not self.finite:
             return {"mse": None, "cosine": None, "kl": None}
@@ -118,7 +117,7 @@ def compare(chunks: Iterable[tuple[torch.Tensor, torch.Tensor]], token_ids: torc
     )
 
 
-def summarise(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def summarise(comparisons: Sequence[Comparison]) -> dict[str, float | None]:
     """The report's figures over several sequences, each of them one independent unit.
 
     A mean is the mean over sequences of the sequence's own mean; `_se` is its standard error over sequences
@@ -127,7 +126,7 @@ def summarise(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """
     if not all(comparison.finite for comparison in comparisons):
         return {"mse": None, "cosine": None, "kl": None}
-    figures: dict[str, Any] = {"mse": _mean([c.mse for c in comparisons])}
+    figures: dict[str, float | None] = {"mse": _mean([c.mse for c in comparisons])}
     cosines = [c.cosine for c in comparisons if c.cosine is not None]
     figures["cosine"] = _mean(cosines) if len(cosines) == len(comparisons) else None
     for name in ("kl", "kl_reverse"):
@@ -150,18 +149,12 @@ def summarise(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 
 def perplexities(comparisons: Sequence[Comparison]) -> dict[str, float | None]:
     """`loss` (nats a token) and `ppl` of subject and reference over all known next tokens. None where undefined."""
-    known = [c for c in comparisons if len(c.next_logprob)]
-    if not known or not all(c.finite for c in known):
+    if not all(c.finite for c in comparisons) or not any(len(c.next_logprob) for c in comparisons):
         return dict.fromkeys(("loss", "loss_reference", "ppl", "ppl_reference", "ppl_ratio"))
-    subject = -float(torch.cat([c.next_logprob for c in known]).mean())
-    reference = -float(torch.cat([c.next_logprob_reference for c in known]).mean())
-    return {
-        "loss": subject,
-        "loss_reference": reference,
-        "ppl": _exp(subject),
-        "ppl_reference": _exp(reference),
-        "ppl_ratio": _exp(subject - reference),
-    }
+    subject = -float(torch.cat([c.next_logprob for c in comparisons]).mean())
+    reference = -float(torch.cat([c.next_logprob_reference for c in comparisons]).mean())
+    losses = {"loss": subject, "loss_reference": reference}
+    return {**losses, "ppl": _exp(subject), "ppl_reference": _exp(reference), "ppl_ratio": _exp(subject - reference)}
 
 
 def perplexity(logprobs: Sequence[torch.Tensor]) -> dict[str, float | None]:
@@ -181,7 +174,9 @@ def standard_error(values: Sequence[float]) -> float | None:
     return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
-def _scale(product: float, subject_square: float, squared_difference: float, reference_square: float) -> dict[str, Any]:
+def _scale(
+    product: float, subject_square: float, squared_difference: float, reference_square: float
+) -> dict[str, float | None]:
     """The scalar s that minimises ‖s·subject - reference‖², and the share of the squared difference it removes."""
     if subject_square == 0:
         return {"scale": None, "magnitude_share": None}

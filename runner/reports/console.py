@@ -155,9 +155,9 @@ def _table(title: str, rows: Rows, gap: int = 2) -> Table:
 
 
 def _report(task: str) -> tuple[Callable[..., list[Fact]], Callable[..., Tables]]:
-    """The lines and the tables of a task's report, imported when it is printed."""
+    """The lines and the tables (if any) of a task's report, imported when it is printed."""
     module = import_module(f"runner.reports.{'compare' if task == 'compare' else 'tasks'}")
-    return getattr(module, f"{task}_facts"), getattr(module, f"{task}_tables")
+    return getattr(module, f"{task}_facts"), getattr(module, f"{task}_tables", lambda result, verbose: [])
 
 
 def _print_plain(result: JsonObject, facts: list[Fact], tables: Tables) -> None:

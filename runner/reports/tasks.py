@@ -277,11 +277,6 @@ def panels_facts(result: JsonObject) -> list[Fact]:
     return known([*rows, ("Saved", result.get("url"), "")])
 
 
-def panels_tables(result: JsonObject, verbose: bool) -> Tables:
-    """None."""
-    return []
-
-
 def test_facts(result: JsonObject) -> list[Fact]:
     """Every line of the report, in order."""
     checks = result["checks"]
@@ -346,8 +341,3 @@ def verify_facts(result: JsonObject) -> list[Fact]:
     ]
     words = {True: ("yes", "pass"), False: ("NO", "fail"), None: ("NOT PROVED: there is no MANIFEST.json", "moderate")}
     return known([*rows, ("Verified", *words[result["verified"]])])
-
-
-def verify_tables(result: JsonObject, verbose: bool) -> Tables:
-    """None: every check is a line of the report."""
-    return []

@@ -144,9 +144,7 @@ def _policy(scripts: Iterable[str]) -> str:
 
 def _cards(comparison: Comparison) -> list[JsonObject]:
     """The four questions with their answers for each series, the closest one first."""
-    if not comparison.series:
-        return []
-    first = leading(comparison)
+    first = leading(comparison) if comparison.series else None
     return [
         {
             "label": one.label if len(comparison.series) > 1 else "",
@@ -159,16 +157,13 @@ def _cards(comparison: Comparison) -> list[JsonObject]:
 
 def failures(comparison: Comparison, directory: Path) -> list[JsonObject]:
     """Jobs without a result, those with one message together, in the order of the first of each."""
-    groups: dict[tuple[str, str], list[Job]] = {}
-    for job in comparison.failures:
-        groups.setdefault((_spoken(job.status), job.message), []).append(job)
     return [
         {
             "status": status,
             "message": message,
             "jobs": [{"name": job.name, "log": _link(job.log, directory) if job.log else None} for job in jobs],
         }
-        for (status, message), jobs in groups.items()
+        for (status, message), jobs in comparison.failure_groups().items()
     ]
 
 

@@ -6,7 +6,7 @@ A trace's `meta.colour` is the number of its series; a shape's `name` is the sta
 import html
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from runner.comparison.comparison import Comparison
 from runner.comparison.jobs import Job, is_number
@@ -109,8 +109,13 @@ def _titled(title: str, **more: object) -> JsonObject:
     return {"title": {"text": title}, **more}
 
 
-def _over_steps(axis: JsonObject, **more: object) -> JsonObject:
-    return {"xaxis": _titled("step", tickformat="~s"), "yaxis": axis, **more}
+def _over_steps(name: str, title: str, note: str, data: list[JsonObject], axis: JsonObject, **more: object) -> Figure:
+    layout = {"xaxis": _titled("step", tickformat="~s"), "yaxis": axis, **more}
+    return Figure(name=name, title=title, note=note, data=data, layout=layout)
+
+
+def _heights(data: Sequence[JsonObject]) -> list[float | None]:
+    return [value for trace in data for value in trace["y"]]
 
 
 def log_axis(title: str, values: Sequence[float | None], *, include: Sequence[float] = ()) -> JsonObject:
@@ -172,15 +177,9 @@ def mse(series: Sequence[Series]) -> Figure | None:
     if bands:
         whose = "the estimate" if len(rows) <= _MOST_BANDS else "the estimate of the closest curve"
         note += f" Shaded: {whose}, 90 % for the true curve at each step; dashed: its best fit."
-    return Figure(
-        name="mse",
-        title="MSE",
-        note=note,
-        wide=True,
-        height=440,
-        data=[*bands, *(line(one, number, positive(mses), legendgroup=str(number)) for number, one, mses in rows)],
-        layout=_over_steps(axis, shapes=shapes, annotations=band_labels(shapes, log=True)),
-    )
+    data = [*bands, *(line(one, number, positive(mses), legendgroup=str(number)) for number, one, mses in rows)]
+    found = _over_steps("mse", "MSE", note, data, axis, shapes=shapes, annotations=band_labels(shapes, log=True))
+    return replace(found, wide=True, height=440)
 
 
 def _near(bands: Sequence[JsonObject], values: Sequence[float | None]) -> list[float]:
@@ -218,14 +217,10 @@ def cosine(series: Sequence[Series]) -> Figure | None:
     names = ["poor", *(name for name, _ in statuses)]
     bounds = dict(zip(names[:-1], (bound for _, bound in statuses), strict=True))
     shapes = status_bands(bounds, names[-1], low, top) if judged else []
-    axis = _titled("cosine", range=[low, top])
-    return Figure(
-        name="cosine",
-        title="Cosine",
-        note="Direction of the logits, magnitude aside; 1 is the reference's own.",
-        data=[line(one, number, cosines) for number, one, cosines in rows],
-        layout=_over_steps(axis, shapes=shapes, annotations=band_labels(shapes, log=False)),
-    )
+    note = "Direction of the logits, magnitude aside; 1 is the reference's own."
+    data = [line(one, number, cosines) for number, one, cosines in rows]
+    axis, labels = _titled("cosine", range=[low, top]), band_labels(shapes, log=False)
+    return _over_steps("cosine", "Cosine", note, data, axis, shapes=shapes, annotations=labels)
 
 
 def kl(series: Sequence[Series]) -> Figure | None:
@@ -244,15 +239,11 @@ def kl(series: Sequence[Series]) -> Figure | None:
             label = name if alone else f"{one.label}, {name}"
             group = {} if alone else {"legendgroup": str(number)}
             data.append(line(one, number, values, name=label, **style, **group, showlegend=alone or mean))
-    values = [value for trace in data for value in trace["y"]]
-    return Figure(
-        name="kl",
-        title="KL divergence",
-        note="From the reference's next-token distribution, nats a token: mean (solid), quantiles over the tokens "
-        "(50 % dashed, 90 % dash-dot, 99 % long dashes) and the largest (dotted).",
-        data=data,
-        layout=_over_steps(log_axis("KL, nats a token", values)),
+    note = (
+        "From the reference's next-token distribution, nats a token: mean (solid), quantiles over the tokens "
+        "(50 % dashed, 90 % dash-dot, 99 % long dashes) and the largest (dotted)."
     )
+    return _over_steps("kl", "KL divergence", note, data, log_axis("KL, nats a token", _heights(data)))
 
 
 def agreement(series: Sequence[Series]) -> Figure | None:
@@ -266,13 +257,8 @@ def agreement(series: Sequence[Series]) -> Figure | None:
         data.append(line(one, number, one.values("top5"), name=f"{one.label}, top-5", **style))
     if len(rows) == 1:
         data = [{**trace, "name": trace["name"].rpartition(", ")[2]} for trace in data]
-    return Figure(
-        name="top1",
-        title="Top-1 agreement",
-        note="Share of positions with the reference's most likely token; dashed: overlap of the five most likely.",
-        data=data,
-        layout=_over_steps(_titled("share", tickformat=".0%")),
-    )
+    note = "Share of positions with the reference's most likely token; dashed: overlap of the five most likely."
+    return _over_steps("top1", "Top-1 agreement", note, data, _titled("share", tickformat=".0%"))
 
 
 def progress(series: Sequence[Series]) -> Figure | None:
@@ -284,18 +270,14 @@ def progress(series: Sequence[Series]) -> Figure | None:
             data.append(line(one, number, values, line={"shape": "hv"}))
     if not data:
         return None
-    return Figure(
-        name="progress",
-        title="Progress",
-        note="A rule of thumb from the mse alone: 10, 30, 70, 90 or 100 %.",
-        data=data,
-        layout=_over_steps(_titled("%", range=[0, 105])),
-    )
+    shares = [f"{row['percent']}" for row in thresholds().progress]
+    note = f"A rule of thumb from the mse alone: {', '.join(shares[:-1])} or {shares[-1]} %."
+    return _over_steps("progress", "Progress", note, data, _titled("%", range=[0, 105]))
 
 
 def perplexity(series: Sequence[Series]) -> Figure | None:
     """Perplexity on text beside the reference's, where text was measured."""
-    data, values = [], []
+    data: list[JsonObject] = []
     dotted: JsonObject = {"line": {"dash": "dot", "width": 1.3}, "mode": "lines"}
     for number, one in enumerate(series):
         for key, style in (("ppl", {}), ("ppl_reference", dotted)):
@@ -304,16 +286,10 @@ def perplexity(series: Sequence[Series]) -> Figure | None:
             if any(value is not None for value in found):
                 name = f"{one.label}{', reference' if style else ''}"
                 data.append(line(one, number, positive(found), name=name, **style))
-                values += found
     if not data:
         return None
-    return Figure(
-        name="perplexity",
-        title="Perplexity on text",
-        note="Of the checkpoint, and of the reference (dotted).",
-        data=data,
-        layout=_over_steps(log_axis("perplexity", values)),
-    )
+    note = "Of the checkpoint, and of the reference (dotted)."
+    return _over_steps("perplexity", "Perplexity on text", note, data, log_axis("perplexity", _heights(data)))
 
 
 def layers(series: Sequence[Series]) -> list[Figure]:
@@ -330,6 +306,7 @@ def _heat_map(series: Series, number: int) -> Figure:
     centre = math.log10(thresholds().layer_mse)
     reach = max([abs(value - centre) for row in logs for value in row if value is not None] + [1.0])
     ends = [centre - reach, centre, centre + reach]
+    ticks = [f"{10**end:.2g}" for end in ends]
     gap = 1 if len(jobs) <= _SPACED_COLUMNS else 0
     label = {"texttemplate": "%{text}"} if len(jobs) <= _LABELLED_COLUMNS else {}
     trace = {
@@ -340,14 +317,8 @@ def _heat_map(series: Series, number: int) -> Figure:
         **dict(zip(("zmin", "zmid", "zmax"), ends, strict=True)),
         "text": [["–" if value is None else f"{value:.2g}" for value in row] for row in grid],
         "hovertemplate": "%{y}, step %{x}: mse %{text}<extra></extra>",
-        "xgap": gap,
-        "ygap": gap,
-        "colorbar": {
-            "tickvals": ends,
-            "ticktext": [f"{10**end:.2g}" for end in ends],
-            "thickness": 10,
-            "outlinewidth": 0,
-        },
+        **dict.fromkeys(("xgap", "ygap"), gap),
+        "colorbar": {"tickvals": ends, "ticktext": ticks, "thickness": 10, "outlinewidth": 0},
         "meta": {"diverging": True},
         **label,
     }
@@ -383,15 +354,10 @@ def prompts(series: Sequence[Series]) -> list[Figure]:
         same = str([(trace["name"], trace["x"], trace["y"]) for trace in data])
         shared.setdefault(same, (number, [], data, note))[1].append(one.label)
     return [
-        Figure(
-            name=f"prompts-{number}",
-            title=f"Each prompt · {', '.join(labels)}",
-            note=note,
-            data=data,
-            layout=_over_steps(log_axis("mse", [value for trace in data for value in trace["y"]]), showlegend=True),
-        )
+        _over_steps(f"prompts-{number}", f"Each prompt · {', '.join(labels)}", note, data,
+                    log_axis("mse", _heights(data)), showlegend=True)
         for number, labels, data, note in shared.values()
-    ]
+    ]  # fmt: skip
 
 
 def _prompt_lines(series: Series) -> tuple[list[JsonObject], str]:
