@@ -5,28 +5,72 @@ model = runner.load("run7/checkpoint-22000", base="path/to/base")     # model(in
 result = runner.diagnose("run7/checkpoint-22000", base="path/to/base")  # the dict of result.json
 """
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __version__ = "0.1.0"
 __all__ = ["diagnose", "inspect", "load"]
 
-
-def load(path: Any, **options: Any) -> Any:
-    """The checkpoint at `path` as a torch module: see `runner.evaluation.build.load` for the options and errors."""
-    from runner.evaluation.build import load as load_checkpoint
-
-    return load_checkpoint(path, **options)
+# What a key of the command line may be given from Python; None leaves its default.
+Option = str | int | float | Path | Sequence[object] | Mapping[str, object] | None
 
 
-def diagnose(path: Any, **options: Any) -> dict[str, Any]:
-    """The result of `task=diagnose` as a dict: see `runner.run.call` for the options and errors."""
+def load(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    device_map: str | Mapping[str, int | str] | None = None,
+    format: str = "auto",
+    step: int | None = None,
+) -> "nn.Module":
+    """The checkpoint at `path` as a module: `model(input_ids, attention_mask=None).logits` is [B, T, V].
+
+    `base`: the model it needs to run (a directory or a hub name), by default the one that the checkpoint names.
+    `dtype`: float32, bfloat16, float16, or "stored" (that of the embedding). `device_map`: auto, or
+    module → device: spread a Llama base over devices. `step` chooses from a run directory.
+    Raises CheckpointError, ModelError or ConfigError, each with one line that says what to do.
+    """
+    from runner.checkpoints.detect import open_checkpoint
+    from runner.checkpoints.runs import resolve
+    from runner.evaluation.placement import Placement
+    from runner.families.family import Auto
+
+    checkpoint = open_checkpoint(resolve(Path(path).expanduser(), step), format)
+    family, placement = Auto().of(checkpoint), Placement(device=device, dtype=dtype, device_map=device_map)
+    return family.build(checkpoint, family.load_base(checkpoint, base, placement), placement)
+
+
+def diagnose(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    reference: str | Path | None = None,
+    tier: str | None = None,
+    step: int | None = None,
+    accuracy: bool | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    **options: Option,
+) -> dict[str, Any]:
+    """The result of `task=diagnose` as a dict, nothing written.
+
+    `options`: further keys of the command line (tokenizer, format, seed, …), a nested one as `**{"data.path": …}`.
+    Raises the RunnerError that the command line would print.
+    """
     from runner.run import call
 
-    return call("diagnose", path, **options)
+    own = {"base": base, "reference": reference, "tier": tier, "step": step, "accuracy": accuracy}
+    return call("diagnose", path, **own, device=device, dtype=dtype, **options)
 
 
-def inspect(path: Any, **options: Any) -> dict[str, Any]:
-    """The result of `task=inspect` as a dict, from headers only: see `runner.run.call` for options and errors."""
+def inspect(path: str | Path, *, step: int | None = None, **options: Option) -> dict[str, Any]:
+    """The result of `task=inspect` as a dict, from headers only, nothing written: options and errors as `diagnose`."""
     from runner.run import call
 
-    return call("inspect", path, **options)
+    return call("inspect", path, step=step, **options)

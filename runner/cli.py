@@ -2,27 +2,22 @@
 
 0 done (a poor verdict is a result); 1 a runtime error or a failed check; 2 bad input or usage; 3 a sweep in which
 jobs failed, or found failed checks; 130 interrupted.
-
-The text of `--help`.
 """
 
-import gc
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from runner.config import config_directory, demo_run
 from runner.errors import ConfigError, RunnerError, printable
-from runner.overrides import CommandLine, parse, spell
-
-if TYPE_CHECKING:
-    from runner.sweeps.plan import Plan
+from runner.installation import config_directory, demo_run
+from runner.overrides import CommandLine, parse
 
 INTERRUPTED = 130
+# Hydra shows one thing at a time, and that of one run.
+_SHOWING = ("--cfg", "-c", "--info", "-i", "-sc")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -57,124 +52,42 @@ def run(words: Sequence[str]) -> int:
 
 def _run(line: CommandLine) -> int:
     from runner import run as runs
-    from runner.sweeps.expand import expand
-    from runner.sweeps.sweeper import check_launcher, use_own_configs
+    from runner.sweeps.launchers import check_launcher, use_own_configs
 
     runs.setup()
     use_own_configs(config_directory())
-    if {"--cfg", "-c", "--info", "-i", "--hydra-help", "--version", "-sc"} & set(line.flags):
-        _check_choices(line)
-        _check_commands(line)
-        _hydra(line, runs.job)
+    if {"--hydra-help", "--version", *_SHOWING} & set(line.flags):
+        _check(line)
+        runs.hand_to_hydra(line, runs.job)
         return 0
+    from runner.sweeps.expand import expand, resume
+
     resumed = None
     if line.get("resume") is not None:
-        from runner.sweeps.resume import resume
-
         line, resumed = resume(line)
-    _check_choices(line)
+    _check(line)
     check_launcher(line, config_directory())
     if resumed is None:
         line = expand(line, demo_run=demo_run)
     if line.multirun or line.get("hydra.mode") == "MULTIRUN":
-        return _sweep(line, resumed)
-    runs.exit_code = 0
-    _hydra(line, runs.job)
-    return runs.exit_code
+        from runner.sweeps.command import run_sweep
+
+        return run_sweep(line, resumed)
+    return runs.run_once(line)
 
 
-def _sweep(line: CommandLine, resumed: "Plan | None") -> int:
-    """Run a sweep, then compare what its jobs left. Ctrl-C says what is kept and how to go on."""
-    from runner import run as runs
-    from runner.sweeps.sweeper import Sweep, launching
-
-    sweep = Sweep(line=line, resumed=resumed)
-    try:
-        with launching(sweep):
-            _hydra(line, runs.job)
-    except KeyboardInterrupt:
-        if sweep.directory is None:
-            raise
-        good, count = sweep.finished()
-        print(f"runner: interrupted: {good} of {count} jobs are finished and kept", file=sys.stderr)
-        if good:
-            from runner.tasks.compare import conclude
-
-            conclude(sweep.directory)
-        print(f"runner: the others: {_resuming(sweep.directory)}", file=sys.stderr)
-        return INTERRUPTED
-    if sweep.directory is None:  # Hydra had only to show something
-        return 0
-    from runner.sweeps.resume import record
-    from runner.tasks.compare import conclude
-
-    gc.freeze()  # the collector need not go through what the jobs imported while the comparison imports its own
-    comparison = conclude(sweep.directory)
-    if sweep.config is not None:
-        record(comparison, sweep.directory, sweep.config)
-    if not comparison.failures:
-        return 3 if any(job.passed is False for job in comparison.jobs) else 0
-    print(f"runner: what has no result: {_resuming(sweep.directory)}", file=sys.stderr)
-    return 3
-
-
-def _resuming(directory: Path) -> str:
-    """The command that goes on with a sweep, to be pasted into a shell."""
-    return f"python -m runner -m {shlex.quote(f'resume={directory}')}"
-
-
-def _hydra(line: CommandLine, job: object) -> None:
-    """Hand the command line to Hydra, and translate what it refuses."""
-    import hydra
-    import yaml
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from runner.config import translated
-
-    # With it Hydra raises instead of printing and exiting.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    overrides = [key if value is None else spell(key, value, multirun=line.multirun) for key, value in line.overrides]
-    before, sys.argv = sys.argv, ["runner", *line.flags, *overrides]
-    try:
-        hydra.main(config_path=str(config_directory()), config_name="config", version_base="1.3")(job)()  # type: ignore[arg-type]
-    except (HydraException, OmegaConfBaseException) as error:
-        task = line.get("task") or "diagnose"
-        raise translated(error, task, dict(line.overrides)) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from error
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise ConfigError(f"{error.filename or Path.cwd()}: cannot be written: {error.strerror}") from error
-    finally:
-        sys.argv = before
-
-
-def _check_choices(line: CommandLine) -> None:
-    """A fixed key, or an unknown task, tier, …, is answered before anything is composed."""
-    from runner.config import FIXED_KEYS, did_you_mean
+def _check(line: CommandLine) -> None:
+    """What Hydra would not answer, or not in a line: a fixed key, a directory that is not there, two things to show."""
+    from runner.config import FIXED_KEYS
 
     for key, _ in line.overrides:
         if key.lstrip("+~").partition(".")[0] in FIXED_KEYS:
             raise ConfigError(f"{key} is fixed, so that verdicts compare; its values stand in conf/verdict.yaml")
-    extra = [Path(line.flags[i + 1]) for i, flag in enumerate(line.flags[:-1]) if flag in ("--config-dir", "-cd")]
-    if absent := [path for path in extra if not path.is_dir()]:
-        raise ConfigError(f"--config-dir {absent[0]}: no such directory")
-    groups = [path for root in (config_directory(), *extra) for path in root.iterdir() if path.is_dir()]
-    for key, value in line.overrides:
-        choices = sorted({f.stem for g in groups if g.name == key for f in g.glob("*.yaml")})
-        if not choices or value is None or value == "null":
-            continue
-        for choice in value.split(",") if line.multirun else [value]:
-            if choice not in choices:
-                raise ConfigError(f"{key}={choice} is no {key}{did_you_mean(choice, choices)}")
-
-
-def _check_commands(line: CommandLine) -> None:
-    """Hydra shows one thing at a time, and that of one run."""
-    given = [flag for flag in line.flags if flag in ("--multirun", "-m", "--cfg", "-c", "--info", "-i", "-sc")]
-    if len(set(given)) > 1:
+    for flag, value in pairwise(line.flags):
+        if flag in ("--config-dir", "-cd") and not Path(value).is_dir():
+            raise ConfigError(f"--config-dir {value}: no such directory")
+    given = [flag for flag in line.flags if flag in ("--multirun", "-m", *_SHOWING)]
+    if len(set(given)) > 1 and set(given) & set(_SHOWING):
         raise ConfigError(f"{' and '.join(given)} do not go together: --cfg and --info show one run")
 
 

@@ -1,39 +1,39 @@
-"""The typed root of every task's config. Nothing heavy is imported here: `--help` and `--cfg job` stay fast.
+"""The typed root of every task's config. Nothing heavy is imported here: `--help` and `--cfg job` stay fast."""
 
-Where what comes with the package lies: the configs, inside it or beside it in a checkout, and the demonstration.
-"""
-
-import difflib
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from runner.errors import ConfigError
+from runner.errors import ConfigError, did_you_mean
+from runner.installation import config_directory
 
-
-def config_directory() -> Path:
-    """The absolute path of conf/. Raises ConfigError for an installation without it."""
-    package = Path(__file__).resolve().parent
-    for directory in (package / "conf", package.parent / "conf"):
-        if (directory / "config.yaml").is_file():
-            return directory
-    raise ConfigError("the installation has no conf/ directory; install runner again")
+# The family of whatever checkpoint is opened.
+AUTO = "auto"
 
 
-def demo_run() -> Path:
-    """The demonstration's run directory: `base` and `checkpoint-<step>`. Raises ConfigError where it is missing."""
-    run = Path(__file__).resolve().parent / "demo" / "run"
-    if not run.is_dir():
-        raise ConfigError("the installation has no demonstration; install runner again, or give ckpt=PATH")
-    return run
+def config_directories() -> tuple[Path, ...]:
+    """conf/, and the directory that --config-dir names where there is one."""
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
+    given = [Path(source.path).resolve() for source in sources if source.schema == "file"]
+    return tuple(dict.fromkeys((config_directory(), *given)))
+
+
+def group_files(group: str) -> dict[str, Path]:
+    """The YAML of each choice of a group by its name, those of --config-dir included."""
+    return {
+        file.stem: file for directory in config_directories() for file in sorted((directory / group).glob("*.yaml"))
+    }
 
 
 def keys_below(root: str, task: str) -> list[str]:
@@ -50,16 +50,20 @@ def _mapping(file: Path) -> dict[str, object]:
     return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
 
 
+# A group of conf/: a node while Hydra composes, and in a task's hands what its `_target_` builds.
+Component: TypeAlias = Any
+
+
 @dataclass
 class CommonConfig:
-    """What every task has. `tracker` and the other groups are built from their `_target_`."""
+    """What every task has."""
 
     task: str = MISSING
     seed: int = 0
     verbose: bool = False
     output: str | None = None
     cache: str | None = None
-    tracker: Any = MISSING
+    tracker: Component = MISSING
 
 
 @dataclass
@@ -68,8 +72,8 @@ class CheckpointConfig(CommonConfig):
 
     ckpt: str = "demo"
     step: Any = None
-    family: Any = MISSING
-    format: Any = MISSING
+    family: Component = MISSING
+    format: Component = MISSING
 
 
 @dataclass
@@ -78,14 +82,19 @@ class InspectConfig(CheckpointConfig):
 
 
 @dataclass
-class ModelConfig(CheckpointConfig):
-    """What every task that runs a checkpoint's model has."""
+class RunningConfig(CommonConfig):
+    """What every task that runs models has."""
 
     base: str | None = None
     tokenizer: str | None = None
     device: str = "auto"
     dtype: str = "float32"
-    data: Any = MISSING
+    data: Component = MISSING
+
+
+@dataclass
+class ModelConfig(CheckpointConfig, RunningConfig):
+    """What every task that runs a checkpoint's model has."""
 
 
 @dataclass
@@ -94,8 +103,8 @@ class DiagnoseConfig(ModelConfig):
 
     reference: str | None = None
     accuracy: bool = True
-    tier: Any = MISSING
-    verdict: Any = MISSING
+    tier: Component = MISSING
+    verdict: Component = MISSING
 
     def __post_init__(self) -> None:
         if isinstance(self.tier, Tier) and not self.tier.measures:
@@ -111,8 +120,8 @@ class TestConfig(ModelConfig):
     __test__ = False  # for pytest: no class of tests
 
     ckpt: str | None = None  # type: ignore[assignment]  # only here a checkpoint may be left out
-    tier: Any = MISSING
-    verdict: Any = MISSING
+    tier: Component = MISSING
+    verdict: Component = MISSING
     experts: int = 2
     keep: bool = False
     strict: bool = False
@@ -127,21 +136,16 @@ class TestConfig(ModelConfig):
 class ConvertConfig(CheckpointConfig):
     """`task=convert`."""
 
-    convert: Any = MISSING
+    convert: Component = MISSING
 
 
 @dataclass
-class MergeConfig(CommonConfig):
+class MergeConfig(RunningConfig):
     """`task=merge`; all but `merge` is for `merge.verify=functional`, which runs the models."""
 
-    merge: Any = MISSING
-    base: str | None = None
-    tokenizer: str | None = None
-    device: str = "auto"
-    dtype: str = "float32"
-    data: Any = MISSING
-    tier: Any = MISSING
-    verdict: Any = MISSING
+    merge: Component = MISSING
+    tier: Component = MISSING
+    verdict: Component = MISSING
 
 
 @dataclass
@@ -160,16 +164,11 @@ class DiffConfig(CheckpointConfig):
 
 
 @dataclass
-class TrainConfig(CommonConfig):
+class TrainConfig(RunningConfig):
     """`task=train`; `family` chooses what is trained, and so the keys of `train`."""
 
-    family: Any = MISSING
-    base: str | None = None
-    tokenizer: str | None = None
-    device: str = "auto"
-    dtype: str = "float32"
-    data: Any = MISSING
-    train: Any = field(default_factory=dict)
+    family: Component = MISSING
+    train: Component = field(default_factory=dict)
 
 
 @dataclass
@@ -177,6 +176,17 @@ class SweepConfig(CommonConfig):
     """`task=compare` and `task=panels`; `sweep`: a directory or a list of several."""
 
     sweep: Any = None
+
+    def directories(self) -> list[Path]:
+        """The sweeps that are named. Raises ConfigError where none is."""
+        paths = [Path(str(path)).expanduser() for path in _as_list(self.sweep) if path]
+        if not paths:
+            raise ConfigError("sweep= is needed: the directory of a sweep, or a list of them: sweep=[A,B]")
+        return paths
+
+
+def _as_list(value: object) -> Sequence[object]:
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 TASKS: dict[str, type[CommonConfig]] = {
@@ -198,27 +208,6 @@ PATH_KEYS = {
 }  # fmt: skip
 # Keys that a group's choice sets for all tasks alike and that nobody overrides.
 FIXED_KEYS = ("verdict",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """A model family; `auto` takes that of the checkpoint.
-
-    `device_map`: auto, or module → device, for a Llama (and what stands on one) larger than one device.
-    For lora_moe: `top_k` in the place of the checkpoint's own, `router_features` all_experts, base or expert_0, and
-    whether the `experts` are on.
-    """
-
-    name: str
-    device_map: Any = None
-    top_k: int | None = None
-    router_features: str | None = None
-    experts: bool = True
-
-    def routing(self) -> dict[str, Any]:
-        """The options that take the place of the checkpoint's own."""
-        given = {"top_k": self.top_k, "router_features": self.router_features}
-        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,22 +308,13 @@ def register() -> None:
         store.store(group="schema", name=name, node=node, package="_global_")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`: did you mean 'x'?`, or the known words where none is close and they are few."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known are {', '.join(known)}" if len(known) <= 24 else ""
-
-
 def unknown_key(key: str, task: str) -> ConfigError:
     """The error for a `key` that `task` does not have."""
-    own = [f.name for f in fields(TASKS[task])] if task in TASKS else []
+    own = _keys_of(task)
     root = key.partition(".")[0]
     if key.startswith("hydra.launcher."):
         return ConfigError(f"unknown key {key!r} of the launcher that is chosen; conf/hydra/launcher/ lists each one's")
-    owners = [name for name, node in TASKS.items() if root in {f.name for f in fields(node)}]
+    owners = [name for name in TASKS if root in _keys_of(name)]
     if owners and task not in owners:
         return ConfigError(f"{key} belongs to task={' and task='.join(owners)}, not to task={task}")
     known = keys_below(root, task) if "." in key and root in own else [n for n in own if n not in FIXED_KEYS]
@@ -344,20 +324,45 @@ def unknown_key(key: str, task: str) -> ConfigError:
     return ConfigError(f"unknown key {key!r}{did_you_mean(key, known)}")
 
 
-def translated(error: Exception, task: str, given: Mapping[str, str | None]) -> ConfigError:
-    """What Hydra refuses, in one line that says what to do; `given`: the overrides as they were typed."""
-    text = " ".join(str(error).split())
-    cause = " ".join(str(error.__cause__).split()) if error.__cause__ is not None else ""
-    if match := re.search(r"Could not override '([^']+)'", text):
-        key = match[1].lstrip("+").partition("@")[0]
-        if "not in" in text + cause or "No match" in text or "Key" in cause:
+def missing_key(key: str) -> ConfigError:
+    """The error for a key without a value."""
+    return ConfigError(f"{key} is needed; give it as {key}=…")
+
+
+def refused(error: Exception, task: str, given: Mapping[str, str | None], *, multirun: bool) -> ConfigError:
+    """What Hydra refuses, in one line that says what to do; `given`: the overrides as they were typed.
+
+    Which key is at fault is told by the attributes of the exceptions, else by the keys and values themselves.
+    """
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        if group == "train":
+            return ConfigError(f"family={choice} cannot be trained; choose {' or '.join(error.options or ())}")
+        return ConfigError(f"{group}={choice} is no {group}{did_you_mean(choice, error.options or ())}")
+    if isinstance(error, OverrideParseException):
+        return ConfigError(f"{error.override}: cannot be read: {error.message.splitlines()[0]}")
+    cause = error.__cause__ or error
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        node = str(cause.full_key)
+        key = next((key.lstrip("+") for key in given if f"{key.lstrip('+')}.".startswith(f"{node}.")), node)
+        if isinstance(cause, MissingMandatoryValue):
+            return missing_key(node)
+        if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
             return unknown_key(key, task)
-        return ConfigError(f"{key}={given.get(key)}: {cause or text}")
-    if match := re.search(r"Could not find 'train/([^']+)'", text):
-        trained = re.findall(r"\w+", text.partition("Available options in 'train':")[2].partition("Config search")[0])
-        return ConfigError(f"family={match[1]} cannot be trained; choose {' or '.join(trained)}")
-    if match := re.search(r"Missing mandatory value: (\S+)", text + cause):
-        return ConfigError(f"{match[1]} is needed; give it as {match[1]}=…")
-    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        return ConfigError(f"{match[1]}: several values are a sweep: add -m")
-    return ConfigError(f"{text}{f' ({cause})' if cause and cause not in text else ''}")
+        return ConfigError(f"{key}={given.get(key)}: {str(cause).splitlines()[0]}")
+    text = " ".join(str(error).split())
+    for key, value in given.items():
+        root = key.lstrip("+~").partition("@")[0]
+        if root.partition(".")[0] not in (*_keys_of(task), "hydra", "experiment") and not root.startswith("hydra/"):
+            return unknown_key(root, task)
+        if not multirun and value is not None and key not in PATH_KEYS and _is_sweep(f"{key}={value}"):
+            return ConfigError(f"{key}={value}: several values are a sweep: add -m")
+    return ConfigError(text)
+
+
+def _is_sweep(override: str) -> bool:
+    return OverridesParser.create().parse_override(override).is_sweep_override()
+
+
+def _keys_of(task: str) -> list[str]:
+    return [f.name for f in fields(TASKS[task])] if task in TASKS else []

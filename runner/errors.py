@@ -1,9 +1,21 @@
 """What can go wrong, and the exit code it ends with. Every message is one line: what is wrong, and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 def printable(text: object) -> str:
     """`text` on one line, with control characters escaped, so that a tensor's name cannot write to a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`: did you mean 'x'?`, or the known words where none is close and they are few."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known are {', '.join(known)}" if len(known) <= 24 else ""
 
 
 class RunnerError(Exception):

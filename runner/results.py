@@ -20,19 +20,13 @@ a verdict was not given. Floats have full precision; a number that is not finite
     timing, versions    seconds by phase; versions of the libraries that computed this
 
 Other fields belong to one task and stand in that task's page (`details` here, top level in the file).
-
-The versions of what computed a result.
 """
 
-import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import runner
@@ -40,6 +34,7 @@ from runner.errors import RunnerError
 
 FILE_NAME = "result.json"
 JsonObject: TypeAlias = dict[str, Any]
+_PACKAGES = ("torch", "transformers", "safetensors", "peft", "hydra-core", "omegaconf", "wandb")
 
 
 @dataclass(kw_only=True)
@@ -56,18 +51,18 @@ class Result:
     family: str | None = None
     format: str | None = None
     tier: str | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
-    per_prompt: list[dict[str, Any]] = field(default_factory=list)
-    layers: list[dict[str, Any]] = field(default_factory=list)
-    progressive: list[dict[str, Any]] = field(default_factory=list)
-    generation: list[dict[str, Any]] = field(default_factory=list)
-    checks: list[dict[str, Any]] = field(default_factory=list)
+    metrics: JsonObject = field(default_factory=dict)
+    per_prompt: list[JsonObject] = field(default_factory=list)
+    layers: list[JsonObject] = field(default_factory=list)
+    progressive: list[JsonObject] = field(default_factory=list)
+    generation: list[JsonObject] = field(default_factory=list)
+    checks: list[JsonObject] = field(default_factory=list)
     overall: str | None = None
-    verdict: dict[str, Any] | None = None
+    verdict: JsonObject | None = None
     findings: list[str] = field(default_factory=list)
     timing: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
+    details: JsonObject = field(default_factory=dict)
     exit_code: int = 0  # of the process, not in the file: 1 where a task whose purpose it is found a failure
 
     @classmethod
@@ -75,7 +70,7 @@ class Result:
         """The result of a job that ended in `error`."""
         return cls(task=task, status="error", ckpt=ckpt, error={"type": type(error).__name__, "message": str(error)})
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The contract as plain JSON values."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("details", "exit_code")}
         kept = {name: value for name, value in values.items() if value not in (None, {}, [])}
@@ -95,42 +90,10 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` to `path`, as `write_whole` does."""
-    write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old file or the new one, never half of one.
-
-    Raises OSError where that is not possible; then the old file stays.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A `result.json` as it was written."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-PACKAGES = ("torch", "transformers", "safetensors", "peft", "hydra-core", "omegaconf", "wandb")
-
-
 def versions() -> dict[str, str]:
     """Installed versions by package name, read from metadata: nothing is imported."""
     found = {"runner": runner.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
+    for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -2,20 +2,22 @@
 
 import logging
 import os
-import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib import import_module
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
+import hydra
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
+from hydra.types import TaskFunction
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -24,50 +26,70 @@ from rich.console import Console
 from runner.config import (
     TASKS,
     CommonConfig,
-    config_directory,
-    did_you_mean,
     list_keys,
+    missing_key,
     one_as_list,
+    refused,
     register,
-    translated,
     unknown_key,
 )
-from runner.errors import ConfigError, RunnerError
-from runner.imports import uncollected
-from runner.overrides import quoted
+from runner.errors import ConfigError, RunnerError, did_you_mean
+from runner.files.atomic import write_json
+from runner.installation import config_directory, uncollected
+from runner.overrides import CommandLine, quoted, spell
 from runner.reports.console import print_result
-from runner.results import FILE_NAME, Result, write_json
+from runner.results import FILE_NAME, Result
 from runner.tasks.context import Context
-from runner.tracking.base import NullTracker, RunIdentity, Tracker
+from runner.tracking.base import RunIdentity, Tracker
 
 log = logging.getLogger(__name__)
-# The exit code of the last job that ran in this process: Hydra gives no way to return one.
-exit_code = 0
 # Tasks that log while they run, not only at the end.
 _LIVE = ("train",)
 # Tasks that tell the tracker themselves, or that are about its runs and have none of their own.
 _UNTRACKED = ("compare", "panels")
-# What Python says of a call with an argument too much or too few.
-_ARGUMENT = re.compile(r"unexpected keyword argument '(?P<unknown>\w+)'|missing \d+ required .*?'(?P<missing>\w+)'")
 
 
-def job(cfg: DictConfig) -> str | None:
-    """What Hydra calls for each job. It never raises but for an interrupt: a failure is written to `result.json`.
+def run_once(line: CommandLine) -> int:
+    """Run the one job of a command line; its exit code. Raises ConfigError for what Hydra refuses."""
+    codes: list[int] = []
+    hand_to_hydra(line, lambda cfg: codes.append(job(cfg)))
+    return codes[-1] if codes else 0
 
-    Of a sweep's job the parent process tells, from what lies in its directory; returned is what kept it from there.
+
+def hand_to_hydra(line: CommandLine, task: TaskFunction) -> None:
+    """Let Hydra compose the config of `line` and call `task` with it, once or for each job of a sweep.
+
+    Raises ConfigError for what Hydra refuses, and where its own files cannot be written.
     """
-    global exit_code
-    logging.captureWarnings(True)
-    logging.raiseExceptions = False  # where the disk is full the result says so, not a traceback of the log
-    hydra = HydraConfig.get()
-    directory = Path(hydra.runtime.output_dir)
-    sweep = Path(hydra.sweep.dir).name if hydra.mode == RunMode.MULTIRUN else None
-    if sweep is not None:
-        # A result from before a sweep was cut off says nothing about this attempt.
-        (directory / FILE_NAME).unlink(missing_ok=True)
-    result, exit_code, location = _run_and_record(cfg, directory, sweep)
-    if sweep is not None:
-        return None if (directory / FILE_NAME).exists() else f"{FILE_NAME} could not be written"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # with it Hydra raises instead of printing and exiting
+    overrides = [key if value is None else spell(key, value, multirun=line.multirun) for key, value in line.overrides]
+    before, sys.argv = sys.argv, ["runner", *line.flags, *overrides]
+    try:
+        with _refusals(line.get("task") or "diagnose", dict(line.overrides), multirun=line.multirun):
+            hydra.main(config_path=str(config_directory()), config_name="config", version_base="1.3")(task)()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from error
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{error.filename or Path.cwd()}: cannot be written: {error.strerror}") from error
+    finally:
+        sys.argv = before
+
+
+@contextmanager
+def _refusals(task: str, given: Mapping[str, str | None], *, multirun: bool = False) -> Iterator[None]:
+    """Within the block, what Hydra refuses is a ConfigError; `given`: the overrides as they were typed."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise refused(error, task, given, multirun=multirun) from error
+
+
+def job(cfg: DictConfig) -> int:
+    """The job of a single run: its result is written and shown; its exit code. Raises nothing but an interrupt."""
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    result, code, location = _run_and_record(cfg, directory, None)
     if result["status"] == "ok":
         try:
             print_result(result, Console(), verbose=cfg.verbose, directory=directory, tracked=location)
@@ -77,7 +99,20 @@ def job(cfg: DictConfig) -> str | None:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for the interpreter's own flush at exit
     else:
         print(f"runner: error: {result['error']['message']}", file=sys.stderr)
-    return None
+    return code
+
+
+def sweep_job(cfg: DictConfig) -> str | None:
+    """One job of a sweep, in whichever process: what becomes of it is told from what lies in its directory.
+
+    Returned is what kept its result from there. Raises nothing but an interrupt.
+    """
+    settings = HydraConfig.get()
+    directory = Path(settings.runtime.output_dir)
+    # A result from before a sweep was cut off says nothing about this attempt.
+    (directory / FILE_NAME).unlink(missing_ok=True)
+    _run_and_record(cfg, directory, Path(settings.sweep.dir).name)
+    return None if (directory / FILE_NAME).exists() else f"{FILE_NAME} could not be written"
 
 
 def call(task: str, path: str | Path, **options: Any) -> dict[str, Any]:
@@ -92,13 +127,13 @@ def call(task: str, path: str | Path, **options: Any) -> dict[str, Any]:
             spelled = quoted(str(value)) if isinstance(value, (str, Path)) else str(value).replace("'", '"')
             overrides.append(f"{key}={spelled}")
     setup()
-    try:
-        with initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"):
-            cfg = compose("config", overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise translated(error, task, {key: str(value) for key, value in options.items()}) from error
+    with (
+        _refusals(task, {key: str(value) for key, value in options.items()}),
+        initialize_config_dir(config_dir=str(config_directory()), version_base="1.3"),
+    ):
+        cfg = compose("config", overrides=overrides)
     with tempfile.TemporaryDirectory() as directory:
-        return _run(cfg, Path(directory), NullTracker()).to_dict()
+        return _run(cfg, Path(directory), Tracker()).to_dict()
 
 
 def setup() -> None:
@@ -108,7 +143,9 @@ def setup() -> None:
 
 def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tuple[dict[str, Any], int, str | None]:
     """Run the task, write the result, then tell the tracker. Returns result, exit code and where the tracker put it."""
-    tracker: Tracker = NullTracker()
+    logging.captureWarnings(True)
+    logging.raiseExceptions = False  # where the disk is full the result says so, not a traceback of the log
+    tracker: Tracker = Tracker()
     code = 0
     try:
         tracker = tracker_of(cfg)
@@ -203,12 +240,13 @@ def _components(cfg: DictConfig, names: list[str]) -> dict[str, Any]:
     """The named nodes as objects: the one place where `_target_` is followed, and only ever in our own config."""
     built = {}
     for name in names:
-        if OmegaConf.is_dict(cfg[name]) and "_target_" not in cfg[name]:
-            raise ConfigError(f"{name}: its YAML has no _target_; begin it as those of conf/{name}/ begin")
+        node = cfg[name]
+        if OmegaConf.is_dict(node):
+            _check_arguments(name, node)
         try:
-            if OmegaConf.is_dict(cfg[name]):
-                one_as_list(cfg[name], list_keys(get_object(cfg[name]["_target_"])))
-            built[name] = instantiate(cfg[name], _convert_="all")
+            if OmegaConf.is_dict(node):
+                one_as_list(node, list_keys(get_object(node["_target_"])))
+            built[name] = instantiate(node, _convert_="all")
         except RunnerError:
             raise
         except Exception as error:
@@ -216,20 +254,27 @@ def _components(cfg: DictConfig, names: list[str]) -> dict[str, Any]:
             if isinstance(cause, RunnerError):
                 raise cause from error
             if isinstance(cause, MissingMandatoryValue):
-                key = str(cause).splitlines()[0].rpartition(" ")[2]
-                raise ConfigError(f"{key} is needed; give it as {key}=…") from error
-            if match := _ARGUMENT.search(str(cause)):
-                raise _bad_argument(name, cfg[name]["_target_"], match) from error
+                raise missing_key(str(cause.full_key)) from error
             raise ConfigError(f"{name}: {str(cause).splitlines()[0]}") from error
     return built
 
 
-def _bad_argument(group: str, target: str, match: re.Match[str]) -> ConfigError:
-    """A key too much, or one too few, in a YAML that a user wrote."""
-    if match["missing"]:
-        return ConfigError(f"{group}.{match['missing']} is needed: its YAML does not say it")
-    known = [str(name) for name in signature(get_object(target)).parameters]
-    return ConfigError(f"{group}.{match['unknown']} is unknown{did_you_mean(match['unknown'], known)}")
+def _check_arguments(group: str, node: DictConfig) -> None:
+    """Raise ConfigError for a key too much, or one too few, in a YAML that a user wrote."""
+    if "_target_" not in node:
+        raise ConfigError(f"{group}: its YAML has no _target_; begin it as those of conf/{group}/ begin")
+    try:
+        parameters = signature(get_object(node["_target_"])).parameters
+    except (ImportError, ValueError, TypeError) as error:
+        raise ConfigError(f"{group}._target_: {node['_target_']} cannot be imported: {error}") from error
+    if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    given = {str(key) for key in node if not str(key).startswith("_")}
+    for name in sorted(given - set(parameters)):
+        raise ConfigError(f"{group}.{name} is unknown{did_you_mean(name, parameters)}")
+    for name, parameter in parameters.items():
+        if parameter.default is Parameter.empty and name not in given:
+            raise ConfigError(f"{group}.{name} is needed: its YAML does not say it")
 
 
 def tracker_of(cfg: DictConfig) -> Tracker:

@@ -8,21 +8,13 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from runner.config import (
-    FIXED_KEYS,
-    PATH_KEYS,
-    TASKS,
-    Family,
-    Tier,
-    config_directory,
-    did_you_mean,
-    list_keys,
-    unknown_key,
-)
+from runner.config import FIXED_KEYS, PATH_KEYS, TASKS, Tier, list_keys, unknown_key
 from runner.data.text import Data
-from runner.errors import ConfigError
+from runner.errors import ConfigError, did_you_mean
+from runner.families.lora_moe import LoraMoe
+from runner.installation import config_directory
 from runner.run import _components, _typed, setup
-from runner.sweeps.sweeper import check_values
+from runner.sweeps.launchers import check_values
 
 CONF = config_directory()
 GROUPS = ("family", "format", "tier", "data", "tracker", "experiment")
@@ -158,7 +150,7 @@ def test_one_command_for_a_launcher_is_a_list_of_one():
 
 
 @pytest.mark.parametrize(
-    ("node", "group", "in_each"), [(Tier, "tier", True), (Data, "data", False), (Family, "family", False)]
+    ("node", "group", "in_each"), [(Tier, "tier", True), (Data, "data", False), (LoraMoe, "family", False)]
 )
 def test_what_the_code_reads_can_be_said(node, group, in_each):
     """A field of no YAML is unknown on the command line."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from runner.checkpoints.runs import find_run
-from runner.config import demo_run
+from runner.installation import demo_run
 from runner.training.demo import DemoSettings
 from tests.conftest import ROOT
 
@@ -95,7 +95,7 @@ def test_training_goes_on_from_its_last_checkpoint_which_alone_has_the_moments(r
 
 
 def test_a_missing_demonstration_is_one_line(run, monkeypatch, tmp_path):
-    monkeypatch.setattr("runner.config.__file__", str(tmp_path / "confdir.py"))
+    monkeypatch.setattr("runner.installation.__file__", str(tmp_path / "confdir.py"))
     (tmp_path / "conf").symlink_to(ROOT / "conf")
     outcome = run()
     assert outcome.code == 2

@@ -207,7 +207,7 @@ def test_other_depths_share_one_reference(run, base, tmp_path):
 
     for step, metrics in enumerate(together, start=1):
         _bases.clear()
-        Reference._kept.clear()
+        Reference._computed.clear()
         assert run(f"ckpt={tmp_path / 'r'}", f"step={step}", "tier=full").result["metrics"] == metrics
 
 

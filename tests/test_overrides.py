@@ -7,8 +7,9 @@ from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner.config import config_directory, register
+from runner.config import register
 from runner.errors import ConfigError
+from runner.installation import config_directory
 from runner.overrides import parse, quoted, spell, split_list, unquoted
 from runner.run import setup
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from runner import load
 from runner.checkpoints.detect import open_checkpoint
 from runner.evaluation import base_models as bases
 from runner.evaluation.base_models import load_base
-from runner.evaluation.build import load
 from runner.evaluation.placement import _moved, follow
 
 HALVES = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": 0, "model.layers.2": 0, "model.norm": 0, "lm_head": 0}  # fmt: skip
@@ -53,7 +53,7 @@ def test_every_part_of_an_npt_model_moves_what_it_is_given(checkpoint, monkeypat
     token_ids = torch.arange(3, 12)[None]
     expected = plain(token_ids).logits
     bases._bases.clear()
-    monkeypatch.setattr("runner.evaluation.build.is_spread", lambda model: True)
+    monkeypatch.setattr("runner.families.npt.model.is_spread", lambda model: True)
     follow(load_base(open_checkpoint(checkpoint), None).model)
     model = load(checkpoint, device="cpu")
     moved = []

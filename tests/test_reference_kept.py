@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from runner.evaluation import base_models as bases
 from runner.evaluation import reference
 from runner.evaluation.base_models import load_base
-from runner.evaluation.tensor_cache import Store, name_of, read, shelf_of, write
+from runner.evaluation.placement import Placement
+from runner.evaluation.tensor_cache import Store, model_cache, name_of, read, write
 from runner.files.manifest import content_hash
 from tests.conftest import npt_tensors, write_base, write_npt
 
@@ -49,7 +50,7 @@ def computed(monkeypatch):
 def forget() -> None:
     """As in a new process."""
     bases._bases.clear()
-    reference.Reference._kept.clear()
+    reference.Reference._computed.clear()
 
 
 def figures(outcome) -> dict:
@@ -86,7 +87,7 @@ def test_a_single_run_reads_no_weights_for_their_hash(run, own, tmp_path, comput
 
 def shelf(own: Path, cache: Path, **options):
     forget()
-    return shelf_of(load_base(None, own, **options), cache, may_read=True)
+    return model_cache(load_base(None, own, Placement(**options)), cache, may_read=True)
 
 
 def test_a_weight_changed_in_place_with_its_time_set_back_is_another_model(own, tmp_path, settled):
@@ -121,7 +122,7 @@ def test_weights_that_change_after_loading_have_no_shelf(own, tmp_path):
     forget()
     base = load_base(None, own)
     os.utime(own / "model.safetensors")
-    assert shelf_of(base, tmp_path / "cache", may_read=True) is None
+    assert model_cache(base, tmp_path / "cache", may_read=True) is None
 
 
 def test_a_hash_is_not_remembered_of_a_file_that_has_just_changed(tmp_path):

@@ -10,15 +10,16 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 
 from runner.checkpoints.runs import find_run
-from runner.config import config_directory
 from runner.errors import ConfigError
+from runner.files.atomic import write_json
+from runner.installation import config_directory
 from runner.overrides import parse
-from runner.results import write_json
 from runner.run import _unexpected, setup
-from runner.sweeps.cluster import table
 from runner.sweeps.expand import expand, steps_of
-from runner.sweeps.plan import Job, Plan, good_result, read_plan, write_plan
-from runner.sweeps.sweeper import Sweep, _Guarded, check_launcher, use_own_configs
+from runner.sweeps.launchers import check_launcher, use_own_configs
+from runner.sweeps.plan import PlannedJob, SweepPlan, good_result, read_plan, write_plan
+from runner.sweeps.sacct import table
+from runner.sweeps.sweeper import Sweep, run_jobs, write_reasons
 from tests.conftest import MIXED, npt_tensors, write_npt
 
 
@@ -279,14 +280,14 @@ class Fragile(Launcher):
     ids=["breaks twice", "never starts"],
 )
 def test_a_launcher_that_breaks_starts_the_rest_again(tmp_path, capfd, starts, asked, lost):
-    jobs = tuple(Job(number=i, directory=f"{i}_x", overrides=(f"step={i}",)) for i in range(5))
-    plan = Plan(task="x", command=("-m",), cwd=str(tmp_path), launcher="fragile", jobs=jobs)
+    jobs = tuple(PlannedJob(number=i, directory=f"{i}_x", overrides=(f"step={i}",)) for i in range(5))
+    plan = SweepPlan(task="x", command=("-m",), cwd=str(tmp_path), launcher="fragile", jobs=jobs)
     sweep = Sweep(line=parse(["-m"]), plan=plan, directory=tmp_path)
     inner = Fragile(tmp_path, starts=starts)
-    assert _Guarded(inner, sweep).launch([job.overrides for job in jobs], 0) == []
+    run_jobs(sweep, inner, jobs)
     assert [[int(name[0]) for name in names] for names in inner.asked] == asked
     assert capfd.readouterr().out.splitlines() == [f"#{n + 1} {n}_x: done" for n in sorted({*range(5)} - lost)]
-    sweep.keep_reasons()
+    write_reasons(sweep)
     assert {
         job.number for job in read_plan(tmp_path).jobs if job.reason == "RuntimeError: a worker died of something"
     } == lost
@@ -307,8 +308,8 @@ def test_the_end_of_a_job_s_time_is_known_under_what_it_became(tmp_path):
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path):
-    jobs = tuple(Job(number=i, directory=f"{i}_x@{i}", overrides=(f"step={i}", "ckpt='a, b'")) for i in range(3))
-    plan = Plan(task="diagnose", command=("-m", "ckpt=a, b"), cwd=str(tmp_path), launcher="basic", jobs=jobs)
+    jobs = tuple(PlannedJob(number=i, directory=f"{i}_x@{i}", overrides=(f"step={i}", "ckpt='a, b'")) for i in range(3))
+    plan = SweepPlan(task="diagnose", command=("-m", "ckpt=a, b"), cwd=str(tmp_path), launcher="basic", jobs=jobs)
     write_plan(plan.with_reasons({1: "killed"}), tmp_path)
     read = read_plan(tmp_path)
     assert [job.reason for job in read.jobs] == [None, "killed", None]
@@ -352,7 +353,7 @@ def test_a_job_without_a_checkpoint_has_a_name(run):
 
 
 def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch):
-    monkeypatch.setattr("runner.sweeps.sweeper.find_spec", lambda name: None)
+    monkeypatch.setattr("runner.sweeps.launchers.find_spec", lambda name: None)
     for name, extra in {"joblib": "launchers", "submitit_slurm": "launchers", "ray": "ray"}.items():
         with pytest.raises(ConfigError, match=rf"pip install -e '.\[{extra}\]'"):
             check_launcher(parse([f"hydra/launcher={name}"]), config_directory())

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,7 @@ class NptLayer:
 class Checkpoint:
     """An opened checkpoint. Nothing but headers has been read.
 
-    `details` is what its format read from names and shapes beyond the fields here: a dataclass of the format's
-    module, by whose type `loading` builds the model.
+    `details` is what its format read from names and shapes beyond the fields here: for its family alone.
     """
 
     path: Path
@@ -131,6 +131,11 @@ class CheckpointFormat:
     describe: Callable[[Checkpoint], dict[str, Any]]
 
 
+# What writes a converted checkpoint into a directory; it returns where each checkpoint lies in it (".": the directory
+# itself) and the tensors that it must hold, each read when it is called.
+Expected = Mapping[str, Mapping[str, Callable[[], torch.Tensor]]]
+Writer = Callable[[Path], Expected]
+
 # Longer lists and texts of a foreign file are cut: inspect shows what is there, not all of it.
 _ITEMS, _CHARACTERS = 200, 2000
 
@@ -210,3 +215,8 @@ def components(checkpoint: Checkpoint, group_of: Callable[[str], str]) -> list[d
         {"component": group, **{k: v for k, v in totals(infos).items() if k != "dtypes"}}
         for group, infos in groups.items()
     ]
+
+
+def tensor_readers(weights: TensorSource) -> dict[str, Callable[[], torch.Tensor]]:
+    """What reads each tensor, by name."""
+    return {name: partial(weights.read, name) for name in weights.infos}

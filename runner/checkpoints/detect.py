@@ -2,31 +2,59 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
+from typing import Protocol
+
+import yaml
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
 from runner.checkpoints.runs import step_in_name
+from runner.config import AUTO, group_files
 from runner.errors import CheckpointError, ConfigError
 
-MODULES = (
-    "runner.families.npt.checkpoint",
-    "runner.families.npt.full",
-    "runner.families.gpt.checkpoint",
-    "runner.families.lora_moe.checkpoint",
-    "runner.families.lora.checkpoint",
-    "runner.families.hf.checkpoint",
-)
 _SUBDIRECTORIES = 200
 
 
-def formats(module: str | None = None) -> dict[str, CheckpointFormat]:
-    """Every built-in format by name, and those of `module`, which exports FORMATS. Raises ConfigError."""
+class HasFormats(Protocol):
+    """What detection asks a family for."""
+
+    def formats(self) -> tuple[CheckpointFormat, ...]:
+        """The formats that its checkpoints have."""
+
+
+def families() -> dict[str, HasFormats]:
+    """The families that conf/family/*.yaml name, those of --config-dir included, each with its YAML's settings.
+
+    Raises ConfigError for a `_target_` that makes none.
+    """
+    return {name: _family(file) for name, file in group_files("family").items() if name != AUTO}
+
+
+@lru_cache(maxsize=32)
+def _family(file: Path) -> HasFormats:
+    settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    module, _, name = str(settings.pop("_target_", "")).rpartition(".")
     try:
-        found = [each for name in (*MODULES, *([module] if module else [])) for each in import_module(name).FORMATS]
+        family: HasFormats = getattr(import_module(module), name)(**settings)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ConfigError(f"{file}: its _target_ makes no family: {error}") from error
+    return family
+
+
+def formats(module: str | None = None) -> dict[str, CheckpointFormat]:
+    """Every format by name: those of the families in conf/family/, and those of `module`. Raises ConfigError."""
+    found = [each for family in families().values() for each in family.formats()]
+    return {each.name: each for each in (*found, *(formats_of(module) if module else ()))}
+
+
+def formats_of(module: str) -> tuple[CheckpointFormat, ...]:
+    """The formats that a module exports as FORMATS. Raises ConfigError."""
+    try:
+        return tuple(import_module(module).FORMATS)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"format.module={module}: is no module with FORMATS: {error}") from error
-    return {each.name: each for each in found}
 
 
 def open_checkpoint(path: Path, format_name: str = "auto", module: str | None = None) -> Checkpoint:

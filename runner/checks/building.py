@@ -16,7 +16,7 @@ from runner.families.gpt.checkpoint import Provenance
 from runner.families.gpt.layouts import read_details
 from runner.families.lora.model import linear_shapes
 from runner.families.lora_moe.model import LoraMoeForCausalLM
-from runner.families.lora_moe.trained import save_moe
+from runner.families.lora_moe.save import save_moe
 from runner.families.npt.save import train_run
 from runner.families.npt.settings import EquivalenceSettings
 from runner.files.staging import staged
@@ -55,7 +55,7 @@ def built(bench: Bench) -> Outcome:
 def _base(bench: Bench, root: Path) -> tuple[Base, str]:
     """The base in memory, and what the checkpoint calls it."""
     if bench.config.base is not None:
-        base = load_base(None, bench.config.base, **bench.options)
+        base = load_base(None, bench.config.base, bench.placement)
         return base, str(base.path.resolve())
     directory = root / "base"
     if not directory.is_dir():
@@ -66,7 +66,7 @@ def _base(bench: Bench, root: Path) -> tuple[Base, str]:
         with torch.random.fork_rng(devices=[]), staged(directory) as partial:
             torch.manual_seed(bench.config.seed)
             save_language_model(LlamaForCausalLM(config), train_tokenizer(generate(0), VOCABULARY), partial)
-    return load_base(None, directory, **bench.options), "../base"
+    return load_base(None, directory, bench.placement), "../base"
 
 
 def _npt(bench: Bench, base: Base, name: str, root: Path) -> Path:

@@ -5,8 +5,7 @@ from importlib import import_module
 
 from runner.checks.check import Check, Outcome
 from runner.checks.context import BUILT, Bench
-from runner.config import did_you_mean
-from runner.errors import ConfigError
+from runner.errors import ConfigError, did_you_mean
 
 # The checks of a checkpoint's parts: where one of them fails, what opens it as a whole would only fail again.
 PARTS = ("files", "config", "layout", "experts", "gate", "adapters", "blocks", "keys", "shapes", "hidden_size",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from runner.checkpoints.checkpoint import Checkpoint
     from runner.evaluation.base_models import Base
+    from runner.evaluation.placement import Placement
 
 Item = TypeVar("Item")
 # The check that builds a checkpoint where none was named; a tier without it needs one.
@@ -132,40 +133,45 @@ class Bench:
         return checkpoint
 
     @property
-    def options(self) -> dict[str, Any]:
+    def placement(self) -> "Placement":
         """Where and in what precision models are built."""
+        from runner.evaluation.placement import Placement
+
         spread = self.config.family.device_map
-        return {"device": self.config.device, "dtype": self.config.dtype, "device_map": spread}
+        return Placement(device=self.config.device, dtype=self.config.dtype, device_map=spread)
+
+    @cached_property
+    def own_family(self) -> Any:
+        """The Family of the checkpoint, with the settings that were asked for."""
+        return self.config.family.of(self.checkpoint)
 
     @cached_property
     def own(self) -> "Base | None":
         """The base that the checkpoint's format needs to run; None for one that is complete by itself."""
-        from runner.evaluation.build import own_base
-
-        return own_base(self.checkpoint, self.config.base, **self.options)
+        base: Base | None = self.own_family.load_base(self.checkpoint, self.config.base, self.placement)
+        return base
 
     @cached_property
     def model(self) -> "nn.Module":
         """The checkpoint's model in evaluation mode."""
-        from runner.evaluation.build import build
-
-        return build(self.checkpoint, self.own, routing=self.config.family.routing(), **self.options)
+        model: nn.Module = self.own_family.build(self.checkpoint, self.own, self.placement)
+        return model
 
     @cached_property
     def reloaded(self) -> "nn.Module":
         """A fresh model built from `saved`: it shares nothing with `model`, whose base a saver may have changed."""
         from runner.checkpoints.detect import open_checkpoint
-        from runner.evaluation.build import build
 
         checkpoint = open_checkpoint(self.saved, self.checkpoint.format, self.config.format.module)
-        base = None if self.own is None else fresh(self.own, self.config.family.device_map)
-        return build(checkpoint, base, routing=self.config.family.routing(), **self.options)
+        base = None if self.own is None else fresh(self.own, self.placement)
+        model: nn.Module = self.own_family.build(checkpoint, base, self.placement)
+        return model
 
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the checkpoint, its base, or `tokenizer=`; None where there is none."""
+        from runner.checkpoints import model_directory as hf
         from runner.evaluation.tokenizers import load_tokenizer
-        from runner.families.hf import checkpoint as hf
 
         directories = [self.checkpoint.directory, *([self.own.path] if self.own else [])]
         if self.config.tokenizer is None and not any(map(hf.has_tokenizer, directories)):
@@ -182,14 +188,13 @@ class Bench:
             self.__dict__.pop(name, None)
 
 
-def fresh(base: "Base", device_map: Any = None) -> "Base":
+def fresh(base: "Base", placement: "Placement") -> "Base":
     """The same base, read from its files once more."""
+    from runner.checkpoints import model_directory as hf
     from runner.evaluation.base_models import build_plain
-    from runner.families.hf import checkpoint as hf
 
     weights = hf.open_model_weights(base.path)
-    values, dtype, device = hf.read_config(base.path), base.model.dtype, base.model.device
-    model = build_plain(values, weights, weights.infos, dtype, device, device_map)
+    model = build_plain(hf.read_config(base.path), weights, weights.infos, placement)
     return replace(base, model=model, key=(*base.key, "fresh"))
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from runner.checks.check import FAIL, Check, Outcome, failed, passed, run_checks
 from runner.checks.context import Bench
-from runner.config import Family, Format
+from runner.config import Format
 from runner.errors import RunnerError
+from runner.families.family import Auto
 from runner.families.gpt import checks as structure_gpt
 
 HIDDEN, INNER, LAYERS, VOCABULARY, RANK, EXPERTS = 8, 12, 2, 16, 2, 2
@@ -44,7 +45,7 @@ def formats(bench: Bench) -> Outcome:
 
 
 def _failing(bench: Bench, root: Path, checks_for: Callable[[str | None, Iterable[str]], list[Check]]) -> list[str]:
-    auto, any_format = Family(name="auto"), Format(name="auto")
+    auto, any_format = Auto(), Format(name="auto")
     config = replace(bench.config, ckpt=str(root), base=None, family=auto, format=any_format)
     inner = Bench(config=config, context=_Silent(root), path=root, scratch=root)
     try:

@@ -17,7 +17,7 @@ from runner.checks.context import Bench
 from runner.checks.inputs import prompt_ids, prompts
 from runner.checks.subjects import subject_of
 from runner.errors import CheckpointError
-from runner.evaluation.evaluator import Subject
+from runner.evaluation.evaluator import Evaluator
 from runner.evaluation.forward import limits
 from runner.metrics import layers as layer_measures
 from runner.metrics.fidelity import summarise
@@ -41,7 +41,7 @@ def word_of(score: float) -> str:
     return "PASS" if score > bounds["PASS"] else "WARNING" if score >= bounds["WARNING"] else "FAIL"
 
 
-def against_base(measure: Callable[[Bench, Subject], Outcome]) -> Callable[[Bench], Outcome]:
+def against_base(measure: Callable[[Bench, Evaluator], Outcome]) -> Callable[[Bench], Outcome]:
     """`measure` as a check, which is skipped where the base is not found."""
 
     @wraps(measure)
@@ -56,7 +56,7 @@ def against_base(measure: Callable[[Bench, Subject], Outcome]) -> Callable[[Benc
 
 
 @against_base
-def fidelity(bench: Bench, subject: Subject) -> Outcome:
+def fidelity(bench: Bench, subject: Evaluator) -> Outcome:
     """Logits of the prompts against the base's."""
     compared = [subject.compare(ids) for ids in prompts(bench)]
     figures = summarise(compared)
@@ -72,11 +72,11 @@ def fidelity(bench: Bench, subject: Subject) -> Outcome:
 
 
 @against_base
-def layers(bench: Bench, subject: Subject) -> Outcome:
+def layers(bench: Bench, subject: Evaluator) -> Outcome:
     """Each NPT layer alone, all others standard, on the layer prompt."""
     token_ids = prompt_ids(bench, bench.config.data.layer_prompt)
     reference, run = subject.layer_run(token_ids)
-    rows = layer_measures.isolation(run, reference, token_ids, list(subject.npt.npt_layers))
+    rows = layer_measures.isolation(run, reference, token_ids, list(subject.switchable.npt_layers))
     score = _mean_score(rows)
     worst = max(rows, key=_badness)
     poor = [str(row["layer"]) for row in rows if grade(row["mse"], row["cosine"]) == "FAIL"]
@@ -90,11 +90,11 @@ def layers(bench: Bench, subject: Subject) -> Outcome:
 
 
 @against_base
-def progressive(bench: Bench, subject: Subject) -> Outcome:
+def progressive(bench: Bench, subject: Evaluator) -> Outcome:
     """The lowest 1, 2, … n NPT layers together, on the layer prompt."""
     token_ids = prompt_ids(bench, bench.config.data.layer_prompt)
     reference, run = subject.layer_run(token_ids)
-    rows = layer_measures.progressive(run, reference, token_ids, list(subject.npt.npt_layers))
+    rows = layer_measures.progressive(run, reference, token_ids, list(subject.switchable.npt_layers))
     score = _mean_score(rows)
     trend = layer_measures.trend([row["mse"] for row in rows])
     first_poor = next((row["count"] for row in rows if grade(row["mse"], row["cosine"]) == "FAIL"), None)
@@ -108,7 +108,7 @@ def progressive(bench: Bench, subject: Subject) -> Outcome:
 
 
 @against_base
-def generation(bench: Bench, subject: Subject) -> Outcome:
+def generation(bench: Bench, subject: Evaluator) -> Outcome:
     """Continuations of the prompts at temperatures 0.1, 0.7 and 1.0, from the same seed as the base's."""
     longest = limits(bench.model)[1]
     rows = []
@@ -116,10 +116,7 @@ def generation(bench: Bench, subject: Subject) -> Outcome:
         token_ids = prompt_ids(bench, text)
         count = min(bench.config.tier.new_tokens, (longest or 1 << 30) - len(token_ids))
         for temperature in TEMPERATURES if count > 0 else ():
-            row = subject.continuation(
-                token_ids, count, temperature=temperature, seed=bench.config.seed, decode=lambda ids: _text(bench, ids)
-            )
-            rows.append({"prompt": text, **row})
+            rows.append({"prompt": text, **subject.continuation(token_ids, count, temperature=temperature)})
     if not rows:
         return skipped(f"the prompts fill the model's {longest} positions")
     score = sum(map(_generation_score, rows)) / len(rows)
@@ -141,10 +138,6 @@ def generation(bench: Bench, subject: Subject) -> Outcome:
 def _generation_score(row: Mapping[str, Any]) -> float:
     extra = (row["repetition"] or 0.0) - (row["reference_repetition"] or 0.0)
     return float(row["agreement"] * (1 - max(0.0, extra)))
-
-
-def _text(bench: Bench, token_ids: list[int]) -> str:
-    return " ".join(map(str, token_ids)) if bench.tokenizer is None else str(bench.tokenizer.decode(token_ids))
 
 
 def _outcome(word: str, score: float, details: str, recommendation: str | None, data: Mapping[str, Any]) -> Outcome:

@@ -12,7 +12,6 @@ from runner.checkpoints.detect import open_checkpoint
 from runner.checks.check import WARNING, Outcome, failed, passed, skipped
 from runner.checks.context import Bench
 from runner.checks.inputs import prompts, ragged
-from runner.checks.saving import ADAPTER, save_model, writer_of
 from runner.evaluation.forward import device_of
 
 # The largest difference of a logit that counts as the same; nothing but equal bits is expected.
@@ -21,16 +20,15 @@ TOLERANCE = 1e-5
 
 def save_copy(bench: Bench) -> Path:
     """Save the loaded model to scratch, by the writer of its format; where the copy lies. Raises what that raises."""
-    target = bench.scratch / "saved"
-    save_model(bench.checkpoint, bench.model, bench.own.path if bench.own else None, target)
-    adapter = target / ADAPTER
-    return adapter if adapter.is_dir() else target
+    base = bench.own.path if bench.own else None
+    path: Path = bench.own_family.save(bench.checkpoint, bench.model, base, bench.scratch / "saved")
+    return path
 
 
 def save(bench: Bench) -> Outcome:
     """The loaded model is saved again; the copy has the same format, layers, names and shapes."""
     checkpoint = bench.checkpoint
-    if writer_of(checkpoint) is None:
+    if not bench.own_family.can_save(checkpoint):
         return skipped(f"{checkpoint.format} checkpoints are read, never written")
     copy = open_checkpoint(bench.saved, checkpoint.format, bench.config.format.module)
     if difference := _difference(checkpoint, copy):

@@ -8,7 +8,7 @@ from pathlib import Path
 from runner.comparison.jobs import Job, as_list, read_job
 from runner.comparison.series import Series, display_names, make_series, varying
 from runner.errors import ConfigError
-from runner.results import read_json
+from runner.files.atomic import read_json
 
 # Written by the parent of a sweep before its jobs start: which jobs there should be.
 PLAN_NAME = "sweep.json"

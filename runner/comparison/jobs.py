@@ -11,7 +11,8 @@ import yaml
 
 from runner.checkpoints.runs import step_in_name
 from runner.errors import printable
-from runner.results import FILE_NAME, JsonObject, read_json
+from runner.files.atomic import read_json
+from runner.results import FILE_NAME, JsonObject
 
 # libyaml's reader where it is there: ten times as fast, which a sweep of hundreds of jobs feels.
 _LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -1,23 +1,19 @@
-"""Base models: where they lie, and one copy of each in memory.
-
-The Hugging Face hub: names, and snapshots of weights and tokenizers (never of code).
-"""
+"""Base models: where they lie, here or as a snapshot of the Hugging Face hub (never of code), one copy in memory."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from runner.checkpoints import model_directory
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.errors import CheckpointError, ConfigError, ModelError
-from runner.evaluation.placement import DeviceMap, place
-from runner.families.hf import checkpoint as hf
-from runner.families.hf import model as causal_lm
-from runner.files.tensors import TensorSource, non_finite
+from runner.errors import CheckpointError, ModelError
+from runner.evaluation import causal_lm
+from runner.evaluation.placement import Placement, place, torch_device, torch_dtype
+from runner.files.tensors import TensorSource, is_finite, non_finite
 
 PATTERNS = ("*.json", "*.safetensors", "tokenizer.model")
 TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "config.json")
@@ -51,8 +47,8 @@ def snapshot(key: str, name: str, *, download: bool, patterns: tuple[str, ...] =
         ) from error
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BASES_KEPT = 2
+BASES_CACHED = 2
+ANYWHERE = Placement()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +60,7 @@ class Base:
 
     model: PreTrainedModel
     path: Path
-    key: tuple[Any, ...]
+    key: tuple[object, ...]
     files: tuple[Path, ...]
 
     def is_current(self) -> bool:
@@ -72,49 +68,37 @@ class Base:
         return fingerprint(self.path, self.files) == self.key[0]
 
 
-_bases: OrderedDict[tuple[Any, ...], Base] = OrderedDict()
+_bases: OrderedDict[tuple[object, ...], Base] = OrderedDict()
 
 
 def load_base(
-    checkpoint: Checkpoint | None,
-    base: str | Path | None,
-    *,
-    device: str = "auto",
-    dtype: str = "float32",
-    device_map: DeviceMap | None = None,
-    llama: bool = False,
+    checkpoint: Checkpoint | None, base: str | Path | None, placement: Placement = ANYWHERE, *, llama: bool = False
 ) -> Base:
     """The base model that `base` or else the checkpoint names, loaded once per process.
 
-    `llama`: refuse another architecture; `device_map`: spread it over devices (runner/evaluation/placement.py).
-    Raises CheckpointError where the model is missing or not finite, ModelError
-    where its keys do not fit its config.
+    `llama`: refuse another architecture. Raises CheckpointError where the model is missing or not finite, ModelError
+    where its keys do not fit its config, ConfigError for a placement that is not possible.
     """
     path = find_base(checkpoint, base)
-    values = hf.read_config(path)
+    values = model_directory.read_config(path)
     if llama and values.get("model_type") != "llama":
         kind = values.get("model_type")
         raise ModelError(f"{path}: model_type is {kind!r}; NPT layers stand on a Llama base (model_type 'llama')")
-    weights = hf.open_model_weights(path)
-    target, where = torch_dtype(dtype, weights), torch_device(device)
-    files = (path / hf.CONFIG, *weights.files)
-    key = (fingerprint(path, files), target, where, repr(device_map))
+    weights = model_directory.open_model_weights(path)
+    target, where = torch_dtype(placement.dtype, weights), torch_device(placement.device)
+    files = (path / model_directory.CONFIG, *weights.files)
+    key = (fingerprint(path, files), target, where, repr(placement.device_map))
     if key not in _bases:
-        model = build_plain(values, weights, weights.infos, target, where, device_map)
+        model = build_plain(values, weights, weights.infos, placement)
         _bases[key] = Base(model=model, path=path, key=key, files=files)
-        while len(_bases) > BASES_KEPT:
+        while len(_bases) > BASES_CACHED:
             _bases.popitem(last=False)
     _bases.move_to_end(key)
     return _bases[key]
 
 
 def build_plain(
-    values: Mapping[str, Any],
-    weights: TensorSource,
-    names: Iterable[str],
-    dtype: torch.dtype,
-    device: torch.device,
-    device_map: DeviceMap | None = None,
+    values: Mapping[str, object], weights: TensorSource, names: Iterable[str], placement: Placement
 ) -> PreTrainedModel:
     """The model that config.json's `values` describe, from the tensors `names` of `weights`, all accounted for."""
     config = causal_lm.config_from(values, weights.path)
@@ -122,41 +106,26 @@ def build_plain(
     bad = non_finite(weights, chosen)
     if bad:
         raise CheckpointError(f"{weights.path}: NaN or Inf in {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}")
+    dtype, device = torch_dtype(placement.dtype, weights), torch_device(placement.device)
     model = causal_lm.build(config, {name: weights.read(name) for name in chosen}, dtype, weights.path)
-    place(model, device, device_map)
+    place(model, device, placement.device_map)
     return model
 
 
-def fingerprint(path: Path, files: Iterable[Path]) -> tuple[Any, ...]:
+def require_finite(checkpoint: Checkpoint, parameters: Iterable[torch.Tensor], dtype: torch.dtype) -> None:
+    """Raise CheckpointError, with the names in the file, where a parameter made from it holds NaN or Inf."""
+    if all(map(is_finite, parameters)):
+        return
+    bad = non_finite(checkpoint.weights)
+    what = f"NaN or Inf in {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}" if bad else f"a value overflows {dtype}"
+    raise CheckpointError(f"{checkpoint.path}: {what}")
+
+
+def fingerprint(path: Path, files: Iterable[Path]) -> tuple[object, ...]:
     """Changes with any of `files`, even where a modification time was set back: their ctime cannot be."""
     stats = [(file.name, file.stat()) for file in files]
     marks = tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats)
     return (str(path.resolve()), marks)
-
-
-def torch_device(name: str) -> torch.device:
-    """`auto` is cuda, then mps, then cpu. Raises ConfigError for a device that is not there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
-    kind = name.partition(":")[0]
-    if not there.get(kind, False):
-        raise ConfigError(
-            f"device={name} is not available here; there is {', '.join(k for k, v in there.items() if v)}"
-        )
-    return torch.device(name)
-
-
-def torch_dtype(name: str, weights: TensorSource, embedding: str = "model.embed_tokens.weight") -> torch.dtype:
-    """The compute dtype that `name` asks for; "stored" is that of the tensor `embedding`."""
-    if name == "stored":
-        info = weights.infos.get(embedding)
-        if info is None or not info.dtype.is_floating_point:
-            raise ModelError(f"{weights.path}: has no floating-point {embedding} to take dtype=stored from")
-        return info.dtype
-    if name not in DTYPES:
-        raise ConfigError(f"dtype={name} is unknown; choose float32, bfloat16, float16 or stored")
-    return DTYPES[name]
 
 
 def find_base(checkpoint: Checkpoint | None, base: str | Path | None) -> Path:

@@ -1,8 +1,10 @@
 """A checkpoint's model beside what it is compared with: every measure that needs a forward pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -17,54 +19,110 @@ from runner.evaluation.forward import (
     has_cache,
     head_of,
     in_other_precision,
+    limits,
+    logit_count,
     logits,
     trace,
 )
 from runner.evaluation.reference import Reference
-from runner.families.npt.model import NptLlamaForCausalLM
+from runner.evaluation.tokenizers import encode, seeded_ids
 from runner.metrics import generation, layers
 from runner.metrics.fidelity import Comparison
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Tokens that stand for a prompt where there is no tokenizer.
+SEEDED_LENGTH = 64
+
+
+@runtime_checkable
+class SwitchableLayers(Protocol):
+    """A model some of whose layers can be switched to what they are in its base."""
+
+    @property
+    def npt_layers(self) -> Mapping[int, nn.Module]:
+        """Those layers by depth, lowest first."""
+
+    def npt_mode(self, active: set[int]) -> AbstractContextManager[None]:
+        """Within the block exactly the layers in `active` are on."""
+
+    def plain(self) -> nn.Module:
+        """A model over the same tensors with all of them off."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """`model` is compared with `reference` (None: with nothing), over `vocab_size` logits.
+class Evaluator:
+    """`model` beside `reference`, which it is compared with (None: with nothing).
 
-    `plain`: an NPT model with all of its layers standard: its base for npt_delta, its own Llama for npt_full; None
-    for models without NPT layers. `shared_below`: the layers below give the reference's hidden states (0: none do).
+    `plain`: a model with switchable layers, all of them off: its base, or its own Llama; None for other models.
+    `tokenizer`: None where seeded token ids stand for a text. The models stay in memory as long as this does.
     """
 
     model: nn.Module
-    reference: Reference | None
-    plain: Reference | None
-    shared_below: int
-    vocab_size: int
+    reference: Reference | None = None
+    plain: Reference | None = None
+    tokenizer: "PreTrainedTokenizerBase | None" = None
+    seed: int = 0
 
     @property
-    def npt(self) -> NptLlamaForCausalLM:
-        """The model, where it has NPT layers."""
-        assert isinstance(self.model, NptLlamaForCausalLM)
+    def switchable(self) -> SwitchableLayers:
+        """The model, where its layers can be switched."""
+        assert isinstance(self.model, SwitchableLayers)
         return self.model
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the model's embedding knows."""
+        return limits(self.model)[0]
+
+    @property
+    def max_length(self) -> int | None:
+        """How many positions the model has; None for any number."""
+        return limits(self.model)[1]
 
     @property
     def _reference(self) -> Reference:
         assert self.reference is not None
         return self.reference
 
+    @cached_property
+    def _shared_below(self) -> int:
+        """The layers below give the reference's hidden states: a comparison starts there. 0: none do."""
+        if self.plain is None or self.reference is None:
+            return 0
+        first, other, base = min(self.switchable.npt_layers), self.reference.model, self.plain.model
+        if other is base:
+            return first
+        if isinstance(other, SwitchableLayers) and _head_weight(other) is _head_weight(base):
+            return min(first, *other.npt_layers)
+        return 0
+
+    def encode(self, text: str) -> torch.Tensor:
+        """Token ids [T] of a text, or what stands for it where there is no tokenizer. Raises ModelError."""
+        if self.tokenizer is None:
+            length = min(SEEDED_LENGTH, self.max_length or SEEDED_LENGTH)
+            return seeded_ids(text, self.vocab_size, length, self.seed)
+        return encode(self.tokenizer, text, self.vocab_size)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of token ids."""
+        return " ".join(map(str, token_ids)) if self.tokenizer is None else str(self.tokenizer.decode(token_ids))
+
     def compare(self, token_ids: torch.Tensor) -> Comparison:
-        """Logits of the subject against the reference's on one sequence [T]."""
-        known = self._reference.trace(token_ids, [self.shared_below])
-        if self.shared_below:
-            final = continue_from(self.npt, known, self.shared_below)
+        """The model's logits against the reference's on one sequence [T]."""
+        known = self._reference.trace(token_ids, [self._shared_below])
+        if self._shared_below:
+            final = continue_from(self._llama, known, self._shared_below)
         else:
             final = trace(self.model, token_ids, frozenset()).final
         return self._compare(self._reference, self.model, final, token_ids)
 
     @torch.inference_mode()
     def next_logprobs(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [T - 1] that the subject gives to the true next tokens of one sequence [T]."""
+        """Log-probabilities [T - 1] that the model gives to the true next tokens of one sequence [T]."""
         final, head = trace(self.model, token_ids, frozenset()).final[0], head_of(self.model)
-        size = max(1, CHUNK_ENTRIES // self.vocab_size)
+        size = max(1, CHUNK_ENTRIES // logit_count(self.model))
         parts = []
         for start in range(0, len(token_ids) - 1, size):
             known = token_ids[start + 1 : start + 1 + size].to(final.device)
@@ -77,17 +135,18 @@ class Subject:
         return self.reference is not None and isinstance(self.reference.model, LlamaForCausalLM)
 
     def compare_to_floor(self, token_ids: torch.Tensor) -> Comparison:
-        """The reference in the other of float32 and bfloat16 against itself: what no subject can beat."""
+        """The reference in the other of float32 and bfloat16 against itself: what no model can beat."""
         model = self._reference.model
         assert isinstance(model, LlamaForCausalLM)
         head, final = in_other_precision(model, token_ids)
-        return compare_finals(self._reference.logit_chunks(token_ids), head, final, token_ids, self.vocab_size)
+        return compare_finals(self._reference.logit_chunks(token_ids), head, final, token_ids, logit_count(self.model))
 
     def control(self, token_ids: torch.Tensor) -> Comparison:
-        """All layers standard, through the model's own forward pass, against the plain model: must be equal."""
+        """All layers off, through the model's own forward pass, against the plain model: must be equal."""
         assert self.plain is not None
-        with self.npt.npt_mode(set()), torch.inference_mode():
-            output = self.npt.model(token_ids.to(self.npt.device).unsqueeze(0), use_cache=False)
+        llama = self._llama
+        with self.switchable.npt_mode(set()), torch.inference_mode():
+            output = llama.model(token_ids.to(llama.device).unsqueeze(0), use_cache=False)
         return self._compare(self.plain, self.model, output.last_hidden_state, token_ids)
 
     def plain_against_reference(self, token_ids: torch.Tensor) -> Comparison:
@@ -97,24 +156,22 @@ class Subject:
         return self._compare(self._reference, self.plain.model, final, token_ids)
 
     def layer_run(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, layers.Run]:
-        """The reference's logits [T, V] and a function from active NPT layers to the subject's, for per-layer tests.
+        """The reference's logits [T, V] and a function from the layers that are on to the model's, for per-layer tests.
 
-        Layers below the first active one give the plain model's hidden states, so a run starts there.
+        Layers below the first that is on give the plain model's hidden states, so a run starts there.
         """
         assert self.plain is not None
-        known = self.plain.trace(token_ids, self.npt.npt_layers)
+        known = self.plain.trace(token_ids, self.switchable.npt_layers)
 
         def run(active: frozenset[int]) -> torch.Tensor:
-            with self.npt.npt_mode(set(active)):
-                return logits(self.model, continue_from(self.npt, known, min(active)))
+            with self.switchable.npt_mode(set(active)):
+                return logits(self.model, continue_from(self._llama, known, min(active)))
 
         return logits(self._reference.model, self._reference.trace(token_ids, []).final), run
 
-    def continuation(
-        self, token_ids: torch.Tensor, count: int, *, temperature: float, seed: int, decode: Callable[[list[int]], str]
-    ) -> dict[str, Any]:
-        """Continuations of one prompt [T] by subject and reference from the same seed, and how far they agree."""
-        settings: dict[str, Any] = {"temperature": temperature, "seed": seed}
+    def continuation(self, token_ids: torch.Tensor, count: int, *, temperature: float) -> dict[str, Any]:
+        """Continuations of one prompt [T] by model and reference from the same seed, and how far they agree."""
+        settings: dict[str, Any] = {"temperature": temperature, "seed": self.seed}
         prompt = token_ids.to(device_of(self.model))
         tokens = generation.generate(self.model, prompt, count, cache=has_cache(self.model), **settings)
         theirs = self._reference.continuation(token_ids, count, **settings)
@@ -122,15 +179,15 @@ class Subject:
             **settings,
             "tokens": tokens,
             "reference_tokens": theirs,
-            "text": decode(tokens),
-            "reference_text": decode(theirs),
+            "text": self.decode(tokens),
+            "reference_text": self.decode(theirs),
             **generation.agreement(tokens, theirs),
             "repetition": generation.repetition(tokens),
             "reference_repetition": generation.repetition(theirs),
         }
 
     def non_finite_findings(self, names: Sequence[str], sequences: Sequence[torch.Tensor]) -> list[str]:
-        """One finding for each named sequence in which the subject's values stop being finite."""
+        """One finding for each named sequence in which the model's values stop being finite."""
         findings = []
         for name, token_ids in zip(names, sequences, strict=True):
             place = first_non_finite(self.model, token_ids)
@@ -140,7 +197,26 @@ class Subject:
                 findings.append(f"{name}: the reference itself is not finite from {place[0]} on")
         return findings
 
+    @property
+    def _llama(self) -> LlamaForCausalLM:
+        """The model with switchable layers: today's are Llamas, which can be run from any layer on."""
+        assert isinstance(self.model, LlamaForCausalLM)
+        return self.model
+
     def _compare(
         self, reference: Reference, model: nn.Module, final: torch.Tensor, token_ids: torch.Tensor
     ) -> Comparison:
-        return compare_finals(reference.logit_chunks(token_ids), head_of(model), final, token_ids, self.vocab_size)
+        return compare_finals(
+            reference.logit_chunks(token_ids), head_of(model), final, token_ids, logit_count(self.model)
+        )
+
+
+def _head_weight(model: object) -> torch.Tensor | None:
+    return model.lm_head.weight if isinstance(model, LlamaForCausalLM) else None
+
+
+def plain_reference(model: nn.Module, base: Reference | None) -> Reference | None:
+    """What `Evaluator.plain` is for a model on `base` (None: complete by itself)."""
+    if not isinstance(model, SwitchableLayers):
+        return None
+    return base or Reference(model.plain(), object())  # a key of its own: no other model may answer

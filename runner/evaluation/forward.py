@@ -8,15 +8,56 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 
-from runner.families.lora_moe.model import LoraForCausalLM
-from runner.families.npt.model import run_layers
 from runner.metrics.fidelity import Comparison, compare
 
 # Entries of one chunk of logits: 16 MiB in float32, and a few times that in float64 while they are compared.
 CHUNK_ENTRIES = 1 << 22
 Head = Callable[[torch.Tensor], torch.Tensor]
 LogitChunks = Iterable[torch.Tensor]
+
+
+def run_layers(
+    model: LlamaForCausalLM,
+    hidden_states: torch.Tensor,
+    start: int = 0,
+    record: list[torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """The layers from `start` on and the final norm, as `LlamaModel.forward` runs them on unpadded sequences.
+
+    `hidden_states` [B, T, d] is the input of layer `start` (the embeddings for 0); → [B, T, d], the input of the
+    head. `record` receives the input of each layer that runs. Starting at a later layer gives the same bits as
+    running from the embeddings. `dtype` casts the weights for this pass, one layer at a time.
+    """
+
+    def cast(module: nn.Module) -> nn.Module:
+        return module if dtype in (None, model.dtype) else copy.deepcopy(module).to(dtype)
+
+    llama = model.model
+    hidden_states = hidden_states.to(dtype or hidden_states.dtype)
+    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+    mask = create_causal_mask(
+        config=llama.config,
+        inputs_embeds=hidden_states,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=positions,
+    )
+    rotary = llama.rotary_emb(hidden_states, position_ids=positions)
+    for layer in llama.layers[start:]:
+        if record is not None:
+            record.append(hidden_states)
+        hidden_states = cast(layer)(
+            hidden_states,
+            attention_mask=mask,
+            position_embeddings=rotary,
+            position_ids=positions,
+            past_key_values=None,
+            use_cache=False,
+        )
+    return cast(llama.norm)(hidden_states)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +110,8 @@ def limits(model: nn.Module) -> tuple[int, int | None]:
 
 
 def has_cache(model: nn.Module) -> bool:
-    """Whether the model takes and gives `past_key_values`."""
-    return isinstance(model, (PreTrainedModel, LoraForCausalLM))
+    """Whether the model takes and gives `past_key_values`: all of transformers, and those that say `has_cache`."""
+    return isinstance(model, PreTrainedModel) or getattr(model, "has_cache", False) is True
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -87,11 +128,11 @@ def logits(model: nn.Module, final: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def compare_finals(
-    reference: LogitChunks, subject_head: Head, subject_final: torch.Tensor, token_ids: torch.Tensor, vocab_size: int
+    reference: LogitChunks, head: Head, final: torch.Tensor, token_ids: torch.Tensor, vocab_size: int
 ) -> Comparison:
     """Compare a reference's logits, in chunks of positions, with those that a head gives to its input [1, T, d]."""
-    parts = subject_final[0].split(chunk_size(vocab_size))
-    return compare(((theirs, subject_head(ours)) for theirs, ours in zip(reference, parts, strict=True)), token_ids)
+    parts = final[0].split(chunk_size(vocab_size))
+    return compare(((theirs, head(ours)) for theirs, ours in zip(reference, parts, strict=True)), token_ids)
 
 
 @torch.inference_mode()

@@ -1,17 +1,57 @@
 """A model spread over devices: each part runs where its weights lie, and what it is given is moved there first."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from runner.errors import ConfigError
+from runner.errors import ConfigError, ModelError
+from runner.files.tensors import TensorSource
 
 # How accelerate may spread a model by itself.
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
-DeviceMap = str | Mapping[str, Any]
+DeviceMap = str | Mapping[str, int | str]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a model lies and in what precision it computes.
+
+    `device`: auto (cuda, then mps, then cpu) or torch's name. `dtype`: float32, bfloat16, float16, or stored (that of
+    the embedding). `device_map`: auto, or module → device: spread over devices.
+    """
+
+    device: str = "auto"
+    dtype: str = "float32"
+    device_map: DeviceMap | None = None
+
+
+def torch_device(name: str) -> torch.device:
+    """`auto` is cuda, then mps, then cpu. Raises ConfigError for a device that is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+    kind = name.partition(":")[0]
+    if not there.get(kind, False):
+        raise ConfigError(
+            f"device={name} is not available here; there is {', '.join(k for k, v in there.items() if v)}"
+        )
+    return torch.device(name)
+
+
+def torch_dtype(name: str, weights: TensorSource, embedding: str = "model.embed_tokens.weight") -> torch.dtype:
+    """The compute dtype that `name` asks for; "stored" is that of the tensor `embedding`."""
+    if name == "stored":
+        info = weights.infos.get(embedding)
+        if info is None or not info.dtype.is_floating_point:
+            raise ModelError(f"{weights.path}: has no floating-point {embedding} to take dtype=stored from")
+        return info.dtype
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={name} is unknown; choose float32, bfloat16, float16 or stored")
+    return DTYPES[name]
 
 
 def place(model: PreTrainedModel, device: torch.device, device_map: DeviceMap | None) -> None:
@@ -51,18 +91,20 @@ def is_spread(model: nn.Module) -> bool:
     return len({str(parameter.device) for parameter in model.parameters()}) > 1
 
 
-def _moved(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _moved(
+    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     device = next(module.parameters()).device
     return tuple(_to(value, device) for value in args), {key: _to(value, device) for key, value in kwargs.items()}
 
 
-def _to(value: Any, device: torch.device) -> Any:
+def _to(value: object, device: torch.device) -> object:
     if isinstance(value, torch.Tensor):
         return value.to(device)
     return tuple(_to(item, device) for item in value) if type(value) is tuple else value
 
 
-def _by_strategy(model: PreTrainedModel, strategy: str) -> dict[str, Any]:
+def _by_strategy(model: PreTrainedModel, strategy: str) -> dict[str, int | str]:
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory, get_max_memory
 
@@ -81,7 +123,7 @@ def _by_strategy(model: PreTrainedModel, strategy: str) -> dict[str, Any]:
     return dict(found)
 
 
-def _device(place: Any) -> torch.device:
+def _device(place: int | str) -> torch.device:
     try:
         device = torch.device("cuda", place) if isinstance(place, int) else torch.device(str(place))
         torch.empty(0, device=device)

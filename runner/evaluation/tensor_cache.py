@@ -1,9 +1,8 @@
-"""Tensors kept on disk between processes: safetensors files under names that say exactly what is in them.
+"""Tensors on disk between processes: the results of a base model, for those that would compute the very same bits.
 
-A file is whole or absent, is checked against the checksum in its header when it is read, and the least recently used
-ones go when all together exceed a limit. Whatever is wrong with a file costs a warning and the work of making it again.
-
-Where on disk the results of a base model are kept, for this process and those that compute the very same bits.
+They lie in safetensors files under names that say exactly what is in them. A file is whole or absent, is checked
+against the checksum in its header when it is read, and the least recently used ones go when all together exceed a
+limit. Whatever is wrong with a file costs a warning and the work of making it again.
 """
 
 import hashlib
@@ -148,18 +147,18 @@ _VARIABLES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shelf:
+class ModelCache:
     """Where on disk a model's results are kept; `model` says exactly which model computed them, and on what."""
 
     store: Store
     model: str
 
 
-def shelf_of(base: Base, cache: Path, *, may_read: bool) -> Shelf | None:
-    """The shelf of `base` under the directory `cache`.
+def model_cache(base: Base, cache: Path, *, may_read: bool) -> ModelCache | None:
+    """Where the results of `base` are cached under the directory `cache`.
 
     Its name is made from the contents of the weights, so a base that is changed in any way has another one. With
-    `may_read` they are read where their hash is not known yet; without, there is then no shelf.
+    `may_read` they are read where their hash is not known yet; without, there is then no cache.
     """
     directory = cache / DIRECTORY
     try:
@@ -170,7 +169,7 @@ def shelf_of(base: Base, cache: Path, *, may_read: bool) -> Shelf | None:
         return None
     if content is None or not current:
         return None
-    return Shelf(
+    return ModelCache(
         store=Store(directory=directory), model=name_of(_LAYOUT, content, str(base.model.dtype), *_machine(base))
     )
 

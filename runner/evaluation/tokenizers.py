@@ -4,16 +4,19 @@ import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from runner.checkpoints.model_directory import has_tokenizer
 from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.evaluation.base_models import TOKENIZER_PATTERNS, is_hub_name, snapshot
-from runner.families.hf import checkpoint as hf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(option: str | None, directories: Sequence[Path]) -> Any:
+def load_tokenizer(option: str | None, directories: Sequence[Path]) -> "PreTrainedTokenizerBase":
     """The tokenizer `option` (a directory, a tokenizers JSON or a hub name), else the first one in `directories`.
 
     Raises ConfigError where `option` names none, CheckpointError where there is none or its files are damaged.
@@ -26,7 +29,7 @@ def load_tokenizer(option: str | None, directories: Sequence[Path]) -> Any:
         except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
             raise ConfigError(f"tokenizer={option}: is no tokenizers JSON: {error}") from error
     if option is None:
-        found = [directory for directory in directories if hf.has_tokenizer(directory)]
+        found = [directory for directory in directories if has_tokenizer(directory)]
         if not found:
             raise CheckpointError(f"{directories[-1]}: holds no tokenizer; give one as tokenizer=DIRECTORY")
         directory = found[0]
@@ -36,14 +39,14 @@ def load_tokenizer(option: str | None, directories: Sequence[Path]) -> Any:
             if not is_hub_name(option):
                 raise ConfigError(f"tokenizer={option}: no such file or directory")
             directory = snapshot("tokenizer", option, download=True, patterns=TOKENIZER_PATTERNS)
-        if not hf.has_tokenizer(directory):
+        if not has_tokenizer(directory):
             raise ConfigError(f"tokenizer={option}: the directory holds no tokenizer files")
     stats = tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in sorted(directory.glob("*token*")))
     return _load_once(directory.absolute(), stats)
 
 
 @lru_cache(maxsize=4)
-def _load_once(directory: Path, stats: tuple[tuple[str, int, int], ...]) -> Any:
+def _load_once(directory: Path, stats: tuple[tuple[str, int, int], ...]) -> "PreTrainedTokenizerBase":
     """The tokenizer of a directory whose files are as `stats` say: loading a large one takes half a second."""
     from transformers import AutoTokenizer
 
@@ -53,7 +56,7 @@ def _load_once(directory: Path, stats: tuple[tuple[str, int, int], ...]) -> Any:
         raise CheckpointError(f"{directory}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
-def encode(tokenizer: Any, text: str, vocab_size: int, limit: int | None = None) -> torch.Tensor:
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str, vocab_size: int, limit: int | None = None) -> torch.Tensor:
     """Token ids [T] of `text`, special tokens as the tokenizer adds them, at most `limit` of them.
 
     Raises ModelError for a text without tokens, or a token id that the model's embedding does not have.

@@ -1,9 +1,12 @@
-"""The steps of a commit that the file system must do at once: rename without replacing, swap, and make durable."""
+"""What the file system must do at once: write a file whole, rename without replacing, swap, and make durable."""
 
 import ctypes
 import errno
+import json
 import os
+import tempfile
 import uuid
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,35 @@ _NOREPLACE = 1
 _EXCHANGE = 2
 # What a kernel or file system without these flags answers.
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` to `path`, as `write_whole` does."""
+    write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the new one, never half of one.
+
+    Raises OSError where that is not possible; then the old file stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of ours, such as a `result.json`, as it was written."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def rename_new(source: Path, target: Path) -> None:

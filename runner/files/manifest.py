@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import CheckpointError
+from runner.files.atomic import write_json
 from runner.files.file_type import sha256_of
 from runner.files.strict_json import parse_object
-from runner.results import write_json
 
 FILE_NAME = "MANIFEST.json"
 _LIMIT = 64 << 20

@@ -8,10 +8,9 @@ import torch
 from runner.checkpoints.detect import open_checkpoint
 from runner.errors import RunnerError
 from runner.evaluation.base_models import Base
-from runner.evaluation.build import build_npt
 from runner.evaluation.forward import Trace, continue_from, logits
 from runner.evaluation.reference import Reference
-from runner.families.npt.model import NptLlamaForCausalLM
+from runner.families.npt.model import NptLlamaForCausalLM, build_npt
 from runner.merge.plan import Plan
 
 

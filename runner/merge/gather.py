@@ -32,6 +32,13 @@ def gather(spec: MergeSpec, paths: Sequence[Path], base: str | None, output: Pat
         return gather_moe(spec, experts, base, output)
     if kind == gpt.FAMILY:
         return gather_gpt(spec, [open_gpt_source(*each) for each in zip(spec.sources, paths, opened, strict=True)])
+    return gather_npt(spec, paths, opened, base, output)
+
+
+def gather_npt(
+    spec: MergeSpec, paths: Sequence[Path], opened: Sequence[Checkpoint], base: str | None, output: Path
+) -> Content:
+    """The merge of NPT layers. Raises CheckpointError or ConfigError where it is not possible."""
     sources = [open_source(*each) for each in zip(spec.sources, paths, opened, strict=True)]
     plan = plan_merge(spec, sources)
     said = check_bases(sources, base, check_layers)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from runner.checkpoints import model_directory as hf
 from runner.checkpoints.checkpoint import Checkpoint, NptLayer
 from runner.errors import CheckpointError, ConfigError
 from runner.evaluation.base_models import is_hub_name, snapshot
-from runner.families.hf import checkpoint as hf
 from runner.families.npt import checkpoint as npt_delta
 from runner.files.file_type import Kind, kind_of, sha256_of
 from runner.merge.spec import SourceSpec

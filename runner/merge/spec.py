@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from runner.config import did_you_mean
-from runner.errors import ConfigError
+from runner.errors import ConfigError, did_you_mean
 
 RULES = ("layers", "average", "linear", "slerp")
 ON_CONFLICT = ("first", "last", "error", "average", "newest")

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 import yaml
 
-from runner.config import config_directory
+from runner.installation import config_directory
 
 
 class ProgressRow(TypedDict):

@@ -15,10 +15,11 @@ from runner.comparison.insights import headline, insights, leading
 from runner.comparison.jobs import Job
 from runner.comparison.series import without_shared_ends
 from runner.errors import printable
+from runner.files.atomic import write_whole
 from runner.reports.console import Fact, Rows, Tables, known, number, percent, print_rows
 from runner.reports.page.build import page
 from runner.reports.picture import pictures
-from runner.results import JsonObject, write_whole
+from runner.results import JsonObject
 
 _LEVEL_WORDS = {"good": "good", "warn": "fair", "bad": "poor"}
 _QUESTIONS = {"working": "Training", "ready": "Readiness", "layer": "Layers", "best": "Best Checkpoint"}

@@ -7,7 +7,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from runner.errors import ConfigError
-from runner.results import write_whole
+from runner.files.atomic import write_whole
 
 # What XML 1.0 cannot hold; a tensor's name may.
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

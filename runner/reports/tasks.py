@@ -286,10 +286,10 @@ def test_facts(result: JsonObject) -> list[Fact]:
     overall = result.get("overall")
     broken = any(row["integrity"] and row["status"] == "fail" for row in checks)
     reasons = ["an integrity check failed"] * broken + ([] if score is None else [f"mean score {number(score, 2)}"])
-    built = next((row["data"] for row in checks if row["name"] == "built" and "path" in row.get("data", {})), {})
+    paths = [row["data"]["path"] for row in checks if row["name"] == "built" and "path" in row.get("data", {})]
     rows = [
         *_fields(result, "ckpt"),
-        ("Kept", built.get("path") if result.get("kept") else None, ""),
+        ("Kept", paths[0] if paths and result.get("kept") else None, ""),
         *_fields(result, "family", "tier", "estimate"),
         ("Checks", shown, "" if counts["fail"] else "pass"),
         ("Overall", overall and f"{overall} ({', '.join(reasons)})", _OVERALL.get(overall or "", "")),

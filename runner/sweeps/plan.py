@@ -9,8 +9,6 @@
 
 A job that was started has its directory; one that ended has `result.json` in it. So a job without its directory was
 never started, and one with a directory and no result is lost.
-
-From a composed sweep to its list of jobs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,15 +24,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.checkpoints.runs import step_in_name
 from runner.errors import ConfigError
+from runner.files.atomic import read_json, write_json
 from runner.overrides import CommandLine, unquoted
-from runner.results import FILE_NAME, read_json, write_json
+from runner.results import FILE_NAME
 
 PLAN_NAME = "sweep.json"
 VERSION = 1
+_LONGEST_TAG = 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PlannedJob:
     """One job of a sweep; `directory` is a name inside the sweep's directory."""
 
     number: int
@@ -44,21 +44,21 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class SweepPlan:
     """What a sweep was meant to do."""
 
     task: str
     command: tuple[str, ...]
     cwd: str
     launcher: str
-    jobs: tuple[Job, ...]
+    jobs: tuple[PlannedJob, ...]
 
-    def with_reasons(self, reasons: Mapping[int, str]) -> "Plan":
+    def with_reasons(self, reasons: Mapping[int, str]) -> "SweepPlan":
         """The same plan; each job that `reasons` names by its number has that reason, the others have none."""
         return replace(self, jobs=tuple(replace(job, reason=reasons.get(job.number)) for job in self.jobs))
 
 
-def write_plan(plan: Plan, directory: Path) -> None:
+def write_plan(plan: SweepPlan, directory: Path) -> None:
     """Write `sweep.json`, atomically. Raises OSError."""
     jobs = [
         {"number": job.number, "directory": job.directory, "overrides": list(job.overrides)}
@@ -69,7 +69,7 @@ def write_plan(plan: Plan, directory: Path) -> None:
     write_json(directory / PLAN_NAME, {**content, "launcher": plan.launcher, "jobs": jobs})
 
 
-def read_plan(directory: Path) -> Plan:
+def read_plan(directory: Path) -> SweepPlan:
     """The plan of the sweep in `directory`. Raises ConfigError where there is none, or it cannot be read."""
     path = directory / PLAN_NAME
     if not directory.is_dir():
@@ -81,7 +81,7 @@ def read_plan(directory: Path) -> Plan:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     try:
-        return Plan(
+        return SweepPlan(
             task=str(content["task"]),
             command=_words(content["command"]),
             cwd=str(content["cwd"]),
@@ -92,12 +92,14 @@ def read_plan(directory: Path) -> Plan:
         raise ConfigError(f"{path}: is not what runner writes ({type(error).__name__}: {error})") from error
 
 
-def _job(content: Mapping[str, Any], index: int) -> Job:
+def _job(content: Mapping[str, Any], index: int) -> PlannedJob:
     number, directory, reason = content["number"], content["directory"], content.get("reason")
     if number != index or Path(directory).name != directory or directory in ("", ".", ".."):
         raise ValueError(f"job {index} has the number {number!r} and the directory {directory!r}")
     overrides = _words(content["overrides"])
-    return Job(number=index, directory=directory, overrides=overrides, reason=None if reason is None else str(reason))
+    return PlannedJob(
+        number=index, directory=directory, overrides=overrides, reason=None if reason is None else str(reason)
+    )
 
 
 def _words(content: Sequence[Any]) -> tuple[str, ...]:
@@ -115,20 +117,20 @@ def good_result(directory: Path) -> dict[str, Any] | None:
     return result if isinstance(result, dict) and result.get("status") == "ok" else None
 
 
-_LONGEST_TAG = 60
+def plan_of(config: DictConfig, arguments: list[str], loader: ConfigLoader, line: CommandLine) -> SweepPlan:
+    """The jobs of the sweep that Hydra composed `config` for: the product of all values in its `arguments`, in order.
 
-
-def plan_of(config: DictConfig, loader: ConfigLoader, line: CommandLine) -> Plan:
-    """The jobs of the sweep that Hydra composed `config` for: the product of all swept values, in Hydra's order."""
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(config.hydra.overrides.task))
+    Raises ConfigError for a sweep over what is no list, such as interval(0,1).
+    """
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
     overrides = {each.get_key_element(): each for each in parsed}
     swept = [key for key, override in overrides.items() if override.is_sweep_override()]
     choices = [[(key, value) for value in _values(override)] for key, override in overrides.items()]
     jobs = []
     for number, chosen in enumerate(product(*choices)):
         directory = f"{number}_{_tag(dict(chosen), swept, config)}"
-        jobs.append(Job(number=number, directory=directory, overrides=tuple(f"{k}={v}" for k, v in chosen)))
-    return Plan(
+        jobs.append(PlannedJob(number=number, directory=directory, overrides=tuple(f"{k}={v}" for k, v in chosen)))
+    return SweepPlan(
         task=str(config.task),
         command=(*line.flags, *(key if value is None else f"{key}={value}" for key, value in line.overrides)),
         cwd=str(Path.cwd()),
@@ -140,6 +142,8 @@ def plan_of(config: DictConfig, loader: ConfigLoader, line: CommandLine) -> Plan
 def _values(override: Override) -> list[str]:
     """The values of one override as words, as Hydra's own sweeper spells them."""
     if override.is_sweep_override():
+        if not override.is_discrete_sweep():
+            raise ConfigError(f"{override.input_line}: give the values as a list or a range")
         return list(override.sweep_string_iterator())
     return [override.get_value_element_as_str()]
 

@@ -1,96 +1,36 @@
-"""Around Hydra's launchers, whichever is chosen: the plan is written first, a job that takes its launcher down does not
-take the other jobs along, and whatever a launcher says of a job that left no result is kept.
+"""The sweeper that Hydra calls for -m: it writes the plan first, a job that takes its launcher down does not take the
+other jobs along, and whatever a launcher says of a job that left no result is kept.
 
-Which launchers there are, and what each needs.
+Meanwhile there is a line for each job as it ends, and in a terminal a bar that says how far the whole has come.
 """
 
-import re
-import shutil
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.util import find_spec
+from dataclasses import dataclass, field, replace
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from filelock import FileLock, Timeout
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from runner.config import did_you_mean, one_as_list
 from runner.errors import ConfigError, printable
-from runner.overrides import CommandLine, quoted, unquoted
+from runner.files.atomic import read_json
+from runner.overrides import CommandLine, unquoted
+from runner.reports.console import print_line
 from runner.reports.junit import is_directory
 from runner.results import FILE_NAME
-from runner.sweeps.plan import PLAN_NAME, Job, Plan, good_result, plan_of, write_plan
-from runner.sweeps.progress import watched
-
-KEY = "hydra/launcher"
-# Of the launchers in conf/: processes or jobs at a time, and a job's time in minutes.
-_COUNTS = ("n_jobs", "jobs_at_once", "array_parallelism", "timeout_min")
-# Of theirs, what is a list: submitit adds it to others.
-_LISTS = ("setup",)
-# The package that a launcher comes from, and the extra of ours that brings it.
-_NEEDS = {
-    "joblib": ("hydra_joblib_launcher", "launchers"),
-    "submitit_local": ("hydra_submitit_launcher", "launchers"),
-    "submitit_slurm": ("hydra_submitit_launcher", "launchers"),
-    "ray": ("hydra_ray_launcher", "ray"),
-}
-
-
-def check_values(launcher: DictConfig) -> None:
-    """Raise ConfigError for a number of processes or minutes in `launcher` with which no job would ever run.
-
-    One command as `setup` becomes a list of one.
-    """
-    one_as_list(launcher, _LISTS)
-    for key in _COUNTS:
-        value = launcher.get(key)
-        if value is None:
-            continue
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or value == 0 or (value < 0 and key != "n_jobs"):
-            alternative = ", or -1 for as many as there are cores" if key == "n_jobs" else ""
-            raise ConfigError(f"hydra.launcher.{key}={value}: give a whole number of at least 1{alternative}")
-
-
-def use_own_configs(conf: Path) -> None:
-    """Let the launchers that lie in `conf` stand for those of the same names that Hydra's plugins bring: a file of the
-    same name would be merged into the plugin's, which Hydra has deprecated."""
-    Plugins.instance()  # the plugins put their configs into the store when they are found
-    stored = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
-    for file in (conf / KEY).glob("*.yaml"):
-        stored.pop(file.name, None)
-
-
-def check_launcher(line: CommandLine, conf: Path) -> None:
-    """Raise ConfigError where the chosen launcher is unknown, or needs what this installation or machine lacks; and
-    for a sweeper of Hydra's instead of our own expansion."""
-    given = {key.lstrip("+~") for key, _ in line.overrides}
-    if any(key == "hydra/sweeper" or key.startswith("hydra.sweeper.params") for key in given):
-        raise ConfigError("hydra.sweeper.params and other sweepers are not supported; give the values as key=a,b,c")
-    name = line.get(KEY)
-    if name is None or name == "basic":
-        return
-    if name not in _NEEDS:
-        known = ["basic", *sorted(file.stem for file in (conf / KEY).glob("*.yaml"))]
-        store = ConfigStore.instance().repo.get("hydra", {}).get("launcher", {})
-        if f"{name}.yaml" not in store and name not in known:
-            raise ConfigError(f"{KEY}={name} is no launcher{did_you_mean(name, known)}")
-        return
-    package, extra = _NEEDS[name]
-    if find_spec("hydra_plugins") is None or find_spec(f"hydra_plugins.{package}") is None:
-        raise ConfigError(f"{KEY}={name} needs another package: pip install -e '.[{extra}]' in runner's checkout")
-    if name == "submitit_slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
-        raise ConfigError(f"{KEY}={name}: there is no sbatch and srun here; start it on a login node of the cluster")
-
+from runner.sweeps.launchers import check_values, launch, one_line
+from runner.sweeps.plan import PLAN_NAME, PlannedJob, SweepPlan, good_result, plan_of, write_plan
 
 # Held by the process that runs the sweep; the system lets go of it when that process dies.
 LOCK_NAME = ".lock"
@@ -98,6 +38,8 @@ LOCK_NAME = ".lock"
 _PLAIN = ("ckpt", "step")
 # Keys that name a file which each job writes, and replaces.
 _FILES = ("output", "junit")
+_PLUGIN = "hydra_plugins.runner"
+_INTERVAL = 0.25  # seconds between two looks at the jobs' directories
 
 
 @dataclass
@@ -108,8 +50,8 @@ class Sweep:
     """
 
     line: CommandLine
-    resumed: Plan | None = None
-    plan: Plan | None = None
+    resumed: SweepPlan | None = None
+    plan: SweepPlan | None = None
     directory: Path | None = None
     config: DictConfig | None = None
     reasons: dict[int, str] = field(default_factory=dict)
@@ -121,75 +63,121 @@ class Sweep:
         good = [job for job in self.plan.jobs if good_result(self.directory / job.directory) is not None]
         return len(good), len(self.plan.jobs)
 
-    def keep_reasons(self) -> None:
-        """Write into the plan why jobs left no result, where that is known or was and has changed."""
-        if self.plan is None or self.directory is None:
-            return
-        without = {job.number for job in self.plan.jobs if not (self.directory / job.directory / FILE_NAME).exists()}
-        plan = self.plan.with_reasons({number: why for number, why in self.reasons.items() if number in without})
-        if plan == self.plan:
-            return
-        self.plan = plan
-        try:
-            write_plan(plan, self.directory)
-        except OSError as error:
-            print(f"runner: warning: {self.directory / PLAN_NAME}: cannot be written: {error}", file=sys.stderr)
+
+def register(sweep: Sweep) -> None:
+    """Let the sweeper that conf/hydra/sweeper/runner.yaml names be one for `sweep`.
+
+    Hydra makes its sweeper itself, from a registered class that it can import from `hydra_plugins`, and returns nothing
+    of what it did: so there is a module of that name, and the class in it knows the sweep.
+    """
+    if find_spec("hydra_plugins") is None:  # no plugin is installed
+        sys.modules["hydra_plugins"] = module_from_spec(ModuleSpec("hydra_plugins", None, is_package=True))
+    module = module_from_spec(ModuleSpec(_PLUGIN, None))
+    sweeper = type("RunnerSweeper", (_Sweeper,), {"__module__": _PLUGIN, "sweep_state": sweep})
+    module.RunnerSweeper = sweeper  # type: ignore[attr-defined]
+    sys.modules[_PLUGIN] = module
+    Plugins.instance().register(sweeper)
+
+
+class _Sweeper(Sweeper):
+    """Runs the jobs of `sweep_state`, those with a good result left out; what became of a job stands in its directory.
+
+    `max_batch_size`: how many jobs the launcher is handed at once; None: all.
+    """
+
+    sweep_state: ClassVar[Sweep]
+
+    def __init__(self, max_batch_size: int | None = None) -> None:
+        if max_batch_size is not None and max_batch_size < 1:
+            raise ConfigError(f"hydra.sweeper.max_batch_size={max_batch_size}: give a whole number of at least 1")
+        self.max_batch_size = max_batch_size
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Make the launcher that the config names. Raises ConfigError for values with which it would run nothing."""
+        check_values(config.hydra.launcher)
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Plan, lock, launch. Raises ConfigError before anything is written where the sweep cannot be."""
+        assert self.config is not None
+        assert self.hydra_context is not None
+        assert self.launcher is not None
+        state = self.sweep_state
+        plan = plan_of(self.config, arguments, self.hydra_context.config_loader, state.line)
+        # Of jobs that differ in nothing but checkpoint and step, one composes if all do.
+        kinds = {
+            tuple(w for w in job.overrides if w.partition("=")[0] not in _PLAIN): job.overrides for job in plan.jobs
+        }
+        self.validate_batch_is_legal(list(kinds.values()))
+        directory = Path(str(self.config.hydra.sweep.dir))
+        if state.resumed is not None:
+            if [job.overrides for job in plan.jobs] != [job.overrides for job in state.resumed.jobs]:
+                raise ConfigError(f"resume={directory}: its command gives other jobs than it did then")
+            plan = replace(plan, jobs=state.resumed.jobs, command=state.resumed.command)
+        with _held(directory):
+            if state.resumed is None:
+                _check_outputs(self.config, plan, directory)
+            write_plan(plan, directory)
+            state.plan, state.directory, state.config = plan, directory, self.config
+            size = self.max_batch_size or len(plan.jobs)
+            try:
+                for first in range(0, len(plan.jobs), size):
+                    run_jobs(state, self.launcher, plan.jobs[first : first + size])
+            finally:
+                write_reasons(state)
+
+
+def run_jobs(sweep: Sweep, launcher: Launcher, jobs: Sequence[PlannedJob]) -> None:
+    """Run those of `jobs` without a good result; where the launcher breaks, those that it had not started again."""
+    assert sweep.plan is not None
+    assert sweep.directory is not None
+    directory = sweep.directory
+    todo = [job for job in jobs if good_result(directory / job.directory) is None]
+    with _watched(sweep.plan, directory):
+        while todo:
+            marks = {job.number: _start_mark(directory / job.directory) for job in todo}
+            try:
+                problems = launch(launcher, todo)
+            except Exception as error:
+                left = [job for job in todo if _start_mark(directory / job.directory) == marks[job.number]]
+                again = left if len(left) < len(todo) else []
+                sweep.reasons |= {job.number: one_line(error) for job in todo if job not in again}
+                todo = again
+            else:
+                sweep.reasons |= {job.number: why for job, why in zip(todo, problems, strict=True) if why}
+                break
+
+
+def write_reasons(sweep: Sweep) -> None:
+    """Write into the plan why jobs left no result, where that is known or was and has changed."""
+    assert sweep.plan is not None
+    assert sweep.directory is not None
+    without = {job.number for job in sweep.plan.jobs if not (sweep.directory / job.directory / FILE_NAME).exists()}
+    plan = sweep.plan.with_reasons({number: why for number, why in sweep.reasons.items() if number in without})
+    if plan == sweep.plan:
+        return
+    sweep.plan = plan
+    try:
+        write_plan(plan, sweep.directory)
+    except OSError as error:
+        print(f"runner: warning: {sweep.directory / PLAN_NAME}: cannot be written: {error}", file=sys.stderr)
 
 
 @contextmanager
-def launching(sweep: Sweep) -> Iterator[None]:
-    """Within the block a sweep of Hydra's runs as described above. Hydra takes a launcher from its own packages only,
-    so the one that it makes is wrapped. It composes every job before the first starts, to see whether it can: of those
-    that differ in nothing but checkpoint and step, one is enough."""
-    original, validate = Plugins.instantiate_launcher, BasicSweeper.validate_batch_is_legal
-    locks: list[FileLock] = []
-
-    def hold(directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / LOCK_NAME, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise ConfigError(
-                f"{directory}: another runner is at work on this sweep; wait for it, or stop it"
-            ) from error
-        locks.append(lock)
-
-    def validate_few(sweeper: BasicSweeper, batch: Sequence[Sequence[str]]) -> None:
-        kinds = {tuple(word for word in words if word.partition("=")[0] not in _PLAIN): words for words in batch}
-        validate(sweeper, list(kinds.values()))
-
-    def instantiate(
-        plugins: Plugins, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> Launcher:
-        check_values(config.hydra.launcher)
-        inner = original(plugins, hydra_context=hydra_context, task_function=task_function, config=config)
-        plan = plan_of(config, hydra_context.config_loader, sweep.line)
-        if sweep.resumed is not None:
-            if [job.overrides for job in plan.jobs] != [job.overrides for job in sweep.resumed.jobs]:
-                raise ConfigError(f"resume={config.hydra.sweep.dir}: its command gives other jobs than it did then")
-            plan = Plan(**{**vars(plan), "jobs": sweep.resumed.jobs, "command": sweep.resumed.command})
-        directory = Path(str(config.hydra.sweep.dir))
-        hold(directory)
-        if sweep.resumed is None:
-            _check_outputs(config, plan, directory)
-        write_plan(plan, directory)
-        sweep.plan, sweep.directory, sweep.config = plan, directory, config
-        return _Guarded(inner, sweep)
-
-    Plugins.instantiate_launcher = instantiate  # type: ignore[method-assign, assignment]
-    BasicSweeper.validate_batch_is_legal = validate_few  # type: ignore[method-assign, assignment]
+def _held(directory: Path) -> Iterator[None]:
+    """Keep other processes from running the sweep in `directory`. Raises ConfigError where one does."""
+    directory.mkdir(parents=True, exist_ok=True)
     try:
-        yield
-    finally:
-        Plugins.instantiate_launcher = original  # type: ignore[method-assign]
-        BasicSweeper.validate_batch_is_legal = validate  # type: ignore[method-assign]
-        for lock in locks:
-            lock.release()
-        sweep.keep_reasons()
+        with FileLock(directory / LOCK_NAME, timeout=0):
+            yield
+    except Timeout as error:
+        raise ConfigError(f"{directory}: another runner is at work on this sweep; wait for it, or stop it") from error
 
 
-def _check_outputs(config: DictConfig, plan: Plan, directory: Path) -> None:
+def _check_outputs(config: DictConfig, plan: SweepPlan, directory: Path) -> None:
     """Raise ConfigError where a new sweep would take another's results for its own, or its jobs one file for theirs."""
     if (directory / PLAN_NAME).exists():
         raise ConfigError(
@@ -210,96 +198,64 @@ def _check_outputs(config: DictConfig, plan: Plan, directory: Path) -> None:
             )
 
 
-class _Guarded(Launcher):
-    """Hands jobs to `inner`, those with a good result left out, and answers Hydra that all went well: what became of
-    a job stands in its directory."""
-
-    def __init__(self, inner: Any, sweep: Sweep) -> None:
-        self.inner = inner
-        self.sweep = sweep
-        # A key of ours, which the launcher would not know.
-        self.at_once = inner.params.pop("jobs_at_once", None) if _is_submitit(inner) else None
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Nothing: `inner` is set up already."""
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs from `initial_job_idx` on; where the launcher breaks, those that it had not started again."""
-        plan, directory = self.sweep.plan, self.sweep.directory
-        assert plan is not None
-        assert directory is not None
-        jobs = plan.jobs[initial_job_idx : initial_job_idx + len(job_overrides)]
-        if [list(job.overrides) for job in jobs] != [list(words) for words in job_overrides]:
-            raise ConfigError("hydra.sweeper.params and other sweepers are not supported; give the values as key=a,b,c")
-        todo = [job for job in jobs if good_result(directory / job.directory) is None]
-        with watched(plan, directory):
-            while todo:
-                marks = {job.number: _start_mark(directory / job.directory) for job in todo}
-                problem = self._launch(todo)
-                left = [job for job in todo if _start_mark(directory / job.directory) == marks[job.number]]
-                if not problem:
-                    break
-                again = left if len(left) < len(todo) else []
-                self.sweep.reasons |= {job.number: problem for job in todo if job not in again}
-                todo = again
-        return []
-
-    def _launch(self, jobs: Sequence[Job]) -> str | None:
-        """Launch `jobs`; what went wrong with the launcher itself, if anything."""
-        words = [[*job.overrides, f"hydra.sweep.subdir={quoted(job.directory)}"] for job in jobs]
-        try:
-            with self._around():
-                returned = self.inner.launch(words, initial_job_idx=jobs[0].number)
-        except Exception as error:
-            return _one_line(error)
-        for job, answer in zip(jobs, returned, strict=True):
-            problem = _problem(answer)
-            if problem:
-                self.sweep.reasons[job.number] = problem
-            else:
-                self.sweep.reasons.pop(job.number, None)
-        return None
-
-    @contextmanager
-    def _around(self) -> Iterator[None]:
-        """What the launcher needs while it runs."""
-        if not _is_submitit(self.inner):
-            yield
-            return
-        from runner.sweeps.cluster import accounting, waiting_for_all
-
-        with accounting(), waiting_for_all(self.at_once):
-            yield
-
-
-def _is_submitit(launcher: Any) -> bool:
-    return type(launcher).__module__.startswith("hydra_plugins.hydra_submitit_launcher")
-
-
 def _start_mark(directory: Path) -> int | None:
     """Changes when a job is started in `directory`: Hydra then writes the job's configuration there."""
+    return _modified(directory / ".hydra" / "overrides.yaml")
+
+
+def _modified(file: Path) -> int | None:
+    """When `file` was written, in nanoseconds; None where there is none."""
     try:
-        return (directory / ".hydra" / "overrides.yaml").stat().st_mtime_ns
+        return file.stat().st_mtime_ns
     except OSError:
         return None
 
 
-def _problem(answer: JobReturn) -> str | None:
-    value: Any = answer._return_value
-    if answer.status == JobStatus.COMPLETED:
-        return value if isinstance(value, str) else None
-    return _one_line(value)
+@contextmanager
+def _watched(plan: SweepPlan, directory: Path) -> Iterator[None]:
+    """Within the block, report each job of `plan` whose result arrives in `directory`, whichever process wrote it."""
+    out = Console()
+    console = out if out.is_terminal else Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    waiting = [job for job in plan.jobs if good_result(directory / job.directory) is None]
+    before = {job.number: _modified(directory / job.directory / FILE_NAME) for job in waiting}
+    stop = threading.Event()
+    with Progress(
+        *columns, console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal
+    ) as progress:
+        bar = progress.add_task("sweep", total=len(plan.jobs), completed=len(plan.jobs) - len(waiting))
+
+        def look() -> None:
+            for job in list(waiting):
+                arrived = _modified(directory / job.directory / FILE_NAME) != before[job.number]
+                if arrived and _report(job, directory, out):
+                    waiting.remove(job)
+                    progress.advance(bar)
+
+        def watch() -> None:
+            while not stop.wait(_INTERVAL):
+                look()
+            look()
+
+        thread = threading.Thread(target=watch, name="sweep-watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
 
 
-def _one_line(error: object) -> str:
-    """What an exception says, in at most one line of bearable length."""
-    if type(error).__name__ == "TerminatedWorkerError":  # joblib's, which says more than anyone wants to read
-        codes = re.findall(r"SIG\w+|EXIT\(\d+\)", str(error))
-        return (
-            f"a worker process was killed ({', '.join(codes) or 'unknown signal'}), which ends its neighbours as well"
-        )
-    known = type(error).__name__ in ("FailedJobError", "FailedSubmissionError")  # sbatch's own words
-    text = " ".join(printable(" ".join(str(error).split())).split())
-    if not text:
-        return type(error).__name__
-    return text[:400] if known else f"{type(error).__name__}: {text[:400]}"
+def _report(job: PlannedJob, directory: Path, console: Console) -> bool:
+    """Print one job's result; False where it cannot be read (again)."""
+    try:
+        result = read_json(directory / job.directory / FILE_NAME)
+    except (OSError, ValueError):
+        return False
+    print_line(result, console, number=job.number + 1, job=job.directory)
+    if result["status"] == "error":
+        print(f"runner: error: {printable(result['error']['message'])}", file=sys.stderr)
+    return True

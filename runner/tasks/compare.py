@@ -1,14 +1,10 @@
-"""`task=compare`: the comparison of a sweep, or of several, made again; and what every sweep ends with."""
+"""`task=compare`: the comparison of a sweep, or of several, made again."""
 
-from pathlib import Path
-
-from rich.console import Console
-
-from runner.comparison.comparison import Comparison, read
+from runner.comparison.comparison import read
 from runner.comparison.export import series_to_dict
 from runner.config import SweepConfig
 from runner.errors import ConfigError
-from runner.reports.compare import print_comparison, summary, write_files
+from runner.reports.compare import summary, write_files
 from runner.results import Result, versions
 from runner.tasks.context import Context
 from runner.tracking.compare import log_comparison
@@ -20,9 +16,8 @@ def run(config: SweepConfig, context: Context) -> Result:
     They go into the sweep's directory, those of several sweeps into the run's own. Raises ConfigError for a directory
     that is no sweep, or that cannot be written.
     """
-    directories = [Path(path).expanduser() for path in _named(config.sweep)]
     with context.timed("read"):
-        comparison = read(directories)
+        comparison = read(config.directories())
     target = comparison.directories[0] if len(comparison.directories) == 1 else context.directory
     with context.timed("write"):
         written = write_files(comparison, target)
@@ -40,22 +35,3 @@ def run(config: SweepConfig, context: Context) -> Result:
             "files": {kind: str(path) for kind, path in written.files.items()},
         },
     )
-
-
-def conclude(directory: Path) -> Comparison:
-    """What a sweep ends with: its jobs compared, the files beside them, the curve on the terminal.
-
-    A file that cannot be written is a warning: what the jobs left is there. Raises ConfigError where no job was begun.
-    """
-    comparison = read(directory)
-    print_comparison(comparison, write_files(comparison, directory), Console())
-    return comparison
-
-
-def _named(sweep: object) -> list[str]:
-    """The directories that `sweep=` names: one, or a list."""
-    named = sweep if isinstance(sweep, (list, tuple)) else [sweep]
-    paths = [str(path) for path in named if path]
-    if not paths:
-        raise ConfigError("sweep= is needed: the directory of a sweep, or a list of them: sweep=[A,B]")
-    return paths

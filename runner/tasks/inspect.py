@@ -11,7 +11,7 @@ from runner.config import InspectConfig
 from runner.errors import RunnerError
 from runner.results import Result, versions
 from runner.tasks.context import Context
-from runner.tasks.naming import DEMO, check_family, checkpoint_path
+from runner.tasks.naming import DEMO, checkpoint_path
 
 # The part of a name that says which component a tensor belongs to: up to the first number, or the first two words.
 _GROUP = re.compile(r"^((?:[^.]*\.)??[^.]*?\d+[^.]*|[^.]+(?:\.[^.\d]+)?)")
@@ -26,7 +26,7 @@ def run(config: InspectConfig, context: Context) -> Result:
         if run_directory is not None and len(run_directory.checkpoints) > 1:
             return _run_table(run_directory, config, context)
         checkpoint = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module)
-    check_family(config, checkpoint)
+    config.family.of(checkpoint)
     return Result(
         task="inspect",
         ckpt=str(checkpoint.path),

@@ -19,14 +19,16 @@ from typing import Any
 import torch
 
 from runner.checkpoints.runs import resolve
-from runner.config import DiagnoseConfig, Family, Format, MergeConfig
+from runner.config import DiagnoseConfig, Format, MergeConfig
 from runner.errors import ConfigError
 from runner.evaluation.base_models import Base
+from runner.evaluation.placement import Placement
 from runner.evaluation.tokenizers import encode, load_tokenizer
+from runner.families.family import Auto
 from runner.families.lora_moe import checkpoint as lora_moe
 from runner.families.npt.checkpoint import MERGE_SUMMARY
 from runner.files.staging import staged
-from runner.imports import importing
+from runner.installation import importing
 from runner.merge.execute import Content, expected_bytes, write_tensors
 from runner.merge.files import Files, check_written
 from runner.merge.inputs import Inputs, reading
@@ -126,7 +128,9 @@ def _measured(config: MergeConfig, content: "Content", partial: Path, context: C
     from runner.merge.functional import check_functions
 
     with context.timed("functional"):
-        base = load_base(open_checkpoint(partial), config.base, device=config.device, dtype=config.dtype, llama=True)
+        base = load_base(
+            open_checkpoint(partial), config.base, Placement(device=config.device, dtype=config.dtype), llama=True
+        )
         places = [source.checkpoint.directory for source in content.plan.sources]
         prompts = encoded_prompts(config, places, base)
         checked = check_functions(partial, content.plan, base, prompts)
@@ -360,7 +364,7 @@ def _functional(config: MergeConfig, files: Files, partial: Path, context: Conte
     from runner.families.lora_moe.merge import check_experts
 
     with context.timed("functional"):
-        base = load_base(open_checkpoint(partial), config.base, device=config.device, dtype=config.dtype)
+        base = load_base(open_checkpoint(partial), config.base, Placement(device=config.device, dtype=config.dtype))
         prompts = encoded_prompts(config, [source.checkpoint.directory for source in files.sources], base)
         checked = check_experts(partial, files, base, prompts)
         measured = measure(config, partial, context)
@@ -419,7 +423,7 @@ def measure(config: MergeConfig, partial: Path, context: Context, reference: Pat
     asked = DiagnoseConfig(
         task="diagnose",
         ckpt=str(partial),
-        family=Family(name="auto"),
+        family=Auto(),
         format=Format(name="auto"),
         reference=None if reference is None else str(reference),
         **options,

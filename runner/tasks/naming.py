@@ -4,8 +4,9 @@ from pathlib import Path
 
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.runs import resolve
-from runner.config import CheckpointConfig, demo_run
+from runner.config import CheckpointConfig
 from runner.errors import ConfigError
+from runner.installation import demo_run
 
 DEMO = "demo"
 

@@ -1,14 +1,13 @@
 """`task=panels`: the W&B workspace that compares the checkpoints of sweeps, made again."""
 
-from pathlib import Path
-from typing import Any
-
 from runner.comparison.comparison import read
 from runner.config import SweepConfig
 from runner.errors import ConfigError
 from runner.results import Result, versions
 from runner.tasks.context import Context
-from runner.tracking.panels import FILE_NAME, check_installed, keep
+from runner.tracking.panels import FILE_NAME, check_installed, write_panels
+
+_NOT_SAVED = "not saved in W&B, where runs are not online now; task=panels saves it once they are"
 
 
 def run(config: SweepConfig, context: Context) -> Result:
@@ -18,41 +17,25 @@ def run(config: SweepConfig, context: Context) -> Result:
     """
     check_installed()
     with context.timed("read"):
-        comparison = read(_directories(config.sweep))
+        comparison = read(config.directories())
     directories = comparison.directories
     path = (directories[0] if len(directories) == 1 else context.directory) / FILE_NAME
     try:
         with context.timed("panels"):
-            kept = keep(comparison, context.tracker, path)
+            written = write_panels(comparison, context.tracker, path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
+    sections = written["spec"]["section"]["panelBankConfig"]["sections"]
     return Result(
         task="panels",
-        findings=_findings(kept),
+        findings=[] if "view" in written else [_NOT_SAVED],
         timing=context.timing,
         versions=versions(),
         details={
             "sweep": [str(directory) for directory in directories],
-            "workspace": kept["name"],
-            "sections": {section["name"]: len(section["panels"]) for section in _sections(kept)},
+            "workspace": written["name"],
+            "sections": {section["name"]: len(section["panels"]) for section in sections},
             "file": str(path),
-            "url": kept.get("view", {}).get("url"),
+            "url": written.get("view", {}).get("url"),
         },
     )
-
-
-def _directories(value: Any) -> list[Path]:
-    if not value:
-        raise ConfigError("sweep= is needed: the directory of a sweep, or a list of several")
-    return [Path(str(each)).expanduser() for each in (value if isinstance(value, list) else [value])]
-
-
-def _sections(kept: dict[str, Any]) -> list[dict[str, Any]]:
-    sections: list[dict[str, Any]] = kept["spec"]["section"]["panelBankConfig"]["sections"]
-    return sections
-
-
-def _findings(kept: dict[str, Any]) -> list[str]:
-    if "view" in kept:
-        return []
-    return ["not saved in W&B, where runs are not online now; task=panels saves it once they are"]

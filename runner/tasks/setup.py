@@ -1,158 +1,115 @@
-"""From `ckpt`, `step`, `base` and `reference` of a config to models in memory.
-
-From `ckpt` and `step` of a config to the one checkpoint that they name. No model is imported here.
-
-What a task may use beside its config: where its files go, who is told, and how long work is shown.
-"""
+"""From a config to the checkpoint, its model, and what that is compared with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
+from runner.checkpoints.model_directory import has_tokenizer
 from runner.checkpoints.runs import resolve
 from runner.config import DiagnoseConfig
 from runner.errors import ModelError
 from runner.evaluation.base_models import Base, find_base, load_base
-from runner.evaluation.build import build, own_base
-from runner.evaluation.evaluator import Subject
-from runner.evaluation.forward import limits, logit_count
+from runner.evaluation.evaluator import Evaluator, plain_reference
+from runner.evaluation.forward import logit_count
+from runner.evaluation.placement import Placement
 from runner.evaluation.reference import Reference
-from runner.evaluation.tensor_cache import shelf_of
+from runner.evaluation.tensor_cache import model_cache
 from runner.evaluation.tokenizers import load_tokenizer
-from runner.families.hf import checkpoint as hf
-from runner.families.lora_moe.model import LoraForCausalLM
-from runner.families.npt.full import FAMILY
-from runner.families.npt.model import NptLlamaForCausalLM
+from runner.families.family import Auto, Family
 from runner.tasks.context import Context
-from runner.tasks.naming import cache_directory, check_family, checkpoint_path
+from runner.tasks.naming import cache_directory, checkpoint_path
 
-GPT_FAMILY = "gpt"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class EvaluationSetup:
     """A checkpoint, ready to be measured.
 
-    `base` is what it runs on, or for npt_full what it was made from; `against_base`: whether that is its reference.
-    `vocab_size`: how many tokens its embedding knows; `max_length`: how many positions, None for any number.
+    `base`: the model that it runs on, or was made from; `against_base`: whether that is its reference.
     """
 
     checkpoint: Checkpoint
     base: Path | None
     reference: Path | None
     against_base: bool
-    subject: Subject
-    tokenizer: Any  # None: measured on seeded token ids
-    vocab_size: int
-    max_length: int | None
+    has_own_base_weights: bool
+    evaluator: Evaluator
 
 
-def open_subject(config: DiagnoseConfig, context: Context) -> Opened:
+def open_evaluation(config: DiagnoseConfig, context: Context) -> EvaluationSetup:
     """Open what `config` names, with the models in memory. Raises the errors of `runner.load`."""
-    options: dict[str, Any] = {
-        "device": config.device,
-        "dtype": config.dtype,
-        "device_map": config.family.device_map,
-    }
+    placement = Placement(device=config.device, dtype=config.dtype, device_map=config.family.device_map)
     with context.timed("open"):
         checkpoint = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module)
-        check_family(config, checkpoint)
+        family: Family = config.family.of(checkpoint)
     with context.timed("load_base"):
-        own = own_base(checkpoint, config.base, **options)
+        own = family.load_base(checkpoint, config.base, placement)
     with context.timed("load_checkpoint"):
-        model = build(checkpoint, own, routing=config.family.routing(), **options)
-        if isinstance(model, LoraForCausalLM):
-            model.experts_on = config.family.experts
+        model = family.build(checkpoint, own, placement)
     with context.timed("load_reference"):
-        base = own or (_base_of_a_complete_model(checkpoint, config, options) if config.accuracy else None)
-        keep = partial(_kept, cache=cache_directory(config.cache), in_sweep=context.in_sweep)
-        reference, path = _reference(config, base, options, keep)
-    plain = None
-    if isinstance(model, NptLlamaForCausalLM):
-        plain = keep(own) if own else Reference(model.plain(), object())  # its own: no other model may answer
+        # Read once more for its hash, a base's weights are kept on disk for other processes: that pays in a sweep only.
+        cached = partial(_cached, cache=cache_directory(config.cache), in_sweep=context.in_sweep)
+        made_from_base = family.is_made_from_base(checkpoint)
+        base = own
+        if made_from_base and config.accuracy and config.reference in (None, config.base):
+            base = load_base(checkpoint, config.base, placement)
+        reference, path = None, None
+        if config.accuracy and config.reference not in (None, config.base):
+            reference, path = _other_reference(config, placement, cached)
+        elif config.accuracy and base is not None:
+            reference, path = cached(base), base.path
+        plain = plain_reference(model, cached(own) if own else None)
     with context.timed("load_tokenizer"):
-        tokenizer = _tokenizer(config, checkpoint, base)
-    vocab_size, max_length = limits(model)
+        tokenizer = _tokenizer(config, family, checkpoint, base)
     if reference is not None and logit_count(reference.model) != logit_count(model):
         raise ModelError(
             f"reference={path}: gives {logit_count(reference.model)} logits, {checkpoint.path} gives "
             f"{logit_count(model)}; the two cannot be compared"
         )
-    return Opened(
+    return EvaluationSetup(
         checkpoint=checkpoint,
         base=base.path if base else None,
         reference=path,
         against_base=base is not None and reference is not None and reference.model is base.model,
-        subject=Subject(
-            model=model,
-            reference=reference,
-            plain=plain,
-            shared_below=_shared_below(model, own, reference),
-            vocab_size=logit_count(model),
-        ),
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        max_length=max_length,
+        has_own_base_weights=made_from_base,
+        evaluator=Evaluator(model=model, reference=reference, plain=plain, tokenizer=tokenizer, seed=config.seed),
     )
 
 
-def _tokenizer(config: DiagnoseConfig, checkpoint: Checkpoint, base: Base | None) -> Any:
-    """The tokenizer; None for a GPT that has none, which is then measured on seeded token ids."""
+def _tokenizer(
+    config: DiagnoseConfig, family: Family, checkpoint: Checkpoint, base: Base | None
+) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer; None where there is none and the family can be measured on seeded token ids."""
     directories = [checkpoint.directory, *([base.path] if base else [])]
-    if config.tokenizer is None and checkpoint.family == GPT_FAMILY and not any(map(hf.has_tokenizer, directories)):
+    if config.tokenizer is None and not family.needs_tokenizer and not any(map(has_tokenizer, directories)):
         return None
     return load_tokenizer(config.tokenizer, directories)
 
 
-def _kept(base: Base, *, cache: Path, in_sweep: bool) -> Reference:
-    """A base as a reference, with what earlier processes computed. To read its weights once more for their hash pays
-    in a sweep only."""
-    return Reference(base.model, base.key, shelf_of(base, cache, may_read=in_sweep))
+def _cached(base: Base, *, cache: Path, in_sweep: bool) -> Reference:
+    return Reference(base.model, base.key, model_cache(base, cache, may_read=in_sweep))
 
 
-def _base_of_a_complete_model(checkpoint: Checkpoint, config: DiagnoseConfig, options: dict[str, Any]) -> Base | None:
-    """The base that a checkpoint with weights of its own is compared with; None where another reference is given."""
-    if checkpoint.family != FAMILY or (config.reference is not None and config.reference != config.base):
-        return None
-    return load_base(checkpoint, config.base, **options)
-
-
-def _reference(
-    config: DiagnoseConfig, base: Base | None, options: dict[str, Any], keep: Callable[[Base], Reference]
-) -> tuple[Reference | None, Path | None]:
-    """What is compared with, and its path: `reference=`, else the base; nothing where there is neither."""
-    if not config.accuracy:
-        return None, None
-    if config.reference is None or config.reference == config.base:
-        return (keep(base), base.path) if base else (None, None)
-    path = Path(config.reference).expanduser()
+def _other_reference(
+    config: DiagnoseConfig, placement: Placement, cached: Callable[[Base], Reference]
+) -> tuple[Reference, Path]:
+    """What `reference=` names: a base model, or another checkpoint, over the same base where it needs one."""
+    path = Path(config.reference or "").expanduser()
     if not path.exists():
-        found = load_base(None, find_base(None, config.reference), **options)
-        return keep(found), found.path
+        found = load_base(None, find_base(None, config.reference), placement)
+        return cached(found), found.path
     checkpoint = open_checkpoint(resolve(path, by_step=False))
-    if checkpoint.format == hf.NAME:
-        found = load_base(None, checkpoint.path, **options)
-        return keep(found), found.path
-    own = own_base(checkpoint, config.base, **options)
+    family = Auto(device_map=placement.device_map).of(checkpoint)
+    if family.is_base(checkpoint):
+        found = load_base(None, checkpoint.path, placement)
+        return cached(found), found.path
+    own = family.load_base(checkpoint, config.base, placement)
     stats = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in checkpoint.weights.files)
-    key = (str(checkpoint.path.resolve()), stats, own.key if own else None, *map(repr, options.values()))
-    return Reference(build(checkpoint, own, **options), key), checkpoint.path
-
-
-def _shared_below(model: nn.Module, own: Base | None, reference: Reference | None) -> int:
-    """The first layer whose input the reference's hidden states do not give."""
-    if own is None or reference is None or not isinstance(model, NptLlamaForCausalLM):
-        return 0
-    first = min(model.npt_layers)
-    if reference.model is own.model:
-        return first
-    other = reference.model
-    if not isinstance(other, NptLlamaForCausalLM) or other.lm_head.weight is not own.model.lm_head.weight:
-        return 0
-    return min(first, *other.npt_layers)
+    key = (str(checkpoint.path.resolve()), stats, own.key if own else None, repr(placement))
+    return Reference(family.build(checkpoint, own, placement), key), checkpoint.path

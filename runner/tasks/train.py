@@ -12,17 +12,21 @@ from pathlib import Path
 
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.runs import find_run
-from runner.config import Family, TrainConfig, demo_run
+from runner.config import TrainConfig
 from runner.data.text import MAX_DOCUMENTS
 from runner.data.world import generate
 from runner.errors import ConfigError
 from runner.evaluation.base_models import Base, load_base
+from runner.evaluation.placement import Placement
 from runner.evaluation.tokenizers import encode, load_tokenizer
+from runner.families.family import Family
+from runner.families.lora_moe import LoraMoe
 from runner.families.lora_moe.settings import MoeSettings, MoeTrainSettings
 from runner.families.lora_moe.skills import world_skills
 from runner.families.lora_moe.training import train_moe
 from runner.families.npt.save import train_run
 from runner.families.npt.settings import EquivalenceSettings, TrainSettings
+from runner.installation import demo_run
 from runner.results import Result, versions
 from runner.tasks.context import Context
 from runner.training.batches import document_batches
@@ -35,13 +39,13 @@ def open_base(config: TrainConfig, resume_from: Path | None, *, llama: bool) -> 
 
     Raises CheckpointError or ModelError.
     """
-    place = {"device": config.device, "dtype": config.dtype}
+    place = Placement(device=config.device, dtype=config.dtype)
     if config.base is None and resume_from is not None:
         checkpoint = open_checkpoint(resume_from)
-        base = load_base(checkpoint, None, **place, llama=llama)
+        base = load_base(checkpoint, None, place, llama=llama)
         return base, str(base.path.resolve() if checkpoint.local_base() else checkpoint.base_name)
     option = config.base or str(demo_run() / "base")
-    base = load_base(None, option, **place, llama=llama)
+    base = load_base(None, option, place, llama=llama)
     return base, str(base.path.resolve()) if Path(option).expanduser().is_dir() else option
 
 
@@ -200,7 +204,7 @@ def _skills(config: TrainConfig, documents: list[str]) -> dict[str, list[str]]:
     }
 
 
-def _top_k(family: Family, settings: MoeSettings) -> int | None:
+def _top_k(family: LoraMoe, settings: MoeSettings) -> int | None:
     """`family.top_k`. Raises ConfigError for one that the experts do not allow, and for what no checkpoint records."""
     if family.router_features is not None or not family.experts:
         raise ConfigError(

@@ -1,15 +1,13 @@
-"""What every tracker can do, and what names a run. Nothing heavy is imported here.
-
-`tracker=none`: figures go nowhere but to the run's own files.
-"""
+"""What every tracker can do, and what names a run. Nothing heavy is imported here."""
 
 import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+from runner.results import JsonObject
 from runner.tracking.rows import Record
 
 # A group that was chosen but says nothing about the checkpoint.
@@ -43,7 +41,7 @@ class RunIdentity:
         return tuple(tag for tag in (self.family, self.format, self.tier) if tag and tag != _UNDECIDED)
 
 
-def run_id(identity: RunIdentity, config: Mapping[str, Any]) -> str:
+def run_id(identity: RunIdentity, config: JsonObject) -> str:
     """The same id for the same task, step and resolved `config`: letters, digits, `-` and `_`, at most 50 characters.
 
     W&B refuses ids with any of `: ; , # ? /` or quotes. Where an id was logged before, the tracker adds `-2`, `-3`, ….
@@ -54,7 +52,7 @@ def run_id(identity: RunIdentity, config: Mapping[str, Any]) -> str:
     return "-".join([task, *([str(identity.step)] if identity.step is not None else []), digest])
 
 
-def flat_config(identity: RunIdentity, config: Mapping[str, Any]) -> dict[str, Any]:
+def flat_config(identity: RunIdentity, config: JsonObject) -> JsonObject:
     """`config` with the keys that runs are grouped and filtered by at its top level.
 
     Nested keys are addressed inconsistently in a W&B Workspace, so `family` and `format` are words here; the groups
@@ -73,67 +71,45 @@ def flat_config(identity: RunIdentity, config: Mapping[str, Any]) -> dict[str, A
 
 @dataclass(frozen=True, kw_only=True)
 class SavedView:
-    """A workspace on the server: its address, and what it is updated by."""
+    """A workspace on the server: its address, and its content as `runner.tracking.panels.as_json` gives it."""
 
     url: str
-    id: str
-    name: str
+    content: JsonObject
 
 
-class Tracker(Protocol):
-    """Where the figures of a run go beside its own files. No method raises because a service is out of reach."""
+# From (entity, project) to a workspace of `wandb-workspaces` and its content; called in another process, so picklable.
+WorkspaceBuilder = Callable[[str, str], tuple[Any, JsonObject]]
 
-    warnings: list[str]
 
-    @property
-    def location(self) -> str | None:
-        """One line for the console: where the run went, and how to see it. None where it went nowhere."""
+@dataclass(kw_only=True)
+class Tracker:
+    """Where the figures of a run go beside its own files. This one, `tracker=none`, keeps nothing.
 
-    def start(self, identity: RunIdentity, config: Mapping[str, Any]) -> None:
+    No method raises because a service is out of reach: that is one line in `warnings`. `location`: one line for the
+    console, where the run went and how to see it; None where it went nowhere.
+    """
+
+    warnings: list[str] = field(default_factory=list, init=False)
+    location: str | None = field(default=None, init=False)
+
+    def start(self, identity: RunIdentity, config: JsonObject) -> None:
         """Begin a run; `config` is the resolved config as plain values."""
 
     def log(self, row: Mapping[str, float]) -> None:
         """Log one live row, as {"train/step": 10, "train/loss": 0.3}. Without a started run: nothing happens."""
 
-    def record(self, result: Mapping[str, Any], record: Record | None = None) -> None:
+    def record(self, result: JsonObject, record: Record | None = None) -> None:
         """Log a finished result, the dict of `runner.results`; `record` in the place of what is made of it.
 
         Without a started run nothing happens.
         """
 
-    def save_workspace(self, build: Callable[[str, str], Any]) -> SavedView | None:
-        """Save the workspace that `build(entity, project)` makes (runner/tracking/panels.py) where runs go online.
+    def save_workspace(self, build: WorkspaceBuilder) -> SavedView | None:
+        """Save the workspace that `build` makes (runner/tracking/panels.py) where runs go online.
 
         None where they do not. Needs no started run.
         """
+        return None
 
     def finish(self, exit_code: int) -> None:
         """End the run; `exit_code` is that of the job."""
-
-
-@dataclass(kw_only=True)
-class NullTracker:
-    """A tracker that keeps nothing, so that no task has to ask whether there is one."""
-
-    warnings: list[str] = field(default_factory=list, init=False)
-
-    @property
-    def location(self) -> str | None:
-        """Nowhere."""
-        return None
-
-    def start(self, identity: RunIdentity, config: Mapping[str, Any]) -> None:
-        """Begin nothing."""
-
-    def log(self, row: Mapping[str, float]) -> None:
-        """Log nothing."""
-
-    def record(self, result: Mapping[str, Any], record: Record | None = None) -> None:
-        """Log nothing."""
-
-    def save_workspace(self, build: Callable[[str, str], Any]) -> SavedView | None:
-        """Save nothing."""
-        return None
-
-    def finish(self, exit_code: int) -> None:
-        """End nothing."""

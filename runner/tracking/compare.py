@@ -6,15 +6,16 @@ tells its series from the others (`eval/mse/full`), so that every line stays one
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from runner.comparison.comparison import Comparison
 from runner.comparison.insights import headline, insights
 from runner.comparison.jobs import Job
-from runner.comparison.series import Series
+from runner.comparison.series import RemainingSteps, Series
+from runner.results import JsonObject
 from runner.tracking.base import RunIdentity, Tracker
-from runner.tracking.rows import LAYER_FIGURES, STEP, Chart, Record, Table, cell, eval_row, is_number, numbers
+from runner.tracking.rows import LAYER_FIGURES, STEP, Chart, LoggedTable, Record, cell, eval_row, is_number, numbers
 
 # Of the estimate's curve, which goes on beyond the last checkpoint.
 FORECAST_STEP = "forecast/step"
@@ -96,7 +97,7 @@ def _band(series: Series, end: str) -> list[dict[str, float]]:
     return [row for row in rows if all(map(is_number, row.values()))]
 
 
-def _checkpoints(comparison: Comparison) -> Table:
+def _checkpoints(comparison: Comparison) -> LoggedTable:
     """One row a job, those without a result too."""
     labels = {(job.sweep, job.name): series.label for series in comparison.series for job in series.jobs}
     metrics = [dict(numbers(job.metrics)) for job in comparison.jobs]
@@ -117,7 +118,7 @@ def _checkpoints(comparison: Comparison) -> Table:
         }
         first, last = ([cell(known[name]) for name in names] for names in (_JOB_COLUMNS, _LAST_COLUMNS))
         rows.append([*first, *(own.get(column) for column in columns), *last])
-    return Table(columns=[*_JOB_COLUMNS, *columns, *_LAST_COLUMNS], rows=rows)
+    return LoggedTable(columns=[*_JOB_COLUMNS, *columns, *_LAST_COLUMNS], rows=rows)
 
 
 def _charts(series: Sequence[Series]) -> dict[str, Chart]:
@@ -141,9 +142,9 @@ def _figure(job: Job, name: str) -> Any:
     return (job.verdict or {}).get(name) if name == "progress" else dict(numbers(job.metrics)).get(name)
 
 
-def _summary(comparison: Comparison, named: Sequence[tuple[Series, str]]) -> dict[str, Any]:
+def _summary(comparison: Comparison, named: Sequence[tuple[Series, str]]) -> JsonObject:
     """The headline, how many jobs ended how, and for each series its four answers, its best point and the estimate."""
-    said: dict[str, Any] = {"headline": headline(comparison).words}
+    said: JsonObject = {"headline": headline(comparison).words}
     said |= {f"jobs/{status}": count for status, count in Counter(job.status for job in comparison.jobs).items()}
     for series, end in named:
         found = insights(series)
@@ -154,23 +155,23 @@ def _summary(comparison: Comparison, named: Sequence[tuple[Series, str]]) -> dic
             said[f"best/step{end}"], said[f"best/mse{end}"] = min(points, key=lambda point: point[1])
         if series.estimate is not None:
             said[f"estimate/words{end}"] = series.estimate.words
-            said |= {f"{key}{end}": value for key, value in _targets(series.estimate.details).items()}
+            said |= {f"{key}{end}": value for key, value in _targets(series.estimate).items()}
     return said
 
 
-def _targets(details: Mapping[str, Any]) -> dict[str, Any]:
+def _targets(estimate: RemainingSteps) -> JsonObject:
     """`estimate/mse_0.05_status`, `…_lower`, `…_upper`: when each threshold is met, in steps since the start."""
     return {
         f"estimate/mse_{target['target']:g}_{name}": target[name]
-        for target in details.get("targets") or ()
+        for target in estimate.details.get("targets") or ()
         for name in ("status", "lower", "upper")
         if target.get(name) is not None
     }
 
 
-def _config(comparison: Comparison) -> dict[str, Any]:
+def _config(comparison: Comparison) -> JsonObject:
     """Family and format where all jobs share them, and which runs and tiers are compared."""
-    config: dict[str, Any] = {}
+    config: JsonObject = {}
     for name in ("family", "format"):
         values = {getattr(job, name) for job in comparison.done}
         if len(values) == 1:

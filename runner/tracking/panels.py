@@ -1,13 +1,11 @@
 """A W&B workspace that compares checkpoints: curves, layers, bars, scatter, parallel coordinates, a run comparer.
 
-Made with `wandb-workspaces`, an extra (`.[panels]`) that is imported when a workspace is built. Only
-flat keys are used: a workspace addresses nested ones inconsistently.
+Made with `wandb-workspaces`, an extra (`.[panels]`) that is imported when a workspace is built. Only flat keys are
+used: a workspace addresses nested ones inconsistently. `panels.json` keeps it on this machine's disk:
 
-`panels.json`: a workspace of comparison panels on this machine's disk, and where it is saved in W&B.
-
-entity, project, name   of the workspace; entity and project are empty as long as it was never saved
-spec                    its sections and panels, as W&B stores them
-view                    {url, id, name}, once it is saved
+    entity, project, name   of the workspace; entity and project are empty as long as it was never saved
+    spec                    its sections and panels, as W&B stores them
+    view                    {url}, once it is saved
 """
 
 import importlib
@@ -15,17 +13,19 @@ import importlib.util
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from runner.comparison.comparison import Comparison
 from runner.errors import ConfigError
-from runner.results import read_json, write_json
+from runner.files.atomic import read_json, write_json
+from runner.results import JsonObject
 from runner.tracking.base import Tracker
 from runner.tracking.compare import FORECAST_STEP, endings, figures, group, layer_figures
 from runner.tracking.rows import STEP
 
+FILE_NAME = "panels.json"
 HOW_TO_INSTALL = "pip install -e '.[panels]' in runner's checkout"
 # Figure, title, and whether its axis is logarithmic.
 _CURVES = (
@@ -83,7 +83,7 @@ def workspace(comparison: Comparison, *, entity: str, project: str) -> Any:
     )
 
 
-def as_json(made: Any) -> dict[str, Any]:
+def as_json(made: Any) -> JsonObject:
     """The workspace as W&B stores it: entity, project, name, and the `spec` of its sections and panels."""
     view = made._to_model()  # the library has no public way to what its save() sends
     spec = view.spec.model_dump(by_alias=True, exclude_none=True, mode="json")
@@ -176,39 +176,46 @@ def _comparisons(comparison: Comparison) -> list[Any]:
     ]
 
 
-FILE_NAME = "panels.json"
-
-
-def keep(comparison: Comparison, tracker: Tracker, path: Path) -> dict[str, Any]:
+def write_panels(comparison: Comparison, tracker: Tracker, path: Path) -> JsonObject:
     """Write the workspace to `path`, and save it where `tracker` is online: a new one, or the one saved from there
     before. Returns what the file holds. Raises OSError.
     """
-    view = _earlier(path)
-    kept = {**as_json(workspace(comparison, entity="", project="")), **view}
-    write_json(path, kept)
-    built: list[Any] = []
-
-    def build(entity: str, project: str) -> Any:
-        made = workspace(comparison, entity=entity, project=project)
-        if (view.get("entity"), view.get("project")) == (entity, project):
-            made._internal_id, made._internal_name = view["view"]["id"], view["view"]["name"]
-        built.append(made)
-        return made
-
-    saved = tracker.save_workspace(build)
+    earlier = _earlier(path)
+    written = {**as_json(workspace(comparison, entity="", project="")), **earlier}
+    write_json(path, written)
+    saved = tracker.save_workspace(partial(_build, comparison, earlier))
     if saved is not None:
-        kept = {**as_json(built[0]), "view": asdict(saved)}
-        write_json(path, kept)
-    return kept
+        written = {**saved.content, "view": {"url": saved.url}}
+        write_json(path, written)
+    return written
 
 
-def _earlier(path: Path) -> dict[str, Any]:
+def _build(comparison: Comparison, earlier: JsonObject, entity: str, project: str) -> tuple[Any, JsonObject]:
+    """The workspace to save, in the place of the `earlier` one where it was saved in the same project."""
+    made = workspace(comparison, entity=entity, project=project)
+    if (earlier.get("entity"), earlier.get("project")) == (entity, project):
+        made = _in_place(made, earlier["view"]["url"])
+    return made, as_json(made)
+
+
+def _in_place(made: Any, url: str) -> Any:
+    """What is saved at `url` with the content of `made`; `made` itself where it is gone from there."""
+    try:
+        saved = _library("workspaces").Workspace.from_url(url)
+    except (LookupError, TypeError):
+        return made
+    for name in ("name", "sections", "settings", "runset_settings"):
+        setattr(saved, name, getattr(made, name))
+    return saved
+
+
+def _earlier(path: Path) -> JsonObject:
     """Where the workspace of the file at `path` is saved: its entity, project and view; {} where it is not."""
     try:
         content = read_json(path)
     except (OSError, ValueError):
         return {}
     view = content.get("view") if isinstance(content, dict) else None
-    if not isinstance(view, dict) or not all(isinstance(view.get(key), str) for key in ("url", "id", "name")):
+    if not isinstance(view, dict) or not isinstance(view.get("url"), str):
         return {}
-    return {"entity": content.get("entity"), "project": content.get("project"), "view": view}
+    return {"entity": content.get("entity"), "project": content.get("project"), "view": {"url": view["url"]}}

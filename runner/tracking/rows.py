@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
+from runner.results import JsonObject
+
 STEP = "checkpoint/step"
 # Every metric that matches a pattern is drawn over this one; the x axes themselves come first.
 AXES = {"eval/*": STEP, "merge/*": STEP, "layer/*": "layer/index", "train/*": "train/step"}
@@ -18,7 +20,7 @@ _CHECK_COLUMNS = ("name", "status", "integrity", "score", "seconds", "peak_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class LoggedTable:
     """A table of scalars and text, `rows[i][j]` under `columns[j]`."""
 
     columns: list[str]
@@ -42,14 +44,14 @@ class Record:
     """
 
     rows: Sequence[Mapping[str, float]] = ()
-    tables: Mapping[str, Table] = field(default_factory=dict)
+    tables: Mapping[str, LoggedTable] = field(default_factory=dict)
     charts: Mapping[str, Chart] = field(default_factory=dict)
-    summary: Mapping[str, Any] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
+    summary: JsonObject = field(default_factory=dict)
+    config: JsonObject = field(default_factory=dict)
     axes: Mapping[str, str] = field(default_factory=dict)
 
 
-def job_record(result: Mapping[str, Any], step: int | None) -> Record:
+def job_record(result: JsonObject, step: int | None) -> Record:
     """The point of this checkpoint, one row a layer, the tables, and the keys that detection has found out."""
     found = {"ckpt_step": step, "family": result.get("family"), "format": result.get("format")}
     return Record(
@@ -60,7 +62,7 @@ def job_record(result: Mapping[str, Any], step: int | None) -> Record:
     )
 
 
-def eval_row(result: Mapping[str, Any], step: int | None) -> dict[str, float]:
+def eval_row(result: JsonObject, step: int | None) -> dict[str, float]:
     """One point: every number of `metrics` as `eval/<name>` (nested ones as `eval/<group>_<name>`) and the progress."""
     row: dict[str, float] = {f"eval/{name}": value for name, value in numbers(result.get("metrics") or {})}
     progress = (result.get("verdict") or {}).get("progress")
@@ -71,7 +73,7 @@ def eval_row(result: Mapping[str, Any], step: int | None) -> dict[str, float]:
     return row
 
 
-def layer_rows(result: Mapping[str, Any]) -> list[dict[str, float]]:
+def layer_rows(result: JsonObject) -> list[dict[str, float]]:
     """One row for each layer that was measured by itself."""
     rows = []
     for layer in result.get("layers") or []:
@@ -81,7 +83,7 @@ def layer_rows(result: Mapping[str, Any]) -> list[dict[str, float]]:
     return rows
 
 
-def tables(result: Mapping[str, Any], step: int | None) -> dict[str, Table]:
+def tables(result: JsonObject, step: int | None) -> dict[str, LoggedTable]:
     """`tables/per_layer`, `tables/per_prompt` and, of a test, `tables/checks`; only those that have rows.
 
     Each has a `ckpt_step` column.
@@ -92,7 +94,7 @@ def tables(result: Mapping[str, Any], step: int | None) -> dict[str, Table]:
     return {name: _table(rows, step) for name, rows in records.items() if rows}
 
 
-def summary(result: Mapping[str, Any]) -> dict[str, Any]:
+def summary(result: JsonObject) -> JsonObject:
     """What a table of runs shows beside the figures: the verdict in words, and what a merge made."""
     verdict = result.get("verdict") or {}
     words = {
@@ -105,7 +107,7 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in {**words, **_merge_summary(result)}.items() if value is not None}
 
 
-def _merge_summary(result: Mapping[str, Any]) -> dict[str, Any]:
+def _merge_summary(result: JsonObject) -> JsonObject:
     """The merge's layers or experts, its numbers of keys and parameters, its sources; {} where nothing was merged."""
     sources = result.get("sources")
     if not isinstance(sources, Mapping):
@@ -124,10 +126,10 @@ def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-def _table(records: Sequence[Mapping[str, Any]], step: int | None) -> Table:
+def _table(records: Sequence[JsonObject], step: int | None) -> LoggedTable:
     columns = list(dict.fromkeys(key for record in records for key in record))
     rows = [[step, *(cell(record.get(column)) for column in columns)] for record in records]
-    return Table(columns=["ckpt_step", *columns], rows=rows)
+    return LoggedTable(columns=["ckpt_step", *columns], rows=rows)
 
 
 def cell(value: Any) -> Any:
@@ -135,7 +137,7 @@ def cell(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float)) else json.dumps(value, ensure_ascii=False)
 
 
-def numbers(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def numbers(metrics: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Every finite number of `metrics`, a nested one under `<group>_<name>`."""
     for name, value in metrics.items():
         if isinstance(value, Mapping):

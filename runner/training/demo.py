@@ -22,6 +22,7 @@ from runner.checkpoints.runs import find_run
 from runner.data.world import World, generate, train_tokenizer
 from runner.errors import RunnerError
 from runner.evaluation.base_models import load_base
+from runner.evaluation.placement import Placement
 from runner.families.npt.save import train_run
 from runner.families.npt.settings import EquivalenceSettings
 from runner.files.staging import staged
@@ -99,7 +100,7 @@ def _build_base(target: Path, settings: DemoSettings, world: World, seed: int, c
 
 def _train_npt(run: Path, settings: DemoSettings, world: World, seed: int, console: Console) -> None:
     npt = settings.npt
-    base = load_base(None, run / "base", device="cpu", llama=True)
+    base = load_base(None, run / "base", Placement(device="cpu"), llama=True)
     tokenizer = AutoTokenizer.from_pretrained(str(run / "base"), local_files_only=True).backend_tokenizer
     chooser = random.Random(seed)
     batches = equal_length_batches(sentence_samples(world.train, tokenizer), npt.batch_size, chooser)

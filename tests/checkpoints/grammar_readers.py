@@ -15,6 +15,7 @@ from runner.checkpoints.checkpoint import plain
 from runner.checkpoints.detect import formats, open_checkpoint
 from runner.errors import RunnerError
 from runner.evaluation.base_models import load_base
+from runner.evaluation.placement import Placement
 from runner.families.npt.save import train_run
 from runner.families.npt.settings import EquivalenceSettings
 from runner.files.tensors import load_pickle
@@ -53,7 +54,7 @@ def merged(path: Path) -> None:
 
 def resumed(path: Path) -> None:
     """As what a training goes on from, for one step."""
-    base = load_base(open_checkpoint(path), None, device="cpu")
+    base = load_base(open_checkpoint(path), None, Placement(device="cpu"))
     settings = EquivalenceSettings(
         layers=(0,), modulation="single", np_rank=2, num_ranks=1, max_steps=4, warmup_steps=1, save_every=100
     )

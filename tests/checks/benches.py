@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from runner.checks.catalogue import checks_for
 from runner.checks.check import run_checks
 from runner.checks.context import Bench
-from runner.config import TestConfig, config_directory
+from runner.config import TestConfig
+from runner.installation import config_directory
 from runner.run import _typed, setup
 
 # Those that look at a model, whatever the tier lists beside them.

@@ -249,3 +249,15 @@ def test_bfloat16_is_held_to_its_own_rounding(places, tmp_path):
     bench = bench_of(places["npt"], tmp_path / "scratch", dtype="bfloat16")
     rows = rows_of(bench, LIVING)
     assert failing(rows) == []
+
+
+def test_the_optimizer_has_one_group_however_many_parameters_there_are(places, tmp_path, monkeypatch):
+    """Each group that is added is compared with all before it: thousands took minutes."""
+    groups = []
+    add = torch.optim.SGD.add_param_group
+    monkeypatch.setattr(
+        torch.optim.SGD, "add_param_group", lambda self, group: (groups.append(group), add(self, group))
+    )
+    rows = rows_of(bench_of(places["moe"], tmp_path / "scratch"), LIVING)
+    assert rows["optimizer_step"]["status"] == "pass"
+    assert len(groups) == 1

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.checks import roundtrip
 from runner.checks.detected import look
 from runner.checks.headers import read_header
 from runner.checks.preflight import IMPORTS, Estimate, estimate_peak, estimate_seconds
+from runner.families.npt import Npt
 from tests.checks.benches import bench_of, failing, rows_of, write_npt_full
 from tests.conftest import write_base
 from tests.lora_files import write_adapter, write_moe
@@ -22,14 +22,15 @@ def test_the_reload_shares_nothing_with_the_model(checkpoint, tmp_path):
 
 def test_a_saver_that_changes_the_base_in_memory_is_caught(checkpoint, tmp_path, monkeypatch):
     bench = bench_of(checkpoint, tmp_path / "scratch", base=write_base(tmp_path / "base"))
-    save = roundtrip.save_model
+    save = Npt.save
 
-    def merging(checkpoint, model, base, target):
-        save(checkpoint, model, base, target)
+    def merging(*args):
+        path = save(*args)
         with torch.no_grad():
             bench.own.model.model.layers[0].mlp.gate_proj.weight.add_(0.1)
+        return path
 
-    monkeypatch.setattr(roundtrip, "save_model", merging)
+    monkeypatch.setattr(Npt, "save", merging)
     assert failing(rows_of(bench, ("model", "forward", "save", "roundtrip"))) == ["roundtrip"]
 
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from runner.checks.catalogue import checks_for
 from runner.checks.check import run_checks
-from runner.config import config_directory
 from runner.files import manifest
 from runner.files.staging import staged
+from runner.installation import config_directory
 from tests.checks.benches import bench_of, write_npt_full
 from tests.checks.damages import TABLES
 from tests.conftest import MIXED, npt_tensors, write_npt

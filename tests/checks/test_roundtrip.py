@@ -4,12 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runner.checks import roundtrip, saving
-from runner.evaluation import build as loading
+from runner.checkpoints import model_directory as hf_save
 from runner.families.gpt import save as gpt_save
-from runner.families.hf import checkpoint as hf_save
+from runner.families.hf import Hf
+from runner.families.lora import adapter
+from runner.families.lora_moe import model as lora_moe_model
 from runner.families.lora_moe import save as lora_moe_save
 from runner.families.npt import checkpoint as npt_delta
+from runner.families.npt import model as npt_model
 from tests.checks.benches import bench_of, failing, rows_of, write_npt_full
 from tests.conftest import MIXED, npt_tensors, write_base, write_npt
 from tests.gpt_files import random_state, script_file
@@ -50,7 +52,7 @@ def test_every_saver_gives_back_the_same_model(name, places, tmp_path):
 
 
 def test_a_format_that_is_only_read_is_skipped(places, tmp_path, monkeypatch):
-    monkeypatch.setattr(roundtrip, "writer_of", lambda checkpoint: None)
+    monkeypatch.setattr(Hf, "can_save", lambda family, checkpoint: False)
     rows = rows_of(bench_of(places["hf"], tmp_path / "scratch"), COPIES)
     statuses = {name: row["status"] for name, row in rows.items()}
     assert statuses == {"model": "pass", "forward": "pass", "save": "skipped", "roundtrip": "skipped"}
@@ -140,15 +142,15 @@ def on_expert(index, change):
     return lambda experts: [(c, change(t)) if i == index else (c, t) for i, (c, t) in enumerate(experts)]
 
 
-def on_reload(patch, name, change):
-    """From the second call on, what a function of runner.evaluation.build gives is changed: a reader that errs."""
-    real, calls = getattr(loading, name), []
+def on_reload(patch, module, name, change):
+    """From the second call on, what a function of `module` gives is changed: a reader that errs."""
+    real, calls = getattr(module, name), []
 
     def read(*args, **options):
         calls.append(name)
         return change(real(*args, **options)) if len(calls) > 1 else real(*args, **options)
 
-    patch.setattr(loading, name, read)
+    patch.setattr(module, name, read)
 
 
 def provenance_is_lost(patch):
@@ -156,9 +158,9 @@ def provenance_is_lost(patch):
 
 
 def adapter_alpha_is_lost(patch):
-    real = saving.save_adapter
+    real = adapter.save_adapter
     patch.setattr(
-        saving, "save_adapter", lambda place, tensors, config: real(place, tensors, {**config, "lora_alpha": 3})
+        adapter, "save_adapter", lambda place, tensors, config: real(place, tensors, {**config, "lora_alpha": 3})
     )
 
 
@@ -182,7 +184,7 @@ FAULTS = {
     ),
     "npt reader forgets the down projection": (
         "npt_delta",
-        lambda p: on_reload(p, "npt_updates", lambda u: {i: {n: x for n, x in r.items() if n != "down"} for i, r in u.items()}),
+        lambda p: on_reload(p, npt_model, "npt_updates", lambda u: {i: {n: x for n, x in r.items() if n != "down"} for i, r in u.items()}),
         "roundtrip", "other logits",
     ),
     "npt_full saver writes the gate before permanent updates": (
@@ -207,7 +209,7 @@ FAULTS = {
         "lora_moe", lambda p: moe_saves(p, experts=lambda e: [e[1], e[0], e[2]]), "roundtrip", "other logits",
     ),
     "moe reader swaps experts": (
-        "lora_moe", lambda p: on_reload(p, "read_experts", lambda e: (e[1], e[0], e[2])), "roundtrip", "other logits",
+        "lora_moe", lambda p: on_reload(p, lora_moe_model, "read_experts", lambda e: (e[1], e[0], e[2])), "roundtrip", "other logits",
     ),
     "moe saver swaps the router's rows": (
         "lora_moe", lambda p: moe_saves(p, router=lambda r: (r[0].flip(0), r[1])), "router", "gate.weight differs",

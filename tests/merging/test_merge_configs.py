@@ -3,7 +3,7 @@
 import pytest
 from hydra import compose, initialize_config_dir
 
-from runner.config import config_directory
+from runner.installation import config_directory
 from runner.merge.spec import RULES, MergeSpec
 from runner.run import _typed, setup
 

@@ -5,9 +5,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 import runner
-from runner.evaluation.build import npt_tensors as saved_tensors
+from runner.evaluation.forward import run_layers
 from runner.families.npt.checkpoint import key
-from runner.families.npt.model import RankKUpdate, run_layers
+from runner.families.npt.model import RankKUpdate
+from runner.families.npt.model import npt_tensors as saved_tensors
 from runner.metrics.generation import generate
 from tests.conftest import MIXED, npt_tensors, write_base, write_npt
 

@@ -12,7 +12,7 @@ from runner.comparison.comparison import read
 from runner.comparison.export import to_csv, to_dict
 from runner.reports.compare import checkpoint_rows, failures, fitting, summary
 from runner.reports.console import print_line
-from runner.tasks.compare import conclude
+from runner.sweeps.command import conclude
 from tests.comparison.sweeps import result, write_job, write_sweep
 from tests.conftest import MIXED, npt_tensors, write_npt
 from tests.reports.cases import CASES
@@ -84,7 +84,7 @@ def test_where_nothing_can_be_written_a_sweep_warns_and_keeps_its_results(sweep,
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("runner.results.tempfile.mkstemp", full)
+    monkeypatch.setattr("runner.files.atomic.tempfile.mkstemp", full)
     outcome = conclude(sweep)
     captured = capsys.readouterr()
     assert len(outcome.done) == 8

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.config import config_directory
 from runner.errors import CheckpointError, ConfigError
+from runner.installation import config_directory
 from tests.gpt_files import random_state, script_file
 from tests.merging.moe_sources import gathered, write_moe
 from tests.merging.sources import ONE, THREE, same, weights_in, weights_of, write_source

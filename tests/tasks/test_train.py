@@ -6,10 +6,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from runner import load
 from runner.config import TrainConfig
 from runner.data.text import Data
 from runner.errors import ConfigError, ModelError
-from runner.evaluation.build import load
 from runner.families.npt.settings import TrainSettings
 from runner.tasks import train
 from runner.tasks.context import Context

@@ -8,8 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from runner.config import Family, TrainConfig
+from runner.config import TrainConfig
 from runner.data.text import Data
+from runner.families.lora_moe import LoraMoe
 from runner.families.lora_moe.settings import MoeTrainSettings
 from runner.tasks import train
 from runner.tasks.context import Context
@@ -102,7 +103,7 @@ def test_the_tracker_hears_of_it_while_it_runs(base, text, tmp_path):
         seen.append((tmp_path / "run" / "checkpoint-12").exists())
 
     config = TrainConfig(
-        task="train", base=str(base), family=Family(name="lora_moe"),
+        task="train", base=str(base), family=LoraMoe(),
         data=Data(name="text", prompts=("a",), layer_prompt="a", path=str(text)),
         train=MoeTrainSettings(lora_r=2, max_steps=12, save_every=12, warmup_steps=1, batch_size=4),
     )  # fmt: skip

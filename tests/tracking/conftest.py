@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from server import Server, use
 
-from runner.tracking import session
 from runner.tracking import wandb as wandb_module
 from runner.tracking.base import RunIdentity
 from tests.machine import SLOW
@@ -25,8 +24,7 @@ def a_machine_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(here)
     monkeypatch.setattr(wandb_module, "_PROCESS", wandb_module._Process())
-    for name in ("_START_SECONDS", "_END_SECONDS"):
-        monkeypatch.setattr(session, name, getattr(session, name) * SLOW)
+    monkeypatch.setattr(wandb_module, "_START_SECONDS", wandb_module._START_SECONDS * SLOW)
     return here
 
 

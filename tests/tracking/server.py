@@ -185,6 +185,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.views[identifier] = variables
         return {"upsertView": {"view": {"id": identifier, "name": variables["name"]}, "inserted": True}}
 
+    def _View(self, variables: dict[str, Any]) -> dict[str, Any]:
+        found = [
+            {"node": {"id": identifier, "displayName": view["displayName"], "spec": view["spec"]}}
+            for identifier, view in self.server.views.items()
+            if variables["viewName"] in view["name"]
+        ]
+        return {"project": {"allViews": {"edges": found}}}
+
     def _CommitArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
         self.server.committed.append(variables["artifactID"])
         return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": "d"}}}

@@ -17,8 +17,8 @@ from wandb_reader import read_runs
 
 from runner import cli
 from runner.comparison.comparison import Comparison, read
-from runner.sweeps import resume as recording
-from runner.sweeps.resume import record
+from runner.sweeps import command as recording
+from runner.sweeps.command import record
 from tests.comparison.sweeps import write_sweep
 from tests.conftest import ROOT, npt_tensors, write_npt
 from tests.machine import LIMIT, SLOW
@@ -91,13 +91,13 @@ def test_without_the_extra_it_is_said_and_there_are_no_panels(
 
 
 def test_with_no_tracker_nothing_is_said_of_wandb(finished: Comparison, capfd: pytest.CaptureFixture[str]) -> None:
-    end_of_sweep(finished, "null.NullTracker")
+    end_of_sweep(finished, "base.Tracker")
     assert capfd.readouterr() == ("", "")
     assert not (finished.directories[0] / "panels.json").exists()
 
 
 @pytest.mark.parametrize(("part", "error"), [
-    ("log_comparison", KeyError("spec")), ("_keep_panels", OSError(28, "No space left on device")),
+    ("log_comparison", KeyError("spec")), ("_write_panels", OSError(28, "No space left on device")),
 ])  # fmt: skip
 def test_whatever_breaks_at_the_end_is_one_warning(
     part: str,

@@ -11,9 +11,9 @@ from server import Server
 
 from runner.comparison.comparison import Comparison, read
 from runner.tracking import wandb as wandb_module
-from runner.tracking.base import NullTracker
+from runner.tracking.base import Tracker
 from runner.tracking.compare import comparison_record
-from runner.tracking.panels import keep
+from runner.tracking.panels import write_panels
 from runner.tracking.wandb import WandbTracker
 from tests.comparison.sweeps import result, write_job, write_sweep
 from tests.machine import SLOW
@@ -37,7 +37,7 @@ def section(kept: dict[str, Any], name: str) -> list[dict[str, Any]]:
 def test_a_sweep_has_all_kinds_of_panels_over_flat_keys_that_its_runs_log(
     comparison: Comparison, tmp_path: Path
 ) -> None:
-    kept = keep(comparison, NullTracker(), tmp_path / "panels.json")
+    kept = write_panels(comparison, Tracker(), tmp_path / "panels.json")
     assert kept["name"] == "runner: sweep-1"
     assert "view" not in kept
     curves = [panel["config"] for panel in section(kept, "Checkpoints")]
@@ -65,7 +65,7 @@ def test_several_series_are_lines_of_one_plot_each_with_what_it_has(tmp_path: Pa
         write_job(
             tmp_path / "s=1 +", number, "x", result("/r/checkpoint-1", 0.5, tier=tier), ckpt="/r", tier={"name": tier}
         )
-    kept = keep(read(tmp_path / "s=1 +"), NullTracker(), tmp_path / "panels.json")
+    kept = write_panels(read(tmp_path / "s=1 +"), Tracker(), tmp_path / "panels.json")
     mse = section(kept, "Checkpoints")[0]["config"]
     assert (mse["metrics"], mse.get("groupBy")) == (["eval/mse/quick", "eval/mse/full"], None)
     assert section(kept, "Layers")[0]["config"]["metrics"] == ["layer_mse/1/full", "layer_mse/2/full"]
@@ -79,7 +79,7 @@ def test_figures_over_text_have_a_curve_of_their_own(tmp_path: Path) -> None:
     comparison = read(tmp_path / "s")
     keys = [
         key
-        for panel in section(keep(comparison, NullTracker(), tmp_path / "p.json"), "Checkpoints")
+        for panel in section(write_panels(comparison, Tracker(), tmp_path / "p.json"), "Checkpoints")
         for key in panel["config"]["metrics"]
     ]
     assert keys[-1] == "eval/text_ppl_ratio"
@@ -88,7 +88,7 @@ def test_figures_over_text_have_a_curve_of_their_own(tmp_path: Path) -> None:
 
 def test_a_sweep_without_curves_has_panels_too(tmp_path: Path) -> None:
     write_job(tmp_path / "s", 0, "x", None)
-    kept = keep(read(tmp_path / "s"), NullTracker(), tmp_path / "panels.json")
+    kept = write_panels(read(tmp_path / "s"), Tracker(), tmp_path / "panels.json")
     assert [each["name"] for each in kept["spec"]["section"]["panelBankConfig"]["sections"]] == ["Comparison"]
 
 
@@ -96,7 +96,7 @@ def test_online_it_is_saved_and_made_again_in_its_place(
     server: Server, comparison: Comparison, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     trackers = [WandbTracker(project="proj"), WandbTracker(project="proj"), WandbTracker(project="other", entity="us")]
-    first, again, elsewhere = (keep(comparison, each, tmp_path / "panels.json") for each in trackers)
+    first, again, elsewhere = (write_panels(comparison, each, tmp_path / "panels.json") for each in trackers)
     assert [each.warnings for each in trackers] == [[], [], []]
     assert first["view"] == again["view"]
     assert first["view"]["url"].startswith(f"{server.url}/team/proj?nw=")
@@ -117,7 +117,7 @@ def test_it_is_saved_where_the_runs_are(
     server: Server, comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_ENTITY", "lab")
-    kept = keep(comparison, WandbTracker(), tmp_path / "panels.json")
+    kept = write_panels(comparison, WandbTracker(), tmp_path / "panels.json")
     assert (kept["entity"], server.views["view-1"]["entityName"]) == ("lab", "lab")
 
 
@@ -128,7 +128,7 @@ def test_a_server_that_cannot_be_used_costs_one_warning(
     server.break_after("GetDefaultEntity", mode)
     tracker = WandbTracker(init_timeout=1.5 * SLOW)
     for _ in range(2):
-        assert "view" not in keep(comparison, tracker, tmp_path / "panels.json")
+        assert "view" not in write_panels(comparison, tracker, tmp_path / "panels.json")
     (warning,) = tracker.warnings
     assert warning.startswith("W&B: the panels are not saved there (")
     assert "\n" not in warning
@@ -142,7 +142,7 @@ def test_a_server_that_cannot_be_used_costs_one_warning(
 )
 def test_a_damaged_file_is_written_anew(content: str, comparison: Comparison, tmp_path: Path) -> None:
     (tmp_path / "panels.json").write_text(content)
-    assert "view" not in keep(comparison, WandbTracker(mode="offline"), tmp_path / "panels.json")
+    assert "view" not in write_panels(comparison, WandbTracker(mode="offline"), tmp_path / "panels.json")
 
 
 def test_the_task_writes_beside_the_sweep_or_beside_its_result(run: Callable[..., Any], tmp_path: Path) -> None:

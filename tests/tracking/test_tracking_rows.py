@@ -7,7 +7,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from runner.errors import ConfigError
-from runner.tracking.base import NullTracker, RunIdentity, flat_config, run_id
+from runner.tracking.base import RunIdentity, Tracker, flat_config, run_id
 from runner.tracking.rows import eval_row, layer_rows, summary, tables
 from runner.tracking.wandb import WandbTracker
 
@@ -106,7 +106,7 @@ def test_the_flat_keys_win_and_options_are_kept(identity: RunIdentity) -> None:
     assert json.dumps(config) == json.dumps({"seed": 0, "task": "diagnose", "family": config["family"]})
 
 
-@pytest.mark.parametrize(("name", "kind"), [("wandb", WandbTracker), ("none", NullTracker)])
+@pytest.mark.parametrize(("name", "kind"), [("wandb", WandbTracker), ("none", Tracker)])
 def test_each_yaml_builds_its_tracker(name: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     config = OmegaConf.load(Path(__file__).parents[2] / "conf" / "tracker" / f"{name}.yaml")
     assert isinstance(instantiate(config), kind)
@@ -118,7 +118,7 @@ def test_each_yaml_builds_its_tracker(name: str, kind: type, monkeypatch: pytest
 
 
 def test_the_null_tracker_has_nothing_to_say(identity: RunIdentity, result: dict[str, Any]) -> None:
-    tracker = NullTracker()
+    tracker = Tracker()
     tracker.start(identity, {})
     tracker.log({"train/step": 1})
     tracker.record(result)

@@ -10,9 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from runner import load
 from runner.checkpoints.runs import find_run
 from runner.errors import CheckpointError
-from runner.evaluation.build import load
 from runner.families.npt.settings import EquivalenceSettings
 from runner.training import demo
 from runner.training.demo import DemoSettings, make_demo

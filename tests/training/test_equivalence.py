@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from runner.errors import ModelError
-from runner.evaluation.build import npt_tensors
 from runner.families.npt.losses import losses, reference
-from runner.families.npt.model import NptLlamaForCausalLM
+from runner.families.npt.model import NptLlamaForCausalLM, npt_tensors
 from runner.families.npt.settings import PROJECTIONS, EquivalenceSettings
 from runner.families.npt.training import initial_updates, train_equivalence
 

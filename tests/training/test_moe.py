@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from runner import load
 from runner.errors import CheckpointError, ConfigError, DivergedError, ModelError, RunnerError
 from runner.evaluation.base_models import load_base
-from runner.evaluation.build import load
+from runner.evaluation.placement import Placement
 from runner.families.lora_moe import callback as moe_callback
 from runner.families.lora_moe.settings import MoeSettings
 from runner.families.lora_moe.training import train_moe
@@ -46,7 +47,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(path):
-    return load_base(None, path, device="cpu")
+    return load_base(None, path, Placement(device="cpu"))
 
 
 @pytest.fixture(scope="module")

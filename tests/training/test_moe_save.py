@@ -6,11 +6,12 @@ import sys
 import pytest
 import torch
 
+from runner import load
 from runner.errors import CheckpointError
 from runner.evaluation.base_models import load_base
-from runner.evaluation.build import load
+from runner.evaluation.placement import Placement
 from runner.families.lora_moe.model import LoraMoeForCausalLM
-from runner.families.lora_moe.trained import save_moe
+from runner.families.lora_moe.save import save_moe
 from runner.files import staging as commit
 from tests.conftest import write_base
 from tests.lora_files import adapter_of, load_moe, write_adapter, write_moe
@@ -100,7 +101,7 @@ def test_nothing_is_left_where_a_further_file_fails(model, base, tmp_path):
 
 def test_many_experts_cost_as_much_each_as_few(base, tmp_path):
     """Function calls, which are the same each time: with each expert walking through all others they grow as a square."""
-    model = load_base(None, base, device="cpu").model
+    model = load_base(None, base, Placement(device="cpu")).model
     calls = 0
 
     def count(frame, event, argument):

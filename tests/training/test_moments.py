@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from runner.errors import ModelError
-from runner.evaluation.build import npt_tensors
+from runner.families.npt.model import npt_tensors
 from runner.families.npt.optimizer_state import flat_optimizer_state, stacked_optimizer_state
 from runner.families.npt.training import train_equivalence
 

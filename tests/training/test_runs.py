@@ -10,6 +10,7 @@ import torch
 
 from runner.errors import CheckpointError, ConfigError, DivergedError
 from runner.evaluation.base_models import load_base
+from runner.evaluation.placement import Placement
 from runner.families.npt import training as equivalence
 from runner.families.npt.save import train_run
 from runner.families.npt.settings import EquivalenceSettings
@@ -19,7 +20,7 @@ from runner.files.staging import verify
 @pytest.fixture
 def saved_base(base, tmp_path):
     base.save_pretrained(tmp_path / "base")
-    return load_base(None, tmp_path / "base", device="cpu", llama=True)
+    return load_base(None, tmp_path / "base", Placement(device="cpu"), llama=True)
 
 
 def trained(directory: Path, base, batches, settings, **options) -> list[Path]:

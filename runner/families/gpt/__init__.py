@@ -1,1 +1,90 @@
 """GPTs as modded-nanogpt trains them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from runner.errors import ConfigError
+from runner.families.family import Family
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from runner.checkpoints.checkpoint import Checkpoint, Writer
+    from runner.checks.check import Check
+    from runner.checks.context import Bench
+    from runner.checks.headers import Header
+    from runner.config import Conversion
+    from runner.evaluation.base_models import Base
+    from runner.evaluation.placement import Placement
+    from runner.merge.files import Files
+    from runner.merge.spec import MergeSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpt(Family):
+    """A complete GPT in one of two dialects (gpt_small, gpt_medium)."""
+
+    name: str = "gpt"
+
+    format_modules: ClassVar[tuple[str, ...]] = ("runner.families.gpt.checkpoint",)
+    needs_tokenizer: ClassVar[bool] = False
+    can_cut_vocabulary: ClassVar[bool] = True
+
+    def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "nn.Module":
+        """As `Family.build`."""
+        from runner.families.gpt import model
+
+        return model.build_gpt(checkpoint, placement)
+
+    def can_save(self, checkpoint: "Checkpoint") -> bool:
+        """Both dialects."""
+        return True
+
+    def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> Path:
+        """As `Family.save`."""
+        from runner.families.gpt.save import save_model
+
+        save_model(checkpoint, model, target)
+        return target
+
+    def convert(self, checkpoint: "Checkpoint", wanted: "Conversion", target: Path) -> "Writer":
+        """The same tensors in the other container, padding of the vocabulary cut where asked."""
+        from runner.families.gpt.save import conversion
+
+        if wanted.to == "hf":
+            return super().convert(checkpoint, wanted, target)
+        return conversion(checkpoint, wanted.to, wanted.vocab_size)
+
+    def plan_merge(
+        self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path
+    ) -> "Files":
+        """As `Family.plan_merge`: a mean of weights."""
+        from runner.families.gpt.merge import gather_gpt, open_gpt_source
+
+        return gather_gpt(spec, [open_gpt_source(*each) for each in zip(spec.sources, paths, opened, strict=True)])
+
+    def checks(self) -> "Mapping[str, Check]":
+        """As `Family.checks`."""
+        from runner.checks.catalogue import OF_FAMILY
+
+        return OF_FAMILY["gpt"]
+
+    def detect(self, path: Path, read_header: "Callable[[Path], Header]") -> str | None:
+        """As `Family.detect`."""
+        from runner.checks.detected import look
+
+        found = look(path, read_header)
+        return found.format if found.family == self.name else None
+
+    def check_buildable(self, base: str | None) -> None:
+        """Without a base."""
+        if base is not None:
+            raise ConfigError("base= belongs to families that stand on a base; a gpt is complete by itself")
+
+    def build_small(self, bench: "Bench") -> Path:
+        """As `Family.build_small`."""
+        from runner.checks.building import build
+
+        return build(bench)

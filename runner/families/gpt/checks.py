@@ -13,8 +13,6 @@ from runner.checks.check import Outcome, failed, passed
 from runner.checks.context import Bench
 from runner.checks.headers import TensorHeader
 from runner.checks.inputs import prompts
-from runner.checks.saving import gpt_tensors
-from runner.evaluation.build import build
 from runner.evaluation.forward import device_of
 from runner.families.gpt import save as gpt_save
 from runner.families.gpt.checkpoint import provenance
@@ -118,7 +116,7 @@ def shapes(bench: Bench) -> Outcome:
 def convert(bench: Bench) -> Outcome:
     """Written as safetensors, read, written as .pt and read again, it gives the same logits and the same provenance."""
     original = checkpoint = bench.checkpoint
-    tensors = gpt_tensors(checkpoint, bench.model)
+    tensors = gpt_save.model_tensors(checkpoint, bench.model)
     for number, weights_file in enumerate(reversed(gpt_save.WEIGHT_FILES)):
         target = bench.scratch / f"converted-{number}"
         with staged(target) as partial:
@@ -133,7 +131,7 @@ def convert(bench: Bench) -> Outcome:
         tensors = {name: checkpoint.weights.read(name) for name in checkpoint.details.keys}
     if provenance(checkpoint.weights) != provenance(original.weights):
         return failed("step, loss or script of the checkpoint are lost when it is converted there and back")
-    copy = build(checkpoint, None, **bench.options)
+    copy = bench.own_family.build(checkpoint, None, bench.placement)
     for token_ids in prompts(bench):
         ids = token_ids.to(device_of(copy))[None]
         expected, found = bench.model(ids).logits, copy(ids).logits

@@ -16,14 +16,18 @@ softmax and the soft cap run in float32.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runner.checkpoints.checkpoint import Checkpoint
 from runner.errors import ModelError
+from runner.evaluation.base_models import require_finite
+from runner.evaluation.placement import Placement, torch_device, torch_dtype
+from runner.families.gpt.layouts import EMBEDDING
 
 HEAD_SIZE = 128
 ATTENTION_SCALE = 0.12
@@ -297,3 +301,14 @@ def build(
     own = {name: tensors[name].to(device=device, dtype=dtypes[name], copy=True) for name in expected}
     model.load_state_dict(own, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def build_gpt(checkpoint: Checkpoint, placement: Placement) -> Gpt:
+    """The model of a checkpoint. Raises ModelError for one that cannot be run, CheckpointError for NaN or Inf."""
+    checkpoint.require_complete()
+    details, dtype = checkpoint.details, torch_dtype(placement.dtype, checkpoint.weights, EMBEDDING)
+    config = GptConfig(**{each.name: getattr(details, each.name) for each in fields(GptConfig)})
+    tensors = {name: checkpoint.weights.read(name) for name in details.keys}
+    model = build(config, tensors, dtype, torch_device(placement.device))
+    require_finite(checkpoint, model.parameters(), dtype)
+    return model

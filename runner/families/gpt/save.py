@@ -5,9 +5,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from runner.checkpoints.checkpoint import Checkpoint, Expected, Writer
 from runner.errors import ConfigError
-from runner.families.gpt.checkpoint import STATE, Provenance, metadata
+from runner.families.gpt.checkpoint import STATE, Provenance, metadata, provenance
 from runner.families.gpt.layouts import (
     EMBEDDING,
     HEAD,
@@ -16,6 +18,7 @@ from runner.families.gpt.layouts import (
     GptDetails,
     read_details,
 )
+from runner.files.staging import staged
 from runner.files.tensors import TensorInfo
 
 WEIGHT_FILES = ("model.pt", "model.safetensors")
@@ -64,6 +67,34 @@ def cut_vocabulary(
     tables = (EMBEDDING, *VALUE_EMBEDDINGS, HEAD[details.dialect])
     cut = {name: tensor[:vocab_size] if name in tables else tensor for name, tensor in tensors.items()}
     return cut, replace(details, vocab_size=vocab_size, head_rows=vocab_size)
+
+
+def model_tensors(checkpoint: Checkpoint, model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's weights under its checkpoint's names, in the dtypes that the checkpoint stores."""
+    state = model.state_dict()
+    return {name: state[name].to(checkpoint.weights.infos[name].dtype) for name in checkpoint.details.keys}
+
+
+def save_model(checkpoint: Checkpoint, model: nn.Module, target: Path) -> None:
+    """Write `model`, built from `checkpoint`, as the directory `target`."""
+    origin = provenance(checkpoint.weights)
+    with staged(target) as directory:
+        save(directory, model_tensors(checkpoint, model), checkpoint.details, provenance=origin)
+
+
+def conversion(checkpoint: Checkpoint, to: str, vocab_size: int | None) -> Writer:
+    """What writes the checkpoint in the container `to`, its vocabulary cut to `vocab_size`. Raises ConfigError."""
+    details: GptDetails = checkpoint.details
+    tensors = {name: checkpoint.weights.read(name) for name in details.keys}
+    if vocab_size is not None:
+        tensors, details = cut_vocabulary(tensors, details, vocab_size)
+
+    def write(directory: Path) -> Expected:
+        origin = provenance(checkpoint.weights)
+        save(directory, tensors, details, provenance=origin, weights_file=f"model.{to}")
+        return {".": {name: lambda tensor=tensor: tensor for name, tensor in tensors.items()}}
+
+    return write
 
 
 def _own(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

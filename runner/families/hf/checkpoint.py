@@ -1,38 +1,14 @@
-"""`hf`: a plain Hugging Face causal LM directory: config.json and weights, single or sharded.
+"""`hf`: a plain Hugging Face causal LM directory: config.json and weights, single or sharded."""
 
-Writes a complete model as a Hugging Face directory: config.json, one safetensors file, and what lies beside them.
-"""
-
-import json
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
-from runner.errors import CheckpointError
-from runner.files.strict_json import read_object
-from runner.files.tensors import TensorSource, open_sharded, open_weights
+from runner.checkpoints.model_directory import architecture, is_model_directory, open_model_weights, read_config
 
 NAME = "hf"
 FAMILY = "hf"
-CONFIG = "config.json"
-SINGLE = ("model.safetensors", "pytorch_model.bin")
-SHARDED = tuple(f"{name}.index.json" for name in SINGLE)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-# What inspect shows of a config.json.
-SHOWN = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings",
-)  # fmt: skip
-# Model types of other formats, whose directories may hold weights as pollution.
-_OTHERS = ("dylora-moe",)
-_OTHER_PARTS = ("peft_adapters", "dylo_moe_state", "adapter_config.json")
-_CONFIG_LIMIT = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,40 +16,6 @@ class HfDetails:
     """`config`: config.json as it was read."""
 
     config: Mapping[str, Any]
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as a dict. Raises CheckpointError where it is missing or no JSON object."""
-    path = directory / CONFIG
-    if not path.is_file():
-        raise CheckpointError(f"{directory}: has no config.json, so it is no Hugging Face model directory")
-    return read_object(path, "config.json", _CONFIG_LIMIT)
-
-
-def open_model_weights(directory: Path) -> TensorSource:
-    """The weights of the directory, headers only. Raises CheckpointError where none or several candidates lie there."""
-    found = [name for name in (*SINGLE, *SHARDED) if (directory / name).exists()]
-    if not found:
-        raise CheckpointError(f"{directory}: holds no weights ({', '.join((*SINGLE, *SHARDED))})")
-    if len(found) > 1:
-        raise CheckpointError(f"{directory}: holds {' and '.join(found)}; keep the one that is meant")
-    path = directory / found[0]
-    return open_sharded(path) if found[0] in SHARDED else open_weights(path)
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """Whether tokenizer files lie in the directory."""
-    return any((directory / name).is_file() for name in TOKENIZER_FILES)
-
-
-def is_model_directory(listing: Listing) -> bool:
-    """Whether it holds a config.json with a model type of its own, and weights beside it."""
-    if not listing.path.is_dir() or CONFIG not in listing.entries:
-        return False
-    if not any(name in listing.entries for name in (*SINGLE, *SHARDED)) or set(_OTHER_PARTS) & set(listing.entries):
-        return False
-    model_type = read_config(listing.path).get("model_type")
-    return isinstance(model_type, str) and model_type not in _OTHERS
 
 
 def matches(listing: Listing) -> str | None:
@@ -101,25 +43,7 @@ def open_hf(listing: Listing) -> Checkpoint:
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """The architecture, as config.json gives it."""
-    config = checkpoint.details.config
-    return {"architecture": {name: config[name] for name in SHOWN if name in config}}
+    return {"architecture": architecture(checkpoint.details.config)}
 
 
 FORMATS = (CheckpointFormat(name=NAME, family=FAMILY, matches=matches, open=open_hf, describe=describe),)
-
-
-def save(
-    directory: Path, tensors: Mapping[str, torch.Tensor], *, config: Mapping[str, Any], beside: Iterable[Path] = ()
-) -> None:
-    """Write the files into `directory` (a staged one: see commit.py).
-
-    `tensors`: all weights by their names; `config` becomes config.json; `beside`: files that are copied as they are.
-    The weights file holds copies of its own, never views of larger storages.
-    """
-    owned = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    save_file(owned, directory / SINGLE[0], metadata={"format": "pt"})
-    for file in beside:
-        shutil.copyfile(file, directory / file.name)
-    (directory / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")

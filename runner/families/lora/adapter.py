@@ -19,6 +19,7 @@ from runner.errors import CheckpointError, ModelError
 from runner.families.lora import config as lora_config
 from runner.families.lora.config import LoraSettings, read_settings
 from runner.files.file_type import Kind, kind_of
+from runner.files.staging import staged
 from runner.files.tensors import TensorInfo, TensorSource, is_finite, open_weights
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -298,6 +299,16 @@ def save_adapter(directory: Path, tensors: Mapping[str, torch.Tensor], config: M
     save_file(owned, directory / WEIGHT_FILES[0], metadata={"format": "pt"})
     text = json.dumps(dict(config), indent=2, sort_keys=True, ensure_ascii=False)
     (directory / lora_config.FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def save_peft(details: AdapterDetails, factors: Factors, base: Path | None, target: Path) -> Path:
+    """Write the adapter of a peft checkpoint, as its model has it now, below the directory `target`; where it lies."""
+    tensors = {key(module, "A"): a for module, (a, _, _) in factors.items()}
+    tensors |= {key(module, "B"): b for module, (_, b, _) in factors.items()}
+    config = {**details.settings.raw, "base_model_name_or_path": str(base.resolve()) if base else ""}
+    with staged(target) as directory:
+        save_adapter(directory / "adapter", tensors, config)
+    return target / "adapter"
 
 
 def adapter_config(

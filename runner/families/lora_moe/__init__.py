@@ -1,1 +1,98 @@
 """Mixtures of LoRA experts under a router (DyLoRA-MoE)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from runner.families.family import Family
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from runner.checkpoints.checkpoint import Checkpoint
+    from runner.checks.check import Check
+    from runner.checks.context import Bench
+    from runner.checks.headers import Header
+    from runner.evaluation.base_models import Base
+    from runner.evaluation.placement import Placement
+    from runner.families.lora_moe.model import LoraMoeForCausalLM
+    from runner.merge.files import Files
+    from runner.merge.spec import MergeSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraMoe(Family):
+    """Several LoRA experts and a router over any causal language model.
+
+    `top_k` takes the place of the checkpoint's own; `router_features`: all_experts (the default), base or expert_0;
+    `experts`: whether they are on.
+    """
+
+    name: str = "lora_moe"
+    top_k: int | None = None
+    router_features: str | None = None
+    experts: bool = True
+
+    format_modules: ClassVar[tuple[str, ...]] = ("runner.families.lora_moe.checkpoint",)
+
+    def needs_base(self, checkpoint: "Checkpoint") -> bool:
+        """Always."""
+        return True
+
+    def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "LoraMoeForCausalLM":
+        """As `Family.build`."""
+        from runner.families.lora_moe.model import build_moe
+
+        assert base is not None, "its experts stand on a base"
+        given = {"top_k": self.top_k, "router_features": self.router_features}
+        model = build_moe(checkpoint, base, **{name: value for name, value in given.items() if value is not None})
+        model.experts_on = self.experts
+        return model
+
+    def can_save(self, checkpoint: "Checkpoint") -> bool:
+        """Always."""
+        return True
+
+    def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> Path:
+        """As `Family.save`."""
+        from runner.families.lora_moe.model import LoraMoeForCausalLM
+        from runner.families.lora_moe.save import save_moe
+        from runner.families.lora_moe.state import read_skills
+
+        assert isinstance(model, LoraMoeForCausalLM)
+        skills = None if checkpoint.details.skills is None else read_skills(checkpoint.details.skills)
+        name = str(base.resolve()) if base else ""
+        save_moe(model, target, base_name=name, step=checkpoint.step, skills=skills)
+        return target
+
+    def plan_merge(
+        self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path
+    ) -> "Files":
+        """As `Family.plan_merge`: experts of several checkpoints, or their mean."""
+        from runner.families.lora_moe.merge import gather_moe, open_moe_source
+
+        experts = [open_moe_source(*each) for each in zip(spec.sources, paths, opened, strict=True)]
+        return gather_moe(spec, experts, base, output)
+
+    def checks(self) -> "Mapping[str, Check]":
+        """As `Family.checks`."""
+        from runner.checks.catalogue import OF_FAMILY
+
+        return OF_FAMILY["lora_moe"]
+
+    def detect(self, path: Path, read_header: "Callable[[Path], Header]") -> str | None:
+        """As `Family.detect`."""
+        from runner.checks.detected import look
+
+        found = look(path, read_header)
+        return found.format if found.family == self.name else None
+
+    def check_buildable(self, base: str | None) -> None:
+        """Over any base."""
+
+    def build_small(self, bench: "Bench") -> Path:
+        """As `Family.build_small`."""
+        from runner.checks.building import build
+
+        return build(bench)

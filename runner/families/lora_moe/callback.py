@@ -12,8 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from runner.errors import DivergedError
 from runner.families.lora_moe.model import LoraMoeForCausalLM
+from runner.families.lora_moe.save import save_moe
 from runner.families.lora_moe.skills import Library
-from runner.families.lora_moe.trained import save_moe
 from runner.training.optimization import DIVERGED, require_finite
 
 # How much worse than the base alone, in nats a token, experts may be on the text that they are trained on.

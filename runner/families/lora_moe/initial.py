@@ -9,10 +9,9 @@ from transformers import TrainerState
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.evaluation.base_models import Base
-from runner.evaluation.build import build
 from runner.families.lora_moe import checkpoint as lora_moe
 from runner.families.lora_moe.checkpoint import MoeDetails
-from runner.families.lora_moe.model import Adapter, LoraMoeForCausalLM
+from runner.families.lora_moe.model import Adapter, LoraMoeForCausalLM, build_moe
 from runner.families.lora_moe.settings import MoeSettings
 from runner.families.lora_moe.state import TRAINER_STATE
 
@@ -62,7 +61,7 @@ def reopened_moe(
     """A checkpoint's model, to go on training with `settings`, whose `experts` must be a number.
 
     Raises CheckpointError where it has no state to go on from, ConfigError where its experts are not those of
-    `settings` or nothing is left to train, and what `runner.evaluation.build.build` raises.
+    `settings` or nothing is left to train, and what `build_moe` raises.
     """
     assert isinstance(settings.experts, int), "whoever knows the skills has counted them"
     details: MoeDetails = checkpoint.details
@@ -92,10 +91,8 @@ def reopened_moe(
             f"{name}={_spelled(asked[name][0])}, not {_spelled([asked[name][1]])}" for name in differing
         )
         raise ConfigError(f"train.resume_from={path}: it has {shown}; they must be the same")
-    options = {"temperature": settings.temperature, "dropout": settings.lora_dropout}
-    model = build(checkpoint, base, routing=options if top_k is None else {**options, "top_k": top_k})
-    assert isinstance(model, LoraMoeForCausalLM)
-    return model
+    options: dict[str, Any] = {"temperature": settings.temperature, "dropout": settings.lora_dropout}
+    return build_moe(checkpoint, base, **(options if top_k is None else {**options, "top_k": top_k}))
 
 
 def _spelled(values: list[Any]) -> str:

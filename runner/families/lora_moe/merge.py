@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from runner.checkpoints import model_directory as hf
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
 from runner.errors import CheckpointError, ConfigError, RunnerError
 from runner.evaluation.base_models import Base
-from runner.families.hf import checkpoint as hf
 from runner.families.lora.adapter import WEIGHT_FILES, Factors
 from runner.families.lora.config import FILE_NAME as ADAPTER_CONFIG
 from runner.families.lora.model import linear_shapes

@@ -5,8 +5,6 @@ router logits = gate(features)
 every LoRA layer: y = W x + Σ_e w_e · scaling_e · B_e A_e x, with w for each token
 evaluation: the top k of the router's logits, softmax over those, 0 for the others
 training: w = softmax(logits / temperature), and a balance loss, the MSE between the mean w and 1/E
-
-From a router's logits to the weight of each expert for each token (spec/formats.md §4).
 """
 
 import copy
@@ -19,7 +17,11 @@ import torch
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
+from runner.checkpoints.checkpoint import Checkpoint
 from runner.errors import ConfigError
+from runner.evaluation.base_models import Base
+from runner.families.lora.adapter import check_fit, read_factors
+from runner.families.lora_moe.checkpoint import check_base, read_experts, read_router
 
 
 def top_k_weights(logits: torch.Tensor, k: int) -> torch.Tensor:
@@ -79,6 +81,8 @@ class LoraForCausalLM(nn.Module):
     It shares every weight with `base`, which stays usable by itself. `adapters` in the order of their names
     expert_0, expert_1, …; `dropout` is that of the adapters in training.
     """
+
+    has_cache = True
 
     def __init__(self, base: PreTrainedModel, adapters: Sequence[Adapter], *, dropout: float = 0.0) -> None:
         super().__init__()
@@ -283,3 +287,30 @@ def _sharing_copy(base: PreTrainedModel) -> PreTrainedModel:
         module._forward_hooks.clear()
         vars(module).pop("_output_capturing_hooks_installed", None)
     return model
+
+
+def build_moe(checkpoint: Checkpoint, base: Base, **options: Any) -> LoraMoeForCausalLM:
+    """The experts and the router of `checkpoint` over `base`, in evaluation mode.
+
+    `options`: those of `LoraMoeForCausalLM`, in the place of the checkpoint's own. Raises ModelError where the two do
+    not fit, CheckpointError for missing or unknown keys and for NaN or Inf.
+    """
+    from runner.families.lora.model import linear_shapes
+
+    model, details = base.model, checkpoint.details
+    check_base(checkpoint, linear_shapes(model), model.config.hidden_size, base.path)
+    own = {"top_k": details.top_k, "temperature": details.temperature}
+    experts = read_experts(checkpoint, dtype=model.dtype, device=model.device)
+    router = read_router(checkpoint, dtype=model.dtype, device=model.device)
+    return LoraMoeForCausalLM(model, experts, router, **{**own, **options}).eval().requires_grad_(False)
+
+
+def build_adapter(checkpoint: Checkpoint, base: Base) -> LoraForCausalLM:
+    """The one adapter of a peft checkpoint over `base`, in evaluation mode. Raises as `build_moe`."""
+    from runner.families.lora.model import linear_shapes
+
+    checkpoint.require_complete()
+    model, details = base.model, checkpoint.details
+    check_fit(details, linear_shapes(model), base.path)
+    factors = read_factors(checkpoint.weights, details, dtype=model.dtype, device=model.device)
+    return LoraForCausalLM(model, [factors]).eval().requires_grad_(False)

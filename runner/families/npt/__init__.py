@@ -1,1 +1,113 @@
 """NPT: a Llama whose attention modulates the weights of its MLPs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from runner.families.family import Family
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from runner.checkpoints.checkpoint import Checkpoint, Writer
+    from runner.checks.check import Check
+    from runner.checks.context import Bench
+    from runner.checks.headers import Header
+    from runner.config import Conversion
+    from runner.evaluation.base_models import Base
+    from runner.evaluation.placement import Placement
+    from runner.families.npt.model import NptLlamaForCausalLM
+    from runner.merge.execute import Content
+    from runner.merge.spec import MergeSpec
+
+DELTA, FULL = "npt_delta", "npt_full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Npt(Family):
+    """NPT layers over a frozen Llama (npt_delta), or a complete model with them (npt_full)."""
+
+    name: str = "npt"
+
+    format_modules: ClassVar[tuple[str, ...]] = ("runner.families.npt.checkpoint", "runner.families.npt.full")
+    llama_base: ClassVar[bool] = True
+
+    def needs_base(self, checkpoint: "Checkpoint") -> bool:
+        """All but npt_full do, formats of a user's own among them."""
+        return checkpoint.format != FULL
+
+    def is_made_from_base(self, checkpoint: "Checkpoint") -> bool:
+        """An npt_full is."""
+        return checkpoint.format == FULL
+
+    def can_be_spread(self, checkpoint: "Checkpoint") -> bool:
+        """Always: it is a Llama."""
+        return True
+
+    def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "NptLlamaForCausalLM":
+        """As `Family.build`."""
+        from runner.families.npt import model
+
+        if base is None:
+            return model.build_complete(checkpoint, checkpoint.details, placement)
+        return model.build_npt(checkpoint, base)
+
+    def can_save(self, checkpoint: "Checkpoint") -> bool:
+        """Both of its formats."""
+        return checkpoint.format in (DELTA, FULL)
+
+    def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> Path:
+        """As `Family.save`."""
+        from runner.families.npt import save
+        from runner.families.npt.model import NptLlamaForCausalLM
+
+        assert isinstance(model, NptLlamaForCausalLM)
+        if checkpoint.format == FULL:
+            save.save_full(checkpoint, model, target)
+        elif checkpoint.format == DELTA:
+            save.save_delta(checkpoint, model, base, target)
+        else:
+            return super().save(checkpoint, model, base, target)
+        return target
+
+    def convert(self, checkpoint: "Checkpoint", wanted: "Conversion", target: Path) -> "Writer":
+        """An npt_delta in the other container; an npt_full as a base and adapters apart."""
+        from runner.families.npt import save
+
+        if wanted.to == "hf" and checkpoint.format == FULL:
+            return partial(save.take_apart, checkpoint)
+        if wanted.to != "hf" and checkpoint.format == DELTA:
+            return partial(save.convert_delta, checkpoint, wanted.to, target)
+        return super().convert(checkpoint, wanted, target)
+
+    def plan_merge(
+        self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path
+    ) -> "Content":
+        """As `Family.plan_merge`: layers of several npt_delta checkpoints."""
+        from runner.merge.gather import gather_npt
+
+        return gather_npt(spec, paths, opened, base, output)
+
+    def checks(self) -> "Mapping[str, Check]":
+        """As `Family.checks`."""
+        from runner.checks.catalogue import OF_FAMILY
+
+        return OF_FAMILY["npt"]
+
+    def detect(self, path: Path, read_header: "Callable[[Path], Header]") -> str | None:
+        """As `Family.detect`."""
+        from runner.checks.detected import look
+
+        found = look(path, read_header)
+        return found.format if found.family == self.name else None
+
+    def check_buildable(self, base: str | None) -> None:
+        """Over any Llama."""
+
+    def build_small(self, bench: "Bench") -> Path:
+        """As `Family.build_small`."""
+        from runner.checks.building import build
+
+        return build(bench)

@@ -339,7 +339,7 @@ def control(bench: Bench) -> Outcome:
     subject = plain_subject(bench)
     token_ids = min(prompts(bench), key=len)
     compared = subject.control(token_ids)
-    exact = device_of(subject.model).type == "cpu" and subject.npt.dtype == torch.float32
+    exact = device_of(subject.model).type == "cpu" and bench.model.dtype == torch.float32
     allowed = 0.0 if exact else subject.compare_to_floor(token_ids).mse
     mse = compared.mse if compared.finite else float("nan")
     said = f"all layers standard against the plain model: mse {mse:g}, allowed {allowed:g}"

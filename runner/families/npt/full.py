@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, NptLayer
+from runner.checkpoints.model_directory import architecture, is_model_directory, open_model_weights, read_config
 from runner.errors import CheckpointError
-from runner.families.hf import checkpoint as hf
 from runner.files.tensors import Inert, TensorInfo, TensorSource, load_pickle
 
 NAME = "npt_full"
@@ -46,16 +46,16 @@ def is_key(name: str) -> bool:
 
 def matches(listing: Listing) -> str | None:
     """Evidence: adapter keys in the model's weights."""
-    if not hf.is_model_directory(listing):
+    if not is_model_directory(listing):
         return None
-    count = sum(map(is_key, hf.open_model_weights(listing.path).infos))
+    count = sum(map(is_key, open_model_weights(listing.path).infos))
     return f"{count} adapter keys among the weights" if count else None
 
 
 def open_npt_full(listing: Listing) -> Checkpoint:
     """The checkpoint. Raises CheckpointError for incomplete adapters or a modulation that is not known."""
-    config = hf.read_config(listing.path)
-    weights = hf.open_model_weights(listing.path)
+    config = read_config(listing.path)
+    weights = open_model_weights(listing.path)
     layers = _layers(weights, listing.path)
     if not layers:
         raise CheckpointError(
@@ -99,7 +99,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "modulation_scale": details.scale,
         "training": dict(checkpoint.training),
-        "architecture": {name: details.config[name] for name in hf.SHOWN if name in details.config},
+        "architecture": architecture(details.config),
     }
 
 

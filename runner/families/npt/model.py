@@ -16,10 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from runner.checkpoints.checkpoint import Checkpoint
 from runner.errors import ModelError
+from runner.evaluation.base_models import Base, build_plain, require_finite
+from runner.evaluation.placement import Placement, follow, is_spread, torch_device
+from runner.families.npt import checkpoint as npt_delta
+from runner.families.npt.full import NptFullDetails
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -160,43 +164,85 @@ class NptLlamaForCausalLM(LlamaForCausalLM):
                 layer.npt_mode = before[i]
 
 
-def run_layers(
-    model: LlamaForCausalLM,
-    hidden_states: torch.Tensor,
-    start: int = 0,
-    record: list[torch.Tensor] | None = None,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """The layers from `start` on and the final norm, as `LlamaModel.forward` runs them on unpadded sequences.
+def build_npt(checkpoint: Checkpoint, base: Base) -> NptLlamaForCausalLM:
+    """The NPT layers of `checkpoint` over `base`, whose weights it shares, in evaluation mode.
 
-    `hidden_states` [B, T, d] is the input of layer `start` (the embeddings for 0); → [B, T, d], the input of the
-    head. `record` receives the input of each layer that runs. Starting at a later layer gives the same bits as
-    running from the embeddings. `dtype` casts the weights for this pass, one layer at a time.
+    Raises ModelError where the two do not fit, CheckpointError for missing or unknown keys and for NaN or Inf.
+    """
+    checkpoint.require_complete()
+    _check_fit(checkpoint, base)
+    return _with_layers(base.model, npt_updates(checkpoint, base.model.dtype, base.model.device))
+
+
+def build_complete(checkpoint: Checkpoint, details: NptFullDetails, placement: Placement) -> NptLlamaForCausalLM:
+    """An npt_full: its own Llama with its own adapters. Raises as `build_npt`."""
+    checkpoint.require_complete()
+    names = [name for name in checkpoint.weights.infos if name not in details.adapter_keys]
+    plain = build_plain(details.config, checkpoint.weights, names, placement)
+    device = torch_device(placement.device)
+    return _with_layers(plain, npt_updates(checkpoint, plain.dtype, device, linear=True, scale=details.scale))
+
+
+def _with_layers(plain: PreTrainedModel, updates: Mapping[int, Mapping[str, RankKUpdate]]) -> NptLlamaForCausalLM:
+    model = NptLlamaForCausalLM(plain, updates)
+    if is_spread(plain):
+        for layer in model.npt_layers.values():
+            layer.updates.to(layer.mlp.down_proj.weight.device)
+            follow(layer)
+    model.eval().requires_grad_(False)
+    return model
+
+
+def _check_fit(checkpoint: Checkpoint, base: Base) -> None:
+    config = base.model.config
+    for layer in checkpoint.layers:
+        if layer.layer >= config.num_hidden_layers:
+            raise ModelError(
+                f"{checkpoint.path}: has NPT layer {layer.layer}, but the base {base.path} has only the layers 0 to "
+                f"{config.num_hidden_layers - 1}; give its own base model as base="
+            )
+        sizes, expected = (layer.hidden_size, layer.intermediate_size), (config.hidden_size, config.intermediate_size)
+        if sizes != expected:
+            raise ModelError(
+                f"{checkpoint.path}: NPT layer {layer.layer} is made for hidden size {sizes[0]} and MLP size "
+                f"{sizes[1]}, but the base {base.path} has {expected[0]} and {expected[1]}; give its own base as base="
+            )
+
+
+def npt_updates(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, linear: bool = False, scale: float = 1.0
+) -> dict[int, dict[str, RankKUpdate]]:
+    """The rank-k updates of every NPT layer, by layer and projection. Raises CheckpointError for NaN or Inf.
+
+    `linear`: the matrices are stored as weights of nn.Linear, so transposed.
     """
 
-    def cast(module: nn.Module) -> nn.Module:
-        return module if dtype in (None, model.dtype) else copy.deepcopy(module).to(dtype)
+    def matrices(names: tuple[str, ...]) -> list[torch.Tensor]:
+        tensors = [checkpoint.weights.read(name).to(device=device, dtype=dtype) for name in names]
+        return [tensor.T for tensor in tensors] if linear else tensors
 
-    llama = model.model
-    hidden_states = hidden_states.to(dtype or hidden_states.dtype)
-    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-    mask = create_causal_mask(
-        config=llama.config,
-        inputs_embeds=hidden_states,
-        attention_mask=None,
-        past_key_values=None,
-        position_ids=positions,
-    )
-    rotary = llama.rotary_emb(hidden_states, position_ids=positions)
-    for layer in llama.layers[start:]:
-        if record is not None:
-            record.append(hidden_states)
-        hidden_states = cast(layer)(
-            hidden_states,
-            attention_mask=mask,
-            position_embeddings=rotary,
-            position_ids=positions,
-            past_key_values=None,
-            use_cache=False,
-        )
-    return cast(llama.norm)(hidden_states)
+    updates = {
+        layer.layer: {
+            projection: RankKUpdate(matrices(keys["W_down"]), matrices(keys["W_a_up"]), matrices(keys["W_b_up"]), scale)
+            for projection, keys in layer.keys.items()
+        }
+        for layer in checkpoint.layers
+    }
+    made = (p for projections in updates.values() for update in projections.values() for p in update.parameters())
+    require_finite(checkpoint, made, dtype)
+    return updates
+
+
+def npt_tensors(model: NptLlamaForCausalLM) -> dict[str, torch.Tensor]:
+    """The NPT weights of `model` under the names that npt_delta saves: the inverse of `npt_updates`."""
+    return {
+        npt_delta.key(index, layer.modulation, projection, matrix, rank, update.num_ranks): tensor
+        for index, layer in model.npt_layers.items()
+        for projection, update in _projections(layer).items()
+        for matrix, tensors in zip(npt_delta.MATRICES, update.matrices(), strict=True)
+        for rank, tensor in enumerate(tensors)
+    }
+
+
+def _projections(layer: NptDecoderLayer) -> dict[str, RankKUpdate]:
+    return {name: update for name, update in layer.updates.items() if isinstance(update, RankKUpdate)}

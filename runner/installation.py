@@ -1,11 +1,31 @@
-"""Importing heavy libraries inside a function: fast, and not torn by Ctrl-C."""
+"""What is installed: where conf/ and the demonstration lie; heavy libraries imported fast, and not torn by Ctrl-C."""
 
 import gc
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from types import FrameType
+
+from runner.errors import ConfigError
+
+
+def config_directory() -> Path:
+    """The absolute path of conf/. Raises ConfigError for an installation without it."""
+    package = Path(__file__).resolve().parent
+    for directory in (package / "conf", package.parent / "conf"):
+        if (directory / "config.yaml").is_file():
+            return directory
+    raise ConfigError("the installation has no conf/ directory; install runner again")
+
+
+def demo_run() -> Path:
+    """The demonstration's run directory: `base` and `checkpoint-<step>`. Raises ConfigError where it is missing."""
+    run = Path(__file__).resolve().parent / "demo" / "run"
+    if not run.is_dir():
+        raise ConfigError("the installation has no demonstration; install runner again, or give ckpt=PATH")
+    return run
 
 
 @contextmanager
@@ -34,7 +54,7 @@ def importing() -> Iterator[None]:
     on_main_thread = threading.current_thread() is threading.main_thread()
     arrived = []
 
-    def remember(number: int, frame: Any) -> None:
+    def remember(number: int, frame: FrameType | None) -> None:
         arrived.append(number)
 
     before = signal.signal(signal.SIGINT, remember) if on_main_thread else None

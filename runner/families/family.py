@@ -1,0 +1,176 @@
+"""The contract: what tasks and engines ask a kind of model for.
+
+One class a family, named by conf/family/<name>.yaml; `Auto` takes that of the checkpoint. The methods import what they
+need when they are called, so a family costs nothing until it is used. What a family lacks raises ConfigError.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from runner.config import AUTO
+from runner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Writer
+    from runner.checks.check import Check
+    from runner.checks.context import Bench
+    from runner.checks.headers import Header
+    from runner.config import Conversion, TrainConfig
+    from runner.evaluation.base_models import Base
+    from runner.evaluation.placement import Placement
+    from runner.merge.execute import Content
+    from runner.merge.files import Files
+    from runner.merge.spec import MergeSpec
+    from runner.results import Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A kind of model. Its fields are the keys `family.…` of the command line.
+
+    `device_map`: auto, or module → device, for a model (or the base it stands on) larger than one device.
+    """
+
+    name: str
+    device_map: str | Mapping[str, int | str] | None = None
+
+    # The modules that hold its formats, each as FORMATS.
+    format_modules: ClassVar[tuple[str, ...]] = ()
+    # Whether its text is measured with a tokenizer only; else seeded token ids stand for a text where there is none.
+    needs_tokenizer: ClassVar[bool] = True
+    # Whether `convert.vocab_size` means anything.
+    can_cut_vocabulary: ClassVar[bool] = False
+    # Whether its base must be a Llama.
+    llama_base: ClassVar[bool] = False
+
+    def of(self, checkpoint: "Checkpoint") -> "Family":
+        """The family that works on `checkpoint`. Raises ConfigError where the checkpoint is of another one."""
+        if checkpoint.family != self.name:
+            raise ConfigError(
+                f"family={self.name}, but {checkpoint.path} is of the family {checkpoint.family} "
+                f"(format {checkpoint.format}: {checkpoint.evidence})"
+            )
+        return self
+
+    def formats(self) -> "tuple[CheckpointFormat, ...]":
+        """The formats that its checkpoints have. Raises ConfigError for a module without FORMATS."""
+        from runner.checkpoints.detect import formats_of
+
+        return tuple(each for module in self.format_modules for each in formats_of(module))
+
+    # Models.
+
+    def needs_base(self, checkpoint: "Checkpoint") -> bool:
+        """Whether the checkpoint holds only what is added to a base model."""
+        return False
+
+    def is_made_from_base(self, checkpoint: "Checkpoint") -> bool:
+        """Whether a checkpoint that is complete by itself is compared with the base that it was made from."""
+        return False
+
+    def is_base(self, checkpoint: "Checkpoint") -> bool:
+        """Whether the checkpoint is a base model itself: a plain one in a Hugging Face directory."""
+        return False
+
+    def can_be_spread(self, checkpoint: "Checkpoint") -> bool:
+        """Whether its model can lie on several devices."""
+        return False
+
+    def load_base(self, checkpoint: "Checkpoint", base: str | Path | None, placement: "Placement") -> "Base | None":
+        """The base model that the checkpoint needs to run, from `base` or as it names it; None where it needs none.
+
+        Raises CheckpointError or ModelError, and ConfigError for a device_map that the family cannot follow.
+        """
+        from runner.evaluation import base_models
+
+        if placement.device_map is not None and not self.can_be_spread(checkpoint):
+            raise ConfigError(
+                f"family.device_map: a checkpoint of the format {checkpoint.format} runs on one device; give device="
+            )
+        if not self.needs_base(checkpoint):
+            return None
+        return base_models.load_base(checkpoint, base, placement, llama=self.llama_base)
+
+    def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "nn.Module":
+        """The checkpoint's model in evaluation mode; where it stands on `base` it shares the base's weights.
+
+        `model(input_ids, attention_mask=None).logits` is [B, T, V]. Raises ModelError where the two do not fit,
+        CheckpointError for missing or unknown keys and for NaN or Inf, which would make figures meaningless.
+        """
+        raise ConfigError(f"{checkpoint.path}: a checkpoint of the format {checkpoint.format} has no model here")
+
+    def can_save(self, checkpoint: "Checkpoint") -> bool:
+        """Whether a checkpoint of this format is written here, and not only read."""
+        return False
+
+    def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> Path:
+        """Write `model`, which was built from `checkpoint` on the base at `base`, into the new directory `target`.
+
+        Returns the path of the checkpoint: `target`, or a directory in it.
+        Raises CheckpointError where `target` cannot be written, RunnerError where the disk fails.
+        """
+        raise ConfigError(f"{checkpoint.format} checkpoints are read, never written")
+
+    # Tasks.
+
+    def convert(self, checkpoint: "Checkpoint", wanted: "Conversion", target: Path) -> "Writer":
+        """What writes the checkpoint in the layout `wanted.to`. Raises ConfigError where there is none."""
+        if wanted.to == "hf":
+            raise ConfigError(f"convert.to=hf takes an npt_full apart; {checkpoint.path} is {checkpoint.format}")
+        raise ConfigError(f"{checkpoint.path}: a {checkpoint.format} cannot be converted to {wanted.to}")
+
+    def plan_merge(
+        self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path
+    ) -> "Content | Files":
+        """All that a merge of the checkpoints `opened`, found at `paths`, will write; no tensor is read.
+
+        Raises CheckpointError or ConfigError where the merge is not possible.
+        """
+        raise ConfigError(f"{paths[0]}: checkpoints of the format {opened[0].format} cannot be merged")
+
+    def train(self, config: "TrainConfig", context: object) -> "Result":
+        """Train, leaving `checkpoint-<step>` directories in the run's own; the page of `task=train`."""
+        raise ConfigError(f"family={self.name} cannot be trained")
+
+    # The checks of `task=test`.
+
+    def checks(self) -> "Mapping[str, Check]":
+        """The checks that only its checkpoints have, by name, a needed one before its users."""
+        return {}
+
+    def detect(self, path: Path, read_header: "Callable[[Path], Header]") -> str | None:
+        """The format of this family that what lies at `path` shows itself to be, however damaged; None for none."""
+        return None
+
+    def check_buildable(self, base: str | None) -> None:
+        """Raise ConfigError where `build_small` cannot build over `base`."""
+        raise ConfigError(f"family={self.name}: no small checkpoint is built of it; give ckpt=")
+
+    def build_small(self, bench: "Bench") -> Path:
+        """A small checkpoint with random weights below the scratch directory, saved by the code of training."""
+        raise ConfigError(f"family={self.name}: no small checkpoint is built of it; give ckpt=")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto(Family):
+    """The family of whatever checkpoint is opened; its settings are those that all families have."""
+
+    name: str = AUTO
+
+    def of(self, checkpoint: "Checkpoint") -> Family:
+        """The family that the checkpoint's format belongs to, with the settings here."""
+        from runner.checkpoints.detect import families
+
+        known = families()
+        if checkpoint.family not in known:
+            raise ConfigError(
+                f"{checkpoint.path}: its format {checkpoint.format} is of the family {checkpoint.family}, which no "
+                f"conf/family/*.yaml names; there are {', '.join(known)}"
+            )
+        family = known[checkpoint.family]
+        assert isinstance(family, Family), f"conf/family/{checkpoint.family}.yaml: its _target_ is no Family"
+        return family if self.device_map is None else replace(family, device_map=self.device_map)
