@@ -15,7 +15,7 @@ QUANTILES = {"p999": 0.999, "p99": 0.99, "p95": 0.95, "p90": 0.9, "p50": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class LogitComparison:
     """Subject against reference on one sequence of T tokens over a vocabulary of V.
 
     `squared_difference`, `reference_square`, `subject_square` and `product` are sums over all T·V entries;
@@ -67,7 +67,7 @@ class Comparison:
         return self.next_logprob.exp() - self.next_logprob_reference.exp()
 
 
-def compare(chunks: Iterable[tuple[torch.Tensor, torch.Tensor]], token_ids: torch.Tensor) -> Comparison:
+def compare(chunks: Iterable[tuple[torch.Tensor, torch.Tensor]], token_ids: torch.Tensor) -> LogitComparison:
     """Compare logits given as (reference, subject) chunks [t, V] that together cover the positions of `token_ids` [T].
 
     Position p predicts token p + 1; the last position has no known next token. Raises ValueError where shapes differ.
@@ -100,7 +100,7 @@ def compare(chunks: Iterable[tuple[torch.Tensor, torch.Tensor]], token_ids: torc
     if position != len(token_ids):
         raise ValueError(f"logits of {position} positions for {len(token_ids)} tokens")
     joined = {name: torch.cat(values) for name, values in parts.items()}
-    return Comparison(
+    return LogitComparison(
         tokens=position,
         entries=entries,
         finite=finite,
@@ -117,7 +117,7 @@ def compare(chunks: Iterable[tuple[torch.Tensor, torch.Tensor]], token_ids: torc
     )
 
 
-def summarise(comparisons: Sequence[Comparison]) -> dict[str, float | None]:
+def summarise(comparisons: Sequence[LogitComparison]) -> dict[str, float | None]:
     """The report's figures over several sequences, each of them one independent unit.
 
     A mean is the mean over sequences of the sequence's own mean; `_se` is its standard error over sequences
@@ -147,7 +147,7 @@ def summarise(comparisons: Sequence[Comparison]) -> dict[str, float | None]:
     return figures | _scale(*totals)
 
 
-def perplexities(comparisons: Sequence[Comparison]) -> dict[str, float | None]:
+def perplexities(comparisons: Sequence[LogitComparison]) -> dict[str, float | None]:
     """`loss` (nats a token) and `ppl` of subject and reference over all known next tokens. None where undefined."""
     if not all(c.finite for c in comparisons) or not any(len(c.next_logprob) for c in comparisons):
         return dict.fromkeys(("loss", "loss_reference", "ppl", "ppl_reference", "ppl_ratio"))
