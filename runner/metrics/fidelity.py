@@ -73,47 +73,44 @@ def compare(chunks: Iterable[tuple[torch.Tensor, torch.Tensor]], token_ids: torc
     Position p predicts token p + 1; the last position has no known next token. Raises ValueError where shapes differ.
     """
     sums = [0.0] * 4
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name in ("kl", "kl_reverse", "top1", "top5", "sub", "ref")}
-    position, entries, finite = 0, 0, True
+    parts: dict[str, list[torch.Tensor]] = {}
+    position, entries = 0, 0
     for reference, subject in chunks:
         if reference.shape != subject.shape:
             raise ValueError(f"reference logits {list(reference.shape)}, subject logits {list(subject.shape)}")
         reference, subject = reference.float(), subject.float()
         entries += reference.numel()
-        squares = [_square(each) for each in (subject - reference, reference, subject)]
-        finite = finite and all(map(math.isfinite, squares))
-        for i, value in enumerate((*squares, float((subject * reference).sum(dtype=torch.float64)))):
-            sums[i] += value
-        best = [each.topk(min(5, each.shape[-1]), dim=-1).indices for each in (reference, subject)]
-        parts["top1"].append((best[0][:, 0] == best[1][:, 0]).double().cpu())
-        parts["top5"].append((best[0].unsqueeze(-1) == best[1].unsqueeze(-2)).any(-1).double().mean(-1).cpu())
+        squares = [each.square().sum(dtype=torch.float64) for each in (subject - reference, reference, subject)]
+        found = [float(value) for value in (*squares, (subject * reference).sum(dtype=torch.float64))]
+        sums = [total + value for total, value in zip(sums, found, strict=True)]
+        best, other = (each.topk(min(5, each.shape[-1]), dim=-1).indices for each in (reference, subject))
         log_p, log_q = reference.double().log_softmax(-1), subject.double().log_softmax(-1)
         known = token_ids[position + 1 : position + 1 + len(reference)].to(log_p.device)
         rows = torch.arange(len(known), device=log_p.device)
-        parts["sub"].append(log_q[rows, known].cpu())
-        parts["ref"].append(log_p[rows, known].cpu())
-        # In place from here: fresh memory of this size costs more than the arithmetic.
+        values = {
+            "top1": (best[:, 0] == other[:, 0]).double(),
+            "top5": (best.unsqueeze(-1) == other.unsqueeze(-2)).any(-1).double().mean(-1),
+            "next_logprob": log_q[rows, known],
+            "next_logprob_reference": log_p[rows, known],
+        }
+        # In place from here: fresh memory of this size costs more than the arithmetic. Rounding can leave -1e-17.
         difference = log_p - log_q
-        parts["kl"].append(log_p.exp_().mul_(difference).sum(-1).cpu())
-        parts["kl_reverse"].append(log_q.exp_().mul_(difference).sum(-1).neg().cpu())
+        values["kl"] = log_p.exp_().mul_(difference).sum(-1).clamp_min(0)
+        values["kl_reverse"] = log_q.exp_().mul_(difference).sum(-1).neg().clamp_min(0)
+        for name, value in values.items():
+            parts.setdefault(name, []).append(value.cpu())
         position += len(reference)
     if position != len(token_ids):
         raise ValueError(f"logits of {position} positions for {len(token_ids)} tokens")
-    joined = {name: torch.cat(values) for name, values in parts.items()}
     return LogitComparison(
         tokens=position,
         entries=entries,
-        finite=finite,
+        finite=all(map(math.isfinite, sums[:3])),
         squared_difference=sums[0],
         reference_square=sums[1],
         subject_square=sums[2],
         product=sums[3],
-        kl=joined["kl"].clamp_min(0),  # rounding can leave -1e-17
-        kl_reverse=joined["kl_reverse"].clamp_min(0),
-        top1=joined["top1"],
-        top5=joined["top5"],
-        next_logprob=joined["sub"],
-        next_logprob_reference=joined["ref"],
+        **{name: torch.cat(values) for name, values in parts.items()},
     )
 
 
@@ -184,11 +181,6 @@ def _scale(
     left = reference_square - product * scale
     share = None if squared_difference == 0 else min(1.0, max(0.0, 1 - left / squared_difference))
     return {"scale": scale, "magnitude_share": share}
-
-
-def _square(values: torch.Tensor) -> float:
-    """Sum of the squares of float32 `values`, added up in float64; not finite where one of them is not."""
-    return float(values.square().sum(dtype=torch.float64))
 
 
 def _root_mean_square(values: torch.Tensor) -> float | None:
