@@ -87,7 +87,7 @@ def load_moe(path: Path, base: Path | None = None, **options) -> LoraMoeForCausa
     """The checkpoint's model; `options` as for `LoraMoeForCausalLM`."""
     from runner.families.lora.model import linear_shapes
 
-    checkpoint = lora_moe.open_moe(Listing.of(path))
+    checkpoint = lora_moe.read(Listing.of(path)).open()
     found = load_base(checkpoint, base)
     place = {"dtype": found.model.dtype, "device": found.model.device}
     check_base(checkpoint, linear_shapes(found.model), found.model.config.hidden_size, found.path)
@@ -101,7 +101,7 @@ def load_adapter(path: Path, base: Path | None = None) -> LoraForCausalLM:
     """The base with one plain adapter."""
     from runner.families.lora.model import linear_shapes
 
-    checkpoint = peft_adapter.open_peft(Listing.of(path))
+    checkpoint = peft_adapter.read(Listing.of(path)).open()
     found = load_base(checkpoint, base)
     checkpoint.require_complete()
     check_fit(checkpoint.details, linear_shapes(found.model), found.path)

@@ -45,8 +45,7 @@ MAY_IMPORT = {
 }
 # Arrows that still point the wrong way. Nothing is added here.
 STILL = {
-    ("checks", "families"), ("merge", "families"), ("training", "families"),
-    ("checks", "training"), ("merge", "training"),
+    ("merge", "families"), ("training", "families"), ("merge", "training"),
 }  # fmt: skip
 HYDRA = {"cli", "run", "sweeps", "config"}
 
@@ -103,7 +102,6 @@ def test_imports_run_one_way(file):
             assert part(name) in MAY_IMPORT[own] or (own, part(name)) in STILL, f"{own} must not import {name}"
 
 
-@pytest.mark.xfail(strict=True, reason="checks: the engine still calls what stands on it")
 def test_no_modules_import_each_other_in_a_circle():
     modules = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in FILES}
     arrows = {name: imports(file) & set(modules) for name, file in modules.items()}

@@ -3,19 +3,40 @@
 What files say, as plain JSON values: for `task=inspect`.
 """
 
+from __future__ import annotations
+
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from runner.errors import CheckpointError
 from runner.files.stubs import Inert
 from runner.files.tensors import TensorInfo, TensorSource, open_weights
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Severity(Enum):
+    """What a problem of a checkpoint stops: its opening; only a test of it, which fails; or nothing, but it is said."""
+
+    REFUSED = "refused"
+    FAILED = "failed"
+    ODD = "odd"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is wrong with one part of a checkpoint; `part` is named as the check that lists it, as files or keys."""
+
+    part: str
+    text: str
+    severity: Severity = Severity.REFUSED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +113,7 @@ class Listing:
     _opened: dict[str, TensorSource] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, path: Path) -> "Listing":
+    def of(cls, path: Path) -> Listing:
         """The listing of an existing file or directory. Raises CheckpointError when there is none."""
         try:
             if path.is_dir():
@@ -115,25 +136,85 @@ class Listing:
             self._opened[name] = open_weights(self.file(name))
         return self._opened[name]
 
+    def names(self, name: str) -> list[str]:
+        """The tensors' names of one weights file; none where it cannot be read."""
+        try:
+            return list(self.weights(name).infos)
+        except CheckpointError:
+            return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sound:
+    """What a part without problems holds: a line for people, `data` for machines."""
+
+    text: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """`checkpoint`: None where a part is missing without which there is none. `files`: those that hold its weights,
+    readable or not; `sources`: those that could be opened; `beside` opens tensors that are no weights, but finite as
+    they are.
+    """
+
+    path: Path
+    checkpoint: Checkpoint | None
+    files: tuple[Path, ...]
+    sources: tuple[TensorSource, ...] = ()
+    beside: tuple[Callable[[], TensorSource], ...] = ()
+    problems: tuple[Problem, ...] = ()
+    sound: Mapping[str, Sound] = field(default_factory=dict)
+
+    def open(self) -> Checkpoint:
+        """The checkpoint. Raises CheckpointError with every problem that stands against opening it."""
+        raise_refused(self.problems, self.path)
+        assert self.checkpoint is not None, "a checkpoint, or what stands against it"
+        return self.checkpoint
+
+
+def raise_refused(problems: Sequence[Problem], path: Path) -> None:
+    """Raise CheckpointError with all that stands against opening what lies at `path`."""
+    texts = [problem.text for problem in problems if problem.severity is Severity.REFUSED]
+    if texts:
+        lead = texts[0].partition(": ")[0]  # the place, mostly: said once
+        shown = "; ".join([texts[0], *(text.removeprefix(f"{lead}: ") for text in dict.fromkeys(texts[1:]))])
+        raise CheckpointError(shown if str(path) in shown else f"{path}: {shown}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFormat:
-    """One format: how it recognises itself, how it is opened, what `task=inspect` says of it.
+    """One format: how it recognises itself, how it is read, what `task=inspect` says of it.
 
     `matches` gives the evidence from names and shapes, or None; it never raises for another format's files.
-    `open` gives the checkpoint or raises CheckpointError. `describe` gives further fields of the result contract.
+    `read` gives every part with its problems (reading.py); a format with `open` alone gives the checkpoint or raises
+    CheckpointError. `describe` gives further fields of the result contract. A damaged checkpoint that nothing matches
+    is of the format that it most `resembles`, or of the one of whose training most `remains` where the weights are
+    lost: 0 is not at all, and more the less another format could look like that.
+    `adapters`: a few megabytes beside its base, unless something is wrong.
     """
 
     name: str
     family: str
     matches: Callable[[Listing], str | None]
-    open: Callable[[Listing], Checkpoint]
     describe: Callable[[Checkpoint], dict[str, Any]]
+    open: Callable[[Listing], Checkpoint] | None = None
+    read: Callable[[Listing], Reading] | None = None
+    resembles: Callable[[Listing], int] | None = None
+    remains: Callable[[Listing], int] | None = None
+    adapters: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.read or self.open, f"{self.name}: a format needs read or open"
+        if self.read and not self.open:
+            read = self.read
+            object.__setattr__(self, "open", lambda listing: read(listing).open())
 
 
 # What writes a converted checkpoint into a directory; it returns where each checkpoint lies in it (".": the directory
 # itself) and the tensors that it must hold, each read when it is called.
-Expected = Mapping[str, Mapping[str, Callable[[], torch.Tensor]]]
+Expected = Mapping[str, Mapping[str, Callable[[], "torch.Tensor"]]]
 Writer = Callable[[Path], Expected]
 
 # Longer lists and texts of a foreign file are cut: inspect shows what is there, not all of it.
@@ -142,6 +223,8 @@ _ITEMS, _CHARACTERS = 200, 2000
 
 def plain(value: Any, depth: int = 6) -> Any:
     """`value` as JSON values: tensors as dtype and shape, foreign objects as their state, long things cut."""
+    import torch
+
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, str):
@@ -202,7 +285,7 @@ def totals(infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
         "keys": len(infos),
         "parameters": sum(info.numel for info in infos.values()),
         "bytes": sum(info.nbytes for info in infos.values()),
-        "dtypes": dict(Counter(dtype_name(info.dtype) for info in infos.values())),
+        "dtypes": dict(Counter(info.dtype_name for info in infos.values())),
     }
 
 

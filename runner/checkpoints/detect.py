@@ -10,6 +10,7 @@ from typing import Protocol
 import yaml
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
+from runner.checkpoints.reading import read, weight_names
 from runner.checkpoints.runs import step_in_name
 from runner.config import AUTO, group_files
 from runner.errors import CheckpointError, ConfigError
@@ -63,12 +64,10 @@ def open_checkpoint(path: Path, format_name: str = "auto", module: str | None = 
     A directory that holds exactly one checkpoint is that checkpoint. Raises CheckpointError where no format or
     several match, with what was seen, and for a checkpoint that its format refuses.
     """
-    known = formats(module)
-    if format_name not in ("auto", *known):
-        raise ConfigError(f"format={format_name} is unknown; formats are {', '.join(known)}")
+    known = _known(format_name, module)
     listing = Listing.of(path)
     if format_name != "auto":
-        return _finished(known[format_name].open(listing))
+        return finished(read(listing, known[format_name]).open())
     found, errors = _matching(listing, known)
     if not found:
         inside = [entry for entry in _directories(listing) if _matching(entry, known)[0]]
@@ -77,10 +76,72 @@ def open_checkpoint(path: Path, format_name: str = "auto", module: str | None = 
         if errors:
             raise errors[0]
         raise CheckpointError(_nothing_found(listing, known, inside))
+    return finished(read(listing, known[_only(found, path)]).open())
+
+
+def recognise(
+    path: Path, format_name: str = "auto", module: str | None = None
+) -> tuple[Listing, CheckpointFormat | None]:
+    """What lies at `path`, however damaged, and the format that it shows itself to be; None where nothing does.
+
+    A directory that holds exactly one checkpoint is that checkpoint. Raises CheckpointError where nothing is there that
+    could be a checkpoint, or several formats match.
+    """
+    known = _known(format_name, module)
+    listing = Listing.of(path)
+    if format_name != "auto":
+        return listing, known[format_name]
+    name = _shown(listing, known)
+    if name is None:
+        inside = [(entry, found) for entry in _directories(listing) if (found := _shown(entry, known)) is not None]
+        if len(inside) == 1:
+            return inside[0][0], known[inside[0][1]]
+        if not weight_names(listing):
+            name = _strongest({each.name: each.remains(listing) for each in known.values() if each.remains})
+            if name is None:
+                shown = ", ".join(listing.entries[:8]) or "nothing"
+                raise CheckpointError(f"{path}: holds no checkpoint that is known; it holds {shown}")
+    return listing, known[name] if name else None
+
+
+def _known(format_name: str, module: str | None) -> dict[str, CheckpointFormat]:
+    """Every format by name. Raises ConfigError where `format_name` is none of them."""
+    known = formats(module)
+    if format_name not in ("auto", *known):
+        raise ConfigError(f"format={format_name} is unknown; formats are {', '.join(known)}")
+    return known
+
+
+def several(path: Path) -> list[Path]:
+    """The checkpoints in a directory that is none itself, where it holds more than one; else []."""
+    if not path.is_dir():
+        return []
+    known, listing = formats(), Listing.of(path)
+    if _shown(listing, known) is not None:
+        return []
+    inside = [entry.path for entry in _directories(listing) if _shown(entry, known) is not None]
+    return inside if len(inside) > 1 else []
+
+
+def _shown(listing: Listing, known: Mapping[str, CheckpointFormat]) -> str | None:
+    """The name of the format that matches, else of the first that a damaged checkpoint resembles."""
+    if found := _matching(listing, known)[0]:
+        return _only(found, listing.path)
+    marks = {each.name: each.resembles(listing) for each in known.values() if each.resembles}
+    return _strongest(marks)
+
+
+def _strongest(marks: Mapping[str, int]) -> str | None:
+    """The name with the highest mark above 0."""
+    name = max(marks, key=lambda name: marks[name], default=None)
+    return name if name is not None and marks[name] > 0 else None
+
+
+def _only(found: Mapping[str, str], path: Path) -> str:
     if len(found) > 1:
         shown = "; ".join(f"{name} ({evidence})" for name, evidence in found.items())
         raise CheckpointError(f"{path}: could be several formats: {shown}; choose one with format=")
-    return _finished(known[next(iter(found))].open(listing))
+    return next(iter(found))
 
 
 def _matching(listing: Listing, known: Mapping[str, CheckpointFormat]) -> tuple[dict[str, str], list[CheckpointError]]:
@@ -117,12 +178,10 @@ def _nothing_found(listing: Listing, known: Mapping[str, CheckpointFormat], insi
     return f"{listing.path}: No NPT layers found, nor any other known format ({', '.join(known)}); {seen}"
 
 
-def _finished(checkpoint: Checkpoint) -> Checkpoint:
+def finished(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with what every format has in common: the step in its name, and dtypes that are not float32."""
     findings = list(checkpoint.findings)
-    dtypes = sorted(
-        {str(info.dtype).removeprefix("torch.") for info in checkpoint.weights.infos.values()} - {"float32"}
-    )
+    dtypes = sorted({info.dtype_name for info in checkpoint.weights.infos.values()} - {"float32"})
     if dtypes:
         findings.append(f"weights are stored as {', '.join(dtypes)}")
     named = step_in_name(checkpoint.path.name)

@@ -1,19 +1,25 @@
 """A Hugging Face model directory: where its config, weights and tokenizer lie, and how one is written."""
 
+from __future__ import annotations
+
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from runner.checkpoints.checkpoint import Checkpoint, Listing
 from runner.errors import CheckpointError
 from runner.files.strict_json import read_object
-from runner.files.tensors import TensorSource, open_sharded, open_weights
+from runner.files.tensors import TensorSource, open_sharded, open_weights, owned
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# The files in which transformers saves a model.
+MERGED_MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 CONFIG = "config.json"
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 SHARDED = tuple(f"{name}.index.json" for name in SINGLE)
@@ -71,17 +77,14 @@ def is_model_directory(listing: Listing) -> bool:
 def save(
     directory: Path, tensors: Mapping[str, torch.Tensor], *, config: Mapping[str, object], beside: Iterable[Path] = ()
 ) -> None:
-    """Write the files into `directory` (a staged one: see commit.py).
+    """Write the files into `directory` (a staged one).
 
     `tensors`: all weights by their names; `config` becomes config.json; `beside`: files that are copied as they are.
     The weights file holds copies of its own, never views of larger storages.
     """
-    owned = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
     from safetensors.torch import save_file
 
-    save_file(owned, directory / SINGLE[0], metadata={"format": "pt"})
+    save_file(owned(tensors), directory / SINGLE[0], metadata={"format": "pt"})
     for file in beside:
         shutil.copyfile(file, directory / file.name)
     write_config(directory, config)

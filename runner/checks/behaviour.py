@@ -1,16 +1,19 @@
-"""What every model must do: be built from all of its keys, give finite logits, and not mind company or padding."""
+"""What every model must do: be built from all of its keys, give finite logits, and not mind company or padding; and
+what training must reach, and what it must leave alone: gradients and one optimizer step."""
 
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
-from runner.checks.check import Outcome, failed, passed
-from runner.checks.context import Bench
-from runner.checks.inputs import long_ids, prompts, ragged, right_padded
+from runner.checks.check import failed, passed
+from runner.checks.context import MODEL, PADDING, CheckContext, Outcome
 from runner.evaluation.forward import device_of, first_non_finite, limits, logit_chunks, logit_count, trace
-from runner.families.gpt.model import Gpt
-from runner.families.lora_moe.model import LoraMoeForCausalLM
+from runner.files.tensors import is_finite
 
 BATCH_SIZES = (1, 4, 16)
 # Products of other shapes add up in another order, and a random model amplifies that: to 3e-4 of the logits' size at
@@ -20,13 +23,13 @@ MEAN_TOLERANCE = 1e-4
 LARGEST_TOLERANCE = 2e-2
 # In bfloat16 and float16 a rounding is 2^16 and 2^13 times coarser.
 COARSE = {torch.bfloat16: 300.0, torch.float16: 40.0}
-# Router logits closer than this may be ordered otherwise by rounding alone.
-NEAR_TIE = 1e-2
+# By how much of its largest value a step moves a parameter: visible in every precision, whatever the gradient's scale.
+STEP_SIZE = 1e-2
 
 
-def build(bench: Bench) -> Outcome:
+def build(context: CheckContext) -> Outcome:
     """The model is built, strictly: every key is used, and nothing of it is left without weights."""
-    model = bench.model
+    model = context.model
     empty = sorted(name for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta)
     if empty:
         return failed(f"{len(empty)} parameters have no weights: {', '.join(empty[:5])}")
@@ -34,9 +37,9 @@ def build(bench: Bench) -> Outcome:
     return passed(f"{type(model).__name__} with {count:,} parameters, {str(next(model.parameters()).dtype)[6:]}")
 
 
-def forward(bench: Bench) -> Outcome:
-    """Logits of the prompts and of a long sequence: one row a token, every value finite (and below a GPT's cap)."""
-    model, sequences = bench.model, [*prompts(bench), long_ids(bench)]
+def forward(context: CheckContext) -> Outcome:
+    """Logits of the prompts and of a long sequence: one row a token, every value finite (and within a soft cap)."""
+    model, sequences = context.model, [*context.prompts(), context.long_ids()]
     expected = logit_count(model)
     extremes = []
     for token_ids in sequences:
@@ -48,10 +51,9 @@ def forward(bench: Bench) -> Outcome:
             place = f"from {where[0]} on, first at position {where[1]}" if where else "in the last product"
             return failed(f"logits of {len(token_ids)} tokens are not finite: {place}", "Look at the weights there.")
         extremes += [low.item(), high.item()]
-    if isinstance(model, Gpt):
-        bounds = (0.0, 30.0) if model.config.dialect == "small" else (-15.0, 15.0)
-        if not bounds[0] <= min(extremes) <= max(extremes) <= bounds[1]:
-            return failed(f"logits from {min(extremes):.4g} to {max(extremes):.4g} leave the soft cap {bounds}")
+    bounds = context.own_family.traits(context.checkpoint).logit_bounds
+    if bounds is not None and not bounds[0] <= min(extremes) <= max(extremes) <= bounds[1]:
+        return failed(f"logits from {min(extremes):.4g} to {max(extremes):.4g} leave the soft cap {bounds}")
     longest = max(map(len, sequences))
     return passed(f"{len(sequences)} sequences of up to {longest} tokens: finite logits of {expected} entries")
 
@@ -68,10 +70,10 @@ def _logits(model: nn.Module, token_ids: torch.Tensor) -> tuple[tuple[int, int],
     return (count, width), torch.stack(lows).amin(), torch.stack(highs).amax()
 
 
-def batch(bench: Bench) -> Outcome:
+def batch(context: CheckContext) -> Outcome:
     """Batches of 1, 4 and 16 sequences, padded on the right, give each sequence the logits that it has alone."""
-    model = bench.model
-    sequences = ragged(bench, max(BATCH_SIZES))
+    model, traits = context.model, context.own_family.traits(context.checkpoint)
+    sequences = context.ragged(max(BATCH_SIZES))
     alone = [_run(model, ids[None]) for ids in sequences]
     coarse = COARSE.get(next(model.parameters()).dtype, 1.0)
     worst, ties = 0.0, 0
@@ -81,7 +83,7 @@ def batch(bench: Bench) -> Outcome:
         rows = [sequences[i] for i in chosen]
         together = _run(model, *right_padded(rows, filler=limits(model)[0] - 1))
         for row, (ids, own) in enumerate(zip(rows, (alone[i] for i in chosen), strict=True)):
-            length = _comparable(model, own, together, row, len(ids))
+            length = traits.comparable(model, own, together, row, len(ids))
             ties += length < len(ids)
             largest, mean = _relative_difference(own.logits[0, :length], together.logits[row, :length])
             if not (largest <= LARGEST_TOLERANCE * coarse and mean <= MEAN_TOLERANCE * coarse):
@@ -118,12 +120,137 @@ def _relative_difference(expected: torch.Tensor, found: torch.Tensor) -> tuple[f
     return difference.max().item(), difference.mean().item()
 
 
-def _comparable(model: nn.Module, alone: Any, together: Any, row: int, length: int) -> int:
-    """How many tokens of a sequence can be compared: up to one for which two experts are as good, which rounding may
-    order in either way."""
-    if not isinstance(model, LoraMoeForCausalLM) or model.top_k == len(model.names):
-        return length
-    chosen = (alone.expert_weights[0] > 0) != (together.expert_weights[row, :length] > 0)
-    best = alone.router_logits[0].float().topk(model.top_k + 1).values
-    ties = chosen.any(-1) & (best[:, -2] - best[:, -1] < NEAR_TIE)
-    return int(ties.nonzero()[0, 0]) if ties.any() else length
+def right_padded(sequences: list[torch.Tensor], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [B, T] of sequences [t], with positions of the token `filler` after each, the longest too."""
+    width = max(map(len, sequences)) + PADDING
+    ids = torch.full((len(sequences), width), filler)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = 1
+    return ids, mask
+
+
+def trained(context: CheckContext) -> dict[str, nn.Parameter]:
+    """The parameters of the model that training changes."""
+    traits = context.own_family.traits(context.checkpoint)
+    return {name: parameter for name, parameter in context.model.named_parameters() if traits.is_trained(name)}
+
+
+def gradients(context: CheckContext) -> Outcome:
+    """A fine-tuning loss has a finite gradient for every parameter that should train, and for no other."""
+    context.free("reloaded")
+    model = context.model
+    wanted = trained(context)
+    with _training(model, wanted):
+        _loss(context, model).backward()
+        reached = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        missing = sorted(wanted.keys() - reached.keys())
+        stray = sorted(reached.keys() - wanted.keys())
+        broken = sorted(name for name, gradient in reached.items() if not is_finite(gradient))
+        zero = [name for name in wanted if name in reached and not bool(reached[name].any())]
+    traits = context.own_family.traits(context.checkpoint)
+    unexplained = sorted(name for name in zero if not traits.may_be_zero(name, wanted))
+    problems = [
+        f"{what}: {', '.join(names[:4])}{f', … ({len(names)})' if len(names) > 4 else ''}"
+        for what, names in (
+            ("no gradient reaches", missing),
+            ("a gradient reaches what should not train", stray),
+            ("the gradient is not finite", broken),
+            ("the gradient is zero everywhere", unexplained),
+        )
+        if names
+    ]
+    if problems:
+        return failed("; ".join(problems), "Look at requires_grad, detach and no_grad in the model.")
+    said = f" ({len(zero)} zero for now: what they are multiplied with is zero)" if zero else ""
+    return passed(f"{len(wanted)} parameters have a gradient{said}, {_count(model) - len(wanted)} others none")
+
+
+def optimizer_step(context: CheckContext) -> Outcome:
+    """One optimizer step changes every parameter that has a gradient, and not a bit of anything else."""
+    model = context.model
+    wanted = trained(context)
+    before = _digests(model)
+    kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+    try:
+        with _training(model, wanted):
+            _loss(context, model).backward()
+            moving = {name for name, p in wanted.items() if p.grad is not None and bool(p.grad.any())}
+            stepped = [p for p in model.parameters() if p.grad is not None]
+            kept += [(p, p.detach().clone()) for p in stepped] if context.own else []
+            for parameter in stepped:
+                _scale(parameter)
+            # Plain SGD: moments would take twice the memory of the weights.
+            torch.optim.SGD(stepped, lr=STEP_SIZE, foreach=False).step()
+        changed = {name for name, digest in _digests(model).items() if before[name] != digest}
+    finally:
+        # The base is shared with whoever comes next, and what was stepped may lie in its memory.
+        with torch.no_grad():
+            for parameter, values in kept:
+                parameter.copy_(values)
+        if not context.own:
+            context.free(*MODEL)  # a model may lie in the mapped file, and a step in its private copy
+    if stray := sorted(changed - wanted.keys()):
+        return failed(f"a step also changes {', '.join(stray[:4])}", "Look for tensors that share memory.")
+    if not moving:
+        return failed(
+            "every gradient is zero, so no step can change anything: the factors that multiply each other are all zero",
+            "start the training again: one factor of each product must begin with other values than zero",
+        )
+    if moving - changed:
+        return failed(f"a step leaves {', '.join(sorted(moving - changed)[:4])} as it was")
+    return passed(f"changes {len(changed)} parameters; {len(before) - len(changed)} other tensors keep every bit")
+
+
+@contextmanager
+def _training(model: nn.Module, wanted: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Within the block the model is in training mode and `wanted` require gradients; afterwards all is as before."""
+    was_training, required = model.training, {name: p.requires_grad for name, p in wanted.items()}
+    model.train()
+    for parameter in wanted.values():
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        for parameter in model.parameters():
+            parameter.grad = None
+        for name, parameter in wanted.items():
+            parameter.requires_grad_(required[name])
+
+
+def _scale(parameter: nn.Parameter) -> None:
+    """Make the gradient's largest value that of the parameter; zero stays zero.
+
+    In place of a learning rate each: an optimizer looks through all of its groups for each one that is added.
+    """
+    assert parameter.grad is not None
+    largest, slope = (each.detach().abs().max().item() for each in (parameter, parameter.grad))
+    if slope:
+        parameter.grad.div_(slope).mul_(max(largest, 1e-3))
+
+
+def _loss(context: CheckContext, model: nn.Module) -> torch.Tensor:
+    """Mean cross-entropy of the next token over a padded batch, and the balance loss of a router."""
+    sequences = [*context.prompts(), context.ragged(1)[0]]
+    ids, mask = (each.to(device_of(model)) for each in right_padded(sequences, filler=0))
+    output = model(ids, attention_mask=mask)
+    targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+    loss = cross_entropy(output.logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+    balance = getattr(output, "balance_loss", None)
+    return loss if balance is None else loss + balance
+
+
+def _digests(model: nn.Module) -> dict[str, int]:
+    """A checksum of the bytes of every parameter and buffer."""
+    return {name: _crc32(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _crc32(tensor: torch.Tensor) -> int:
+    values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(values)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(1 for _ in model.parameters())

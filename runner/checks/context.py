@@ -1,28 +1,79 @@
-"""What the checks of one run share, each made when a check first asks for it."""
+"""What a check is, what it asks of the family that it tests, and what the checks of one run share."""
 
-from collections.abc import Iterable, Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from runner.checks.detected import MERGED_MODEL, Look, look, weight_files
-from runner.checks.headers import Header, read_header
-from runner.config import TestConfig
+from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
+from runner.checkpoints.detect import families, finished, open_checkpoint, recognise
+from runner.checkpoints.model_directory import MERGED_MODEL, has_tokenizer, open_model_weights, read_config
+from runner.checkpoints.reading import Reading, read
+from runner.config import AUTO, TestConfig
 from runner.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
-    from runner.checkpoints.checkpoint import Checkpoint
     from runner.evaluation.base_models import Base
-    from runner.evaluation.placement import Placement
+    from runner.evaluation.placement import DeviceMap, Placement
 
 Item = TypeVar("Item")
+PASS, WARNING, FAIL, SKIPPED = "pass", "warning", "fail", "skipped"
+STATUSES = (PASS, WARNING, FAIL, SKIPPED)
 # The check that builds a checkpoint where none was named; a tier without it needs one.
 BUILT = "built"
-# The family of what is too damaged to show it.
-UNKNOWN = "unknown"
+# The family that is built where none is named, and that of what is too damaged to show it.
+DEFAULT_FAMILY, UNKNOWN = "npt", "unknown"
+# Tokens that stand for a prompt where there is no tokenizer.
+SEEDED_LENGTH = 64
+# The model, and what may hold the mapped file that it lies in.
+MODEL = ("model", "checkpoint", "reading", "recognised")
+# Of padded batches: the longest sequence, and the positions after it.
+LONGEST = 32
+PADDING = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a check found, in one line of `details`.
+
+    `score`: 0 to 1, of quality checks only. `data`: figures for machines (kept in `result.json`).
+    """
+
+    status: str
+    details: str
+    score: float | None = None
+    recommendation: str | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.status in STATUSES, self.status
+        assert self.score is None or 0 <= self.score <= 1, self.score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One check: `run` gives its outcome, or raises RunnerError, which is a failure with that message.
+
+    `title` says in a few words what it looks at. `needs`: names of checks without whose success it means nothing; where
+    one of them failed or was skipped it is skipped, so that a fault shows once. Those left out of the tier are no
+    obstacle. `unless_failed`: the same, but such a check may have found nothing to look at. `unless_explained`: skipped
+    where any check before it failed, which then says the same more clearly.
+    """
+
+    name: str
+    title: str
+    run: Callable[[CheckContext], Outcome]
+    integrity: bool = True
+    needs: tuple[str, ...] = ()
+    unless_failed: tuple[str, ...] = ()
+    unless_explained: bool = False
 
 
 class Shows(Protocol):
@@ -36,34 +87,133 @@ class Shows(Protocol):
         """The items one by one, under a progress bar."""
 
 
+class CheckedFamily(Protocol):
+    """What the checks use of a family, which a task hands them (see runner/families/family.py)."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def device_map(self) -> DeviceMap | None:
+        """Over which devices a model is spread."""
+
+    def checks(self) -> Mapping[str, Check]:
+        """The checks that only its checkpoints have."""
+
+    def examples(self) -> Mapping[str, Example]:
+        """What writes a tiny checkpoint of each of its formats, without torch."""
+
+    def needs_base(self, checkpoint: Checkpoint) -> bool:
+        """Whether the checkpoint holds only what is added to a base model."""
+
+    def base_misfits(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
+        """In what the base with this config.json is another than the checkpoint was made for."""
+
+    def load_base(self, checkpoint: Checkpoint, base: str | Path | None, placement: Placement) -> Base | None:
+        """The base model that the checkpoint needs to run."""
+
+    def build(self, checkpoint: Checkpoint, base: Base | None, placement: Placement) -> nn.Module:
+        """The checkpoint's model in evaluation mode."""
+
+    def can_save(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint of this format is written here."""
+
+    def save(self, checkpoint: Checkpoint, model: nn.Module, base: Path | None, target: Path) -> Path:
+        """Write the model into the new directory `target`; where it lies."""
+
+    def check_buildable(self, base: str | None) -> None:
+        """Raise ConfigError where `build_small` cannot build over `base`."""
+
+    def build_small(self, context: CheckContext) -> Path:
+        """A small checkpoint with random weights below the scratch directory."""
+
+    def traits(self, checkpoint: Checkpoint) -> Traits:
+        """What sets its models apart in the checks of every model."""
+
+
+class Example(Protocol):
+    """Writes a tiny checkpoint into a directory that it makes; the name of a file that it cannot do without."""
+
+    def __call__(self, root: Path) -> str:
+        """Write it."""
+
+
+class Traits:
+    """What sets a family's models apart in the checks of every model; here that of a plain model, all of it trained."""
+
+    # The bounds of its logits, where it caps them.
+    logit_bounds: tuple[float, float] | None = None
+
+    def is_trained(self, name: str) -> bool:
+        """Whether training changes the parameter `name`."""
+        return True
+
+    def may_be_zero(self, name: str, trained: Mapping[str, nn.Parameter]) -> bool:
+        """Whether a gradient of `name` that is all zero follows from other factors of a product that are zero."""
+        return any(not bool(parameter.any()) for parameter in trained.values())
+
+    def comparable(self, model: nn.Module, alone: Any, together: Any, row: int, length: int) -> int:
+        """How many tokens of a sequence, `row` of a batch, must have the same logits `together` as `alone`."""
+        return length
+
+
 # Its members import torch when they are used: the quick tier has no use for it.
 @dataclass(kw_only=True)
-class Bench:
+class CheckContext:
     """`path`: the checkpoint that was named, or None; `scratch`: an empty directory for what the checks write.
 
     The models stay in memory until `free` is called, or the run ends.
     """
 
     config: TestConfig
-    context: Shows
+    shows: Shows
     path: Path | None
     scratch: Path
-    _headers: dict[tuple[Path, str], Header] = field(default_factory=dict, repr=False)
 
     @cached_property
-    def family(self) -> str | None:
-        """The family that is tested, told without torch where that can be; None where no checkpoint is.
+    def families(self) -> Mapping[str, CheckedFamily]:
+        """Every family, by name."""
+        known: Mapping[str, Any] = families()
+        return known
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether a checkpoint is tested, and not the machine alone."""
+        return self.path is not None or BUILT in self.config.tier.checks
+
+    @cached_property
+    def family(self) -> CheckedFamily | None:
+        """The family that is tested, told without torch where that can be; None without a checkpoint or for an unknown.
 
         Raises CheckpointError where nothing at `path` could be a checkpoint, ConfigError where it is of another family
         than was asked for.
         """
-        wanted = None if self.config.family.name == "auto" else self.config.family.name
+        wanted = None if self.config.family.name == AUTO else self.config.family.name
         if self.path is None:
-            return (wanted or "npt") if BUILT in self.config.tier.checks else None
-        found = self.checkpoint.family if self.config.format.module else self.look.family
+            return self._family(wanted or DEFAULT_FAMILY) if self.has_checkpoint else None
+        found = self.format.family if self.format is not None else None
         if wanted is not None and found not in (wanted, None):
             raise ConfigError(f"family={wanted}, but {self.path} is of the family {found}")
-        return found or wanted or UNKNOWN
+        name = found or wanted
+        return None if name is None else self._family(name)
+
+    def _family(self, name: str) -> CheckedFamily:
+        family: CheckedFamily = self.config.family.named(name)
+        return family
+
+    @property
+    def family_name(self) -> str | None:
+        """The name of the family for a result; None where no checkpoint is tested."""
+        if not self.has_checkpoint:
+            return None
+        return UNKNOWN if self.family is None else self.family.name
+
+    @property
+    def own_family(self) -> CheckedFamily:
+        """The family of a checkpoint that was recognised."""
+        assert self.family is not None, "only a checkpoint that opens has a model"
+        return self.family
 
     @property
     def subject(self) -> Path:
@@ -71,69 +221,46 @@ class Bench:
         return self.built if self.path is None else self.path
 
     @cached_property
-    def look(self) -> Look:
-        """What `subject` shows itself to be, however damaged. Raises CheckpointError."""
-        if self.config.format.module:  # a format that only its own module knows
-            return Look(path=self.subject, format=self.config.format.name)
-        found = look(self.subject, self.header)
-        return found if self.config.format.name == "auto" else replace(found, format=self.config.format.name)
-
-    @cached_property
-    def weights(self) -> Header:
-        """The one weights file of a format that has one. Raises CheckpointError for none or several."""
-        if len(self.files) != 1:
-            held = ", ".join(file.name for file in self.files) or "none"
-            raise CheckpointError(f"one weights file is needed, there is {held}")
-        return self.header(self.files[0])
+    def recognised(self) -> tuple[Listing, CheckpointFormat | None]:
+        """What `subject` is, and the format that it shows itself to be, however damaged. Raises CheckpointError."""
+        return recognise(self.subject, self.config.format.name, self.config.format.module)
 
     @property
-    def files(self) -> list[Path]:
-        """The files that hold the weights."""
-        return list(self.checkpoint.weights.files) if self.config.format.module else weight_files(self.look)
+    def format(self) -> CheckpointFormat | None:
+        """The format that the checkpoint shows itself to be."""
+        return self.recognised[1]
 
-    def header(self, path: Path, state_dict_key: str = "model") -> Header:
-        """The header of one weights file, read once; a training script's .pt has its tensors under "model".
+    @cached_property
+    def reading(self) -> Reading:
+        """What the format's reader finds, part by part."""
+        return read(*self.recognised)
 
-        Raises as `read_header`.
-        """
-        key = (path, state_dict_key)
-        if key not in self._headers:
-            self._headers[key] = read_header(path, state_dict_key)
-        return self._headers[key]
+    @property
+    def directory(self) -> Path:
+        """Where the checkpoint's files lie."""
+        path = self.reading.path
+        return path if path.is_dir() else path.parent
 
-    def extras(self, path: Path, state_dict_key: str) -> dict[str, Any]:
-        """What a .pt holds beside the tensors under `state_dict_key`."""
-        from runner.files.tensors import open_weights
-
-        return dict(open_weights(path, state_dict_key=state_dict_key).extras)
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """`subject`, from headers. Raises CheckpointError where it cannot be opened."""
+        if self.format is None:
+            return open_checkpoint(self.subject)
+        return finished(self.reading.open())
 
     @cached_property
     def built(self) -> Path:
         """A small checkpoint of the family that was asked for, saved by the code that training uses."""
-        from runner.checks.building import build
-
-        return build(self)
+        return self.own_family.build_small(self)
 
     @cached_property
     def saved(self) -> Path:
-        """The checkpoint, loaded and saved again to `scratch`. Raises what the saver raises."""
-        from runner.checks.roundtrip import save_copy
-
-        return save_copy(self)
+        """Where the checkpoint lies, loaded and saved again below `scratch`. Raises what the saver raises."""
+        base = self.own.path if self.own else None
+        return self.own_family.save(self.checkpoint, self.model, base, self.scratch / "saved")
 
     @cached_property
-    def checkpoint(self) -> "Checkpoint":
-        """`subject`, from headers. Raises CheckpointError."""
-        from runner.checkpoints.detect import open_checkpoint
-
-        checkpoint = open_checkpoint(self.subject, self.config.format.name, self.config.format.module)
-        wanted = self.config.family.name
-        if wanted not in ("auto", checkpoint.family):
-            raise ConfigError(f"family={wanted}, but {checkpoint.path} is of the family {checkpoint.family}")
-        return checkpoint
-
-    @property
-    def placement(self) -> "Placement":
+    def placement(self) -> Placement:
         """Where and in what precision models are built."""
         from runner.evaluation.placement import Placement
 
@@ -141,46 +268,87 @@ class Bench:
         return Placement(device=self.config.device, dtype=self.config.dtype, device_map=spread)
 
     @cached_property
-    def own_family(self) -> Any:
-        """The Family of the checkpoint, with the settings that were asked for."""
-        return self.config.family.of(self.checkpoint)
-
-    @cached_property
-    def own(self) -> "Base | None":
+    def own(self) -> Base | None:
         """The base that the checkpoint's format needs to run; None for one that is complete by itself."""
-        base: Base | None = self.own_family.load_base(self.checkpoint, self.config.base, self.placement)
-        return base
+        return self.own_family.load_base(self.checkpoint, self.config.base, self.placement)
+
+    def base_path(self) -> Path:
+        """The directory of the base that `base=` or the checkpoint names. Raises CheckpointError where it is not here.
+
+        Only headers are read.
+        """
+        checkpoint = self.reading.checkpoint
+        if self.config.base is not None:
+            path = Path(self.config.base).expanduser()
+        elif checkpoint is None or not checkpoint.base_name:
+            raise CheckpointError("it names no base model; give it as base=")
+        else:
+            path = checkpoint.local_base() or Path(checkpoint.base_name)
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"its base model {path} does not lie here; give it as base=")
+        return path
 
     @cached_property
-    def model(self) -> "nn.Module":
+    def model(self) -> nn.Module:
         """The checkpoint's model in evaluation mode."""
-        model: nn.Module = self.own_family.build(self.checkpoint, self.own, self.placement)
-        return model
+        return self.own_family.build(self.checkpoint, self.own, self.placement)
 
     @cached_property
-    def reloaded(self) -> "nn.Module":
+    def reloaded(self) -> nn.Module:
         """A fresh model built from `saved`: it shares nothing with `model`, whose base a saver may have changed."""
-        from runner.checkpoints.detect import open_checkpoint
-
         checkpoint = open_checkpoint(self.saved, self.checkpoint.format, self.config.format.module)
         base = None if self.own is None else fresh(self.own, self.placement)
-        model: nn.Module = self.own_family.build(checkpoint, base, self.placement)
-        return model
+        return self.own_family.build(checkpoint, base, self.placement)
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer of the checkpoint, its base, or `tokenizer=`; None where there is none."""
-        from runner.checkpoints import model_directory as hf
         from runner.evaluation.tokenizers import load_tokenizer
 
         directories = [self.checkpoint.directory, *([self.own.path] if self.own else [])]
-        if self.config.tokenizer is None and not any(map(hf.has_tokenizer, directories)):
+        if self.config.tokenizer is None and not any(map(has_tokenizer, directories)):
             return None
-        return load_tokenizer(self.config.tokenizer, directories)
+        tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.config.tokenizer, directories)
+        return tokenizer
+
+    # Token ids that the model is run on.
+
+    def prompt_ids(self, text: str) -> torch.Tensor:
+        """Token ids [T] of `text`, or what stands for it where there is no tokenizer."""
+        from runner.evaluation.forward import limits
+        from runner.evaluation.tokenizers import encode, seeded_ids
+
+        vocab_size, longest = limits(self.model)
+        if self.tokenizer is None:
+            return seeded_ids(text, vocab_size, min(SEEDED_LENGTH, longest or SEEDED_LENGTH), self.config.seed)
+        return encode(self.tokenizer, text, vocab_size)
+
+    def prompts(self) -> list[torch.Tensor]:
+        """The token ids [T] of each of `data.prompts`."""
+        return [self.prompt_ids(text) for text in self.config.data.prompts]
+
+    def long_ids(self) -> torch.Tensor:
+        """One sequence [T] of the tier's length or the model's maximum: short prompts hide broken rotary embeddings."""
+        from runner.evaluation.forward import limits
+        from runner.evaluation.tokenizers import seeded_ids
+
+        vocab_size, longest = limits(self.model)
+        length: int = self.config.tier.sequence_length
+        return seeded_ids("a long sequence", vocab_size, min(length, longest or length), self.config.seed)
+
+    def ragged(self, count: int) -> list[torch.Tensor]:
+        """`count` sequences [T], the longest first, each with room for padding within the model's maximum."""
+        from runner.evaluation.forward import limits
+        from runner.evaluation.tokenizers import seeded_ids
+
+        vocab_size, longest = limits(self.model)
+        longest = LONGEST if longest is None else max(1, min(LONGEST, longest - PADDING))
+        lengths = [max(1, longest - i * longest // count) for i in range(count)]
+        return [seeded_ids(f"sequence {i}", vocab_size, n, self.config.seed) for i, n in enumerate(lengths)]
 
     def free_all(self) -> None:
         """Forget every model."""
-        self.free("model", "reloaded", "own", "checkpoint")
+        self.free("reloaded", "own", *MODEL)
 
     def free(self, *names: str) -> None:
         """Forget what was made under these names; it is made again if it is asked for."""
@@ -188,13 +356,12 @@ class Bench:
             self.__dict__.pop(name, None)
 
 
-def fresh(base: "Base", placement: "Placement") -> "Base":
+def fresh(base: Base, placement: Placement) -> Base:
     """The same base, read from its files once more."""
-    from runner.checkpoints import model_directory as hf
     from runner.evaluation.base_models import build_plain
 
-    weights = hf.open_model_weights(base.path)
-    model = build_plain(hf.read_config(base.path), weights, weights.infos, placement)
+    weights = open_model_weights(base.path)
+    model = build_plain(read_config(base.path), weights, weights.infos, placement)
     return replace(base, model=model, key=(*base.key, "fresh"))
 
 
@@ -212,13 +379,10 @@ def check_base(given: str) -> None:
         raise ConfigError(f"base={given}: is no model: it needs config.json and weights (model.safetensors, …)")
 
 
-def check_buildable(bench: Bench) -> None:
+def check_buildable(context: CheckContext) -> None:
     """Raise ConfigError, or CheckpointError for a base that is not there, where `built` cannot be what is asked for."""
-    family, base = bench.family, bench.config.base
-    if family == "hf":
-        raise ConfigError("family=hf: nothing is added to a plain model; give ckpt=, or family=npt, gpt or lora_moe")
-    if family == "gpt" and base is not None:
-        raise ConfigError("base= belongs to families that stand on a base; a gpt is complete by itself")
+    base = context.config.base
+    context.own_family.check_buildable(base)
     if base is not None:
         from runner.evaluation.base_models import find_base
 

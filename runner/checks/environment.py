@@ -7,19 +7,28 @@ import ast
 import os
 import re
 import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from runner.checks.check import WARNING, Outcome, failed, passed
-from runner.checks.context import Bench
+from runner.checks.check import checks_for, failed, passed, run_checks
+from runner.checks.context import FAIL, WARNING, CheckContext, CheckedFamily, Item, Outcome
+from runner.config import Format
+from runner.errors import RunnerError
 
 NEEDED = ("torch", "transformers", "safetensors", "peft")
 OPTIONAL = ("wandb",)  # tracker=none does without it
+# The checks of structure that each tiny layout must pass.
+STRUCTURE = (
+    "files", "config", "layout", "experts", "gate", "adapters", "blocks", "keys", "shapes", "hidden_size", "pollution",
+    "size",
+)  # fmt: skip
 
 
-def versions(bench: Bench) -> Outcome:
+def versions(context: CheckContext) -> Outcome:
     """The libraries that write and read checkpoints, from their metadata."""
     found = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
     absent = [name for name in NEEDED if found[name] is None]
@@ -40,7 +49,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def peft(bench: Bench) -> Outcome:
+def peft(context: CheckContext) -> Outcome:
     """What the installed PEFT offers, read from its source."""
     root = package_directory("peft")
     if root is None:
@@ -81,13 +90,13 @@ def peft_features(root: Path) -> dict[str, bool]:
     }
 
 
-def safetensors(bench: Bench) -> Outcome:
+def safetensors(context: CheckContext) -> Outcome:
     """Tensors written and read back are the same, and a damaged file is refused."""
     import numpy as np
     from safetensors import SafetensorError
     from safetensors.numpy import load_file, save_file
 
-    path = bench.scratch / "round_trip.safetensors"
+    path = context.scratch / "round_trip.safetensors"
     written: dict[str, Any] = {
         "gate.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
         "gate.bias": np.ones(3, dtype=np.float16),
@@ -108,9 +117,60 @@ def safetensors(bench: Bench) -> Outcome:
     return failed("a truncated file was read without an error", "install safetensors 0.8 or later")
 
 
-def writable(bench: Bench) -> Outcome:
+def formats(context: CheckContext) -> Outcome:
+    """Each layout is created, passes its checks, and does not pass them without one of its files."""
+    problems, names = [], []
+    for family in context.families.values():
+        for name, write in family.examples().items():
+            root = context.scratch / "layouts" / name
+            part = write(root)
+            names.append(name)
+            found = _failing(context, family, root)
+            (root / part).unlink()
+            problems += [f"{name}: {text}" for text in found]
+            if not _failing(context, family, root):
+                problems.append(f"{name}: nothing misses {part}")
+    if problems:
+        return failed("; ".join(problems), "the checks of this runner do not fit its formats: report it")
+    return passed(f"{', '.join(names)}: created and recognised, and refused without one of their files")
+
+
+def _failing(context: CheckContext, family: CheckedFamily, root: Path) -> list[str]:
+    """What is wrong with the tiny checkpoint of `family` in `root`, whose name is that of its format."""
+    config = replace(context.config, ckpt=str(root), base=None, format=Format(name="auto"))
+    inner = CheckContext(config=config, shows=_Silent(root), path=root, scratch=root)
+    inner.family = family
+    try:
+        if inner.format is None or inner.format.name != root.name:
+            return [f"recognised as {inner.format.name if inner.format else 'nothing'}"]
+        checks = checks_for(inner, STRUCTURE)
+    except RunnerError as error:
+        return [str(error)]
+    return [row["details"] for row in run_checks(checks, inner) if row["status"] == FAIL]
+
+
+def write_zeros(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A safetensors file with tensors of zeros, written without torch."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    save_file({name: np.zeros(shape, np.float16) for name, shape in shapes.items()}, path, metadata={"format": "pt"})
+
+
+class _Silent:
+    """A task's context without a progress bar."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def track(self, items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+        """The items as they are."""
+        return iter(items)
+
+
+def writable(context: CheckContext) -> Outcome:
     """Files can be made, synced and renamed where outputs land, and there is room for a checkpoint."""
-    place = bench.scratch / "writable"
+    place = context.scratch / "writable"
     try:
         place.mkdir()
         file = place / "file"
@@ -122,7 +182,7 @@ def writable(bench: Bench) -> Outcome:
         shutil.rmtree(place.with_name("renamed"))
     except OSError as error:
         return failed(f"{place}: {error.strerror}", "choose another place with hydra.run.dir=DIR")
-    free, wanted = shutil.disk_usage(bench.scratch).free / 1e6, bench.config.tier.max_size_mb
+    free, wanted = shutil.disk_usage(context.scratch).free / 1e6, context.config.tier.max_size_mb
     details = f"{free:,.0f} MB free"
     if free < wanted:
         return Outcome(

@@ -8,15 +8,11 @@ score above 0.8, WARNING from 0.5 on (the score where each comparison is a WARNI
 both other words are the status warning.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runner.checks.check import PASS, WARNING, Outcome, skipped
-from runner.checks.context import Bench
-from runner.checks.inputs import prompt_ids, prompts
-from runner.checks.subjects import subject_of
-from runner.errors import CheckpointError
+from runner.checks.check import skipped
+from runner.checks.context import PASS, WARNING, CheckContext, Outcome
 from runner.evaluation.evaluator import Evaluator
 from runner.evaluation.forward import limits
 from runner.metrics import layers as layer_measures
@@ -41,27 +37,12 @@ def word_of(score: float) -> str:
     return "PASS" if score > bounds["PASS"] else "WARNING" if score >= bounds["WARNING"] else "FAIL"
 
 
-def against_base(measure: Callable[[Bench, Evaluator], Outcome]) -> Callable[[Bench], Outcome]:
-    """`measure` as a check, which is skipped where the base is not found."""
-
-    @wraps(measure)
-    def check(bench: Bench) -> Outcome:
-        try:
-            subject = subject_of(bench)
-        except CheckpointError as error:
-            return skipped(f"nothing to compare with: {error}")
-        return measure(bench, subject)
-
-    return check
-
-
-@against_base
-def fidelity(bench: Bench, subject: Evaluator) -> Outcome:
+def fidelity(context: CheckContext, evaluator: Evaluator) -> Outcome:
     """Logits of the prompts against the base's."""
-    compared = [subject.compare(ids) for ids in prompts(bench)]
+    compared = [evaluator.compare(ids) for ids in context.prompts()]
     figures = summarise(compared)
     rows = [{"mse": c.mse, "cosine": c.cosine} if c.finite else {"mse": None, "cosine": None} for c in compared]
-    verdict = judge(figures["mse"], figures["cosine"], bench.config.verdict)
+    verdict = judge(figures["mse"], figures["cosine"], context.config.verdict)
     return _outcome(
         grade(figures["mse"], figures["cosine"]),
         _mean_score(rows),
@@ -71,12 +52,11 @@ def fidelity(bench: Bench, subject: Evaluator) -> Outcome:
     )
 
 
-@against_base
-def layers(bench: Bench, subject: Evaluator) -> Outcome:
+def layers(context: CheckContext, evaluator: Evaluator) -> Outcome:
     """Each NPT layer alone, all others standard, on the layer prompt."""
-    token_ids = prompt_ids(bench, bench.config.data.layer_prompt)
-    reference, run = subject.layer_run(token_ids)
-    rows = layer_measures.isolation(run, reference, token_ids, list(subject.switchable.npt_layers))
+    token_ids = context.prompt_ids(context.config.data.layer_prompt)
+    reference, run = evaluator.layer_run(token_ids)
+    rows = layer_measures.isolation(run, reference, token_ids, list(evaluator.switchable.npt_layers))
     score = _mean_score(rows)
     worst = max(rows, key=_badness)
     poor = [str(row["layer"]) for row in rows if grade(row["mse"], row["cosine"]) == "FAIL"]
@@ -89,12 +69,11 @@ def layers(bench: Bench, subject: Evaluator) -> Outcome:
     )
 
 
-@against_base
-def progressive(bench: Bench, subject: Evaluator) -> Outcome:
+def progressive(context: CheckContext, evaluator: Evaluator) -> Outcome:
     """The lowest 1, 2, … n NPT layers together, on the layer prompt."""
-    token_ids = prompt_ids(bench, bench.config.data.layer_prompt)
-    reference, run = subject.layer_run(token_ids)
-    rows = layer_measures.progressive(run, reference, token_ids, list(subject.switchable.npt_layers))
+    token_ids = context.prompt_ids(context.config.data.layer_prompt)
+    reference, run = evaluator.layer_run(token_ids)
+    rows = layer_measures.progressive(run, reference, token_ids, list(evaluator.switchable.npt_layers))
     score = _mean_score(rows)
     trend = layer_measures.trend([row["mse"] for row in rows])
     first_poor = next((row["count"] for row in rows if grade(row["mse"], row["cosine"]) == "FAIL"), None)
@@ -107,16 +86,15 @@ def progressive(bench: Bench, subject: Evaluator) -> Outcome:
     )
 
 
-@against_base
-def generation(bench: Bench, subject: Evaluator) -> Outcome:
+def generation(context: CheckContext, evaluator: Evaluator) -> Outcome:
     """Continuations of the prompts at temperatures 0.1, 0.7 and 1.0, from the same seed as the base's."""
-    longest = limits(bench.model)[1]
+    longest = limits(context.model)[1]
     rows = []
-    for text in bench.config.data.prompts:
-        token_ids = prompt_ids(bench, text)
-        count = min(bench.config.tier.new_tokens, (longest or 1 << 30) - len(token_ids))
+    for text in context.config.data.prompts:
+        token_ids = context.prompt_ids(text)
+        count = min(context.config.tier.new_tokens, (longest or 1 << 30) - len(token_ids))
         for temperature in TEMPERATURES if count > 0 else ():
-            rows.append({"prompt": text, **subject.continuation(token_ids, count, temperature=temperature)})
+            rows.append({"prompt": text, **evaluator.continuation(token_ids, count, temperature=temperature)})
     if not rows:
         return skipped(f"the prompts fill the model's {longest} positions")
     score = sum(map(_generation_score, rows)) / len(rows)

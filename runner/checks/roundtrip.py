@@ -1,7 +1,6 @@
 """A checkpoint that is loaded, saved again and loaded once more must be the same model."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,31 +8,23 @@ from torch import nn
 
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
-from runner.checks.check import WARNING, Outcome, failed, passed, skipped
-from runner.checks.context import Bench
-from runner.checks.inputs import prompts, ragged
+from runner.checks.check import failed, passed, skipped
+from runner.checks.context import WARNING, CheckContext, Outcome
 from runner.evaluation.forward import device_of
 
 # The largest difference of a logit that counts as the same; nothing but equal bits is expected.
 TOLERANCE = 1e-5
 
 
-def save_copy(bench: Bench) -> Path:
-    """Save the loaded model to scratch, by the writer of its format; where the copy lies. Raises what that raises."""
-    base = bench.own.path if bench.own else None
-    path: Path = bench.own_family.save(bench.checkpoint, bench.model, base, bench.scratch / "saved")
-    return path
-
-
-def save(bench: Bench) -> Outcome:
+def save(context: CheckContext) -> Outcome:
     """The loaded model is saved again; the copy has the same format, layers, names and shapes."""
-    checkpoint = bench.checkpoint
-    if not bench.own_family.can_save(checkpoint):
+    checkpoint = context.checkpoint
+    if not context.own_family.can_save(checkpoint):
         return skipped(f"{checkpoint.format} checkpoints are read, never written")
-    copy = open_checkpoint(bench.saved, checkpoint.format, bench.config.format.module)
+    copy = open_checkpoint(context.saved, checkpoint.format, context.config.format.module)
     if difference := _difference(checkpoint, copy):
         return failed(f"what was saved is not what was loaded: {difference}", "Look at the writer of this format.")
-    files = [file for file in bench.saved.rglob("*") if file.is_file()]
+    files = [file for file in context.saved.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     return passed(f"{len(copy.weights.infos)} tensors in {len(files)} files, {size:,} bytes", bytes=size)
 
@@ -66,12 +57,12 @@ def _shapes(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
     return {spelled.get(name, name): info.shape for name, info in infos.items()}
 
 
-def roundtrip(bench: Bench) -> Outcome:
+def roundtrip(context: CheckContext) -> Outcome:
     """The saved copy in a model of its own gives the same logits: equal bits, at most 1e-5 apart."""
-    sequences = [*prompts(bench), ragged(bench, 1)[0]]
-    compared = [_compare(bench.model, bench.reloaded, ids) for ids in sequences]
-    if bench.own is None:
-        bench.free("reloaded")  # complete by itself, so as large as the model
+    sequences = [*context.prompts(), context.ragged(1)[0]]
+    compared = [_compare(context.model, context.reloaded, ids) for ids in sequences]
+    if context.own is None:
+        context.free("reloaded")  # complete by itself, so as large as the model
     largest = max(each["max"] for each in compared)
     figures: dict[str, Any] = {
         "max_difference": largest,

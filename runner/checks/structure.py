@@ -1,99 +1,74 @@
 """Checks of every checkpoint: its files, their size, its base, its hashes, and that the format's own code opens it."""
 
-from pathlib import Path
-from typing import Any
-
-from runner.checks.check import Outcome, failed, passed, skipped
-from runner.checks.context import Bench
-from runner.errors import CheckpointError, DamagedError, RunnerError
+from runner.checks.check import failed, part_outcome, passed, skipped
+from runner.checks.context import CheckContext, Outcome
+from runner.errors import DamagedError, RunnerError
 from runner.files.file_type import BESIDE, Kind, kind_of
+from runner.files.strict_json import read_object
+from runner.files.tensors import TensorSource
 
 MB = 1_000_000
 # What a weights file may hold beside its tensors' bytes: a share, something a tensor (its name and place), and a rest.
 _SHARE, _PER_TENSOR, _REST = 1.05, 4096, 1 << 16
-# Files beside the weights that the formats read.
-_STATES = ("multi_layer_state.pt", "skill_library.pt", "training_info.pt", "training_state.pt")
-# Only these stand on a base and so are small: the tier's cap is for them.
-_ADAPTERS = ("lora_moe", "peft")
 
 
-def files(bench: Bench) -> Outcome:
-    """Each weights file is whole and what its place says: no pointer, page, truncated or stretched file."""
-    found, problems = bench.files, []
-    for path in found:
-        try:
-            bench.header(path)
-        except CheckpointError as error:
-            problems.append(str(error))
-    problems += _states(bench)
-    if problems:
-        return failed("; ".join(problems), "copy or download it again")
-    if not found:
-        held = ", ".join(sorted(entry.name for entry in bench.look.path.iterdir())[:8])
-        return failed(f"{bench.look.path}: holds no weights; it holds {held}", "copy or download it again")
-    kinds = sorted({path.suffix for path in found})
-    return passed(f"{len(found)} weights file{'s' * (len(found) != 1)} ({', '.join(kinds)})")
+def built(context: CheckContext) -> Outcome:
+    """The checkpoint is built and saved, absent or complete, by the code that training uses."""
+    path = context.built
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files)
+    kept = f", kept in {path}" if context.config.keep else ""
+    return passed(f"{context.family_name}: {len(files)} files, {size / 1e6:,.2f} MB{kept}", path=str(path), bytes=size)
 
 
-def _states(bench: Bench) -> list[str]:
-    """What is wrong with the files beside the weights that the formats read."""
-    if not bench.look.path.is_dir():
-        return []
-    problems = []
-    for path in (bench.look.path / name for name in _STATES):
-        if not path.exists():
-            continue
-        from runner.files.tensors import load_pickle
-
-        try:
-            load_pickle(path, tensors="meta")
-        except CheckpointError as error:
-            problems.append(str(error))
-    return problems
+def files(context: CheckContext) -> Outcome:
+    """Each weights file, and each state that the format reads, is whole and what its place says: no pointer or page,
+    nothing cut off and nothing added."""
+    reading = context.reading
+    if any(problem.part == "files" for problem in reading.problems):
+        return part_outcome(context, "files", "copy or download it again")
+    if not reading.files:
+        held = ", ".join(sorted(entry.name for entry in context.directory.iterdir())[:8])
+        return failed(f"{reading.path}: holds no weights; it holds {held}", "copy or download it again")
+    kinds = sorted({path.suffix for path in reading.files})
+    count = len(reading.files)
+    return passed(f"{count} weights file{'s' * (count != 1)} ({', '.join(kinds)})")
 
 
-def size(bench: Bench) -> Outcome:
+def size(context: CheckContext) -> Outcome:
     """The weights files are as large as their tensors, and adapters together below the tier's `max_size_mb`."""
-    found = bench.files
-    total, expected = 0, 0
-    for path in found:
-        header, nbytes = bench.header(path), path.stat().st_size
-        total, expected = total + nbytes, expected + header.nbytes
-        most = header.nbytes * _SHARE + len(header.tensors) * _PER_TENSOR + _REST
-        if nbytes > most and not _holds_more(bench, path):
+    sizes = []
+    expected = 0
+    for source in context.reading.sources:
+        held, tensors = sum(path.stat().st_size for path in source.files), source.nbytes
+        sizes += [path.stat().st_size for path in source.files]
+        expected += tensors
+        if held > tensors * _SHARE + len(source.infos) * _PER_TENSOR + _REST and not _holds_more(source):
             return failed(
-                f"{path.name}: {nbytes / MB:,.1f} MB, where its {len(header.tensors)} tensors make "
-                f"{header.nbytes / MB:,.1f} MB: it holds whole storages of which its tensors are views",
+                f"{source.path.name}: {held / MB:,.1f} MB, where its {len(source.infos)} tensors make "
+                f"{tensors / MB:,.1f} MB: it holds whole storages of which its tensors are views",
                 "save clones of the tensors",
             )
-    cap = bench.config.tier.max_size_mb
-    if bench.look.format in _ADAPTERS and total > cap * MB:
+    total, cap = sum(sizes), context.config.tier.max_size_mb
+    if context.format is not None and context.format.adapters and total > cap * MB:
         return failed(
             f"{total / MB:,.1f} MB of adapters, more than max_size_mb={cap:g}",
             "look for a merged model, or raise tier.max_size_mb for large adapters",
         )
-    shown = ", ".join(f"{path.stat().st_size / MB:,.2f}" for path in found[:6]) + (", …" if len(found) > 6 else "")
+    shown = ", ".join(f"{each / MB:,.2f}" for each in sizes[:6]) + (", …" if len(sizes) > 6 else "")
     return passed(
         f"{total / MB:,.2f} MB ({shown}), by the shapes {expected / MB:,.2f} MB", bytes=total, expected_bytes=expected
     )
 
 
-def _holds_more(bench: Bench, path: Path) -> bool:
+def _holds_more(source: TensorSource) -> bool:
     """Whether the file may hold more than the tensors at its top: optimizers, provenance."""
-    return bench.look.family == "gpt" or (path.suffix != ".safetensors" and bool(bench.header(path).extras))
+    return source.path.suffix != ".safetensors" and bool(source.extras)
 
 
-def loading(bench: Bench) -> Outcome:
-    """The format recognises the checkpoint, opens it from headers, and accounts for every key.
-
-    Where nothing else needs torch, it is left to the other tiers: the parts were looked at one by one.
-    """
-    import sys
-
-    light = bench.config.tier.name == "quick" and "torch" not in sys.modules and not _has_pickles(bench)
-    if light and bench.look.format is not None and bench.config.format.module is None:
-        return passed(f"{bench.look.format}, by its parts; the other tiers open it with the format's own code")
-    checkpoint = bench.checkpoint
+def loading(context: CheckContext) -> Outcome:
+    """The format recognises the checkpoint, opens it from headers, and accounts for every key."""
+    checkpoint = context.checkpoint
     checkpoint.require_complete()
     return passed(
         "; ".join([f"{checkpoint.format}: {checkpoint.evidence}", *checkpoint.findings]),
@@ -102,55 +77,39 @@ def loading(bench: Bench) -> Outcome:
     )
 
 
-def _has_pickles(bench: Bench) -> bool:
-    beside = list(bench.look.path.iterdir()) if bench.look.path.is_dir() else []
-    return any(path.suffix in (".pt", ".pth", ".bin") for path in (*bench.files, *beside))
-
-
-def finite(bench: Bench) -> Outcome:
+def finite(context: CheckContext) -> Outcome:
     """No NaN or Inf in any tensor, read one at a time."""
     from runner.files.tensors import non_finite
 
+    weights = context.checkpoint.weights
     try:
-        bad = [*non_finite(bench.checkpoint.weights), *_broken_skills(bench)]
+        bad = non_finite(weights)
+        for source in (opened() for opened in context.reading.beside):
+            bad += [f"{source.path.name}: {name}" for name in non_finite(source)]
     except DamagedError as error:
-        if "hashes" not in bench.config.tier.checks:
+        if "hashes" not in context.config.tier.checks:
             raise
         return skipped(f"{error} (see hashes)")  # which fails for it, so that a fault shows once
     if bad:
         shown = ", ".join(bad[:4]) + (f", … ({len(bad)} in all)" if len(bad) > 4 else "")
         return failed(f"NaN or Inf in {shown}", "go back to the last checkpoint before the training diverged")
-    return passed(f"{len(bench.checkpoint.weights.infos)} tensors")
+    return passed(f"{len(weights.infos)} tensors")
 
 
-def _broken_skills(bench: Bench) -> list[str]:
-    """The embeddings of a skill library, which are no weights, that are not finite."""
-    skills = getattr(bench.checkpoint.details, "skills", None)
-    if skills is None:
-        return []
-    from runner.families.lora_moe.state import read_skills
-
-    return [
-        f"{skills.file.name}: {name}" for name, tensor in read_skills(skills).items() if not tensor.isfinite().all()
-    ]
-
-
-def hashes(bench: Bench) -> Outcome:
+def hashes(context: CheckContext) -> Outcome:
     """Every file is as it was written, by the SHA-256 of its manifest, and every record of a .pt by its CRC."""
-    from runner.files import manifest
-    from runner.files import staging as commit
+    from runner.files import manifest, staging
     from runner.files.archive import is_zip, verify_crc
 
-    root = bench.look.directory
-    with_crcs = [path for path in bench.files if kind_of(path) is Kind.ZIP]
-    if bench.look.path.is_dir():
-        with_crcs += [
-            path for path in sorted(root.rglob("*")) if BESIDE.fullmatch(path.name) and path.is_file() and is_zip(path)
-        ]
+    root = context.directory
+    with_crcs = [path for path in context.reading.files if kind_of(path) is Kind.ZIP]
+    if context.reading.path.is_dir():
+        beside = [path for path in sorted(root.rglob("*")) if BESIDE.fullmatch(path.name) and path.is_file()]
+        with_crcs += [path for path in beside if is_zip(path)]
     for path in with_crcs:
         verify_crc(path)
-    if bench.look.path.is_dir() and (root / manifest.FILE_NAME).is_file():
-        if problems := commit.verify(root):
+    if context.reading.path.is_dir() and (root / manifest.FILE_NAME).is_file():
+        if problems := staging.verify(root):
             return failed("; ".join(problems[:4]), "it was changed since it was written: copy it again")
         return passed(f"{len(manifest.list_files(root)) - 1} files as they were written")
     if with_crcs:
@@ -158,49 +117,18 @@ def hashes(bench: Bench) -> Outcome:
     return skipped(f"no {manifest.FILE_NAME} (not written by this runner), and a layout without CRCs")
 
 
-def base(bench: Bench) -> Outcome:
+def base(context: CheckContext) -> Outcome:
     """The base model that the checkpoint names, as far as it lies here, has the sizes that it is made for."""
-    if bench.look.format in ("hf", "npt_full") or bench.look.family == "gpt":
+    checkpoint, family = context.reading.checkpoint, context.family
+    if checkpoint is None or family is None:
+        return skipped("what it is made for is not known")
+    if not family.needs_base(checkpoint):
         return passed("complete by itself")
     try:
-        path = base_path(bench)
+        path = context.base_path()
     except RunnerError as error:
         return skipped(f"{error}")
-    from runner.files.strict_json import read_object
-
     values = read_object(path / "config.json", "config.json", 16 << 20)
-    if problems := _misfits(bench, values):
-        return failed(f"{'; '.join(problems)} (base {path})", "give its own base model as base=")
+    if problems := family.base_misfits(checkpoint, values):
+        return failed(f"{'; '.join(problems[:4])} (base {path})", "give its own base model as base=")
     return passed(f"fits {path.name}: hidden size {values.get('hidden_size')}")
-
-
-def base_path(bench: Bench) -> Path:
-    """The directory of the base that `base=` or the checkpoint names. Raises CheckpointError where it is not here."""
-    if bench.config.base is not None:
-        path = Path(bench.config.base).expanduser()
-    else:
-        from runner.checks.names import base_name
-
-        name = base_name(bench)
-        if name is None:
-            raise CheckpointError("it names no base model; give it as base=")
-        root = bench.look.directory
-        path = next((start / name for start in (root, root.parent, Path()) if (start / name).is_dir()), Path(name))
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"its base model {path} does not lie here; give it as base=")
-    return path
-
-
-def _misfits(bench: Bench, values: dict[str, Any]) -> list[str]:
-    from runner.checks.names import made_for, module_misfits
-
-    sizes = made_for(bench)
-    problems = [
-        f"{key} is {values[key]} in the base, but the checkpoint is made for {sizes[key]}"
-        for key in ("hidden_size", "intermediate_size")
-        if key in sizes and key in values and values[key] != sizes[key]
-    ]
-    depth = values.get("num_hidden_layers")
-    if "layer" in sizes and isinstance(depth, int) and sizes["layer"] >= depth:
-        problems.append(f"has layer {sizes['layer']}, but the base only the layers 0 to {depth - 1}")
-    return problems or module_misfits(bench, values)

@@ -4,10 +4,10 @@ One class a family, named by conf/family/<name>.yaml; `Auto` takes that of the c
 need when they are called, so a family costs nothing until it is used. What a family lacks raises ConfigError.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from runner.config import AUTO
 from runner.errors import ConfigError
@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Writer
-    from runner.checks.check import Check
-    from runner.checks.context import Bench
-    from runner.checks.headers import Header
+    from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.config import Conversion, TrainConfig
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
@@ -54,6 +52,11 @@ class Family:
                 f"family={self.name}, but {checkpoint.path} is of the family {checkpoint.family} "
                 f"(format {checkpoint.format}: {checkpoint.evidence})"
             )
+        return self
+
+    def named(self, name: str) -> "Family":
+        """The family `name`, with the settings here; any but `Auto` is the only one that it knows."""
+        assert name == self.name, f"family={self.name} is not {name}"
         return self
 
     def formats(self) -> "tuple[CheckpointFormat, ...]":
@@ -142,15 +145,25 @@ class Family:
         """The checks that only its checkpoints have, by name, a needed one before its users."""
         return {}
 
-    def detect(self, path: Path, read_header: "Callable[[Path], Header]") -> str | None:
-        """The format of this family that what lies at `path` shows itself to be, however damaged; None for none."""
-        return None
+    def examples(self) -> "Mapping[str, Example]":
+        """What writes a tiny checkpoint of each of its formats without torch, and names a file that it needs."""
+        return {}
+
+    def base_misfits(self, checkpoint: "Checkpoint", config: Mapping[str, Any]) -> list[str]:
+        """In what the base with this config.json is another than the one that `checkpoint` was made for."""
+        return []
+
+    def traits(self, checkpoint: "Checkpoint") -> "Traits":
+        """What sets its models apart in the checks of every model."""
+        from runner.checks.context import Traits
+
+        return Traits()
 
     def check_buildable(self, base: str | None) -> None:
         """Raise ConfigError where `build_small` cannot build over `base`."""
         raise ConfigError(f"family={self.name}: no small checkpoint is built of it; give ckpt=")
 
-    def build_small(self, bench: "Bench") -> Path:
+    def build_small(self, context: "CheckContext") -> Path:
         """A small checkpoint with random weights below the scratch directory, saved by the code of training."""
         raise ConfigError(f"family={self.name}: no small checkpoint is built of it; give ckpt=")
 
@@ -163,14 +176,18 @@ class Auto(Family):
 
     def of(self, checkpoint: "Checkpoint") -> Family:
         """The family that the checkpoint's format belongs to, with the settings here."""
+        try:
+            return self.named(checkpoint.family)
+        except ConfigError as error:
+            raise ConfigError(f"{checkpoint.path} (format {checkpoint.format}): {error}") from error
+
+    def named(self, name: str) -> Family:
+        """The family `name`, with the settings here. Raises ConfigError where there is none."""
         from runner.checkpoints.detect import families
 
         known = families()
-        if checkpoint.family not in known:
-            raise ConfigError(
-                f"{checkpoint.path}: its format {checkpoint.format} is of the family {checkpoint.family}, which no "
-                f"conf/family/*.yaml names; there are {', '.join(known)}"
-            )
-        family = known[checkpoint.family]
-        assert isinstance(family, Family), f"conf/family/{checkpoint.family}.yaml: its _target_ is no Family"
+        if name not in known:
+            raise ConfigError(f"no conf/family/*.yaml names the family {name}; there are {', '.join(known)}")
+        family = known[name]
+        assert isinstance(family, Family), f"conf/family/{name}.yaml: its _target_ is no Family"
         return family if self.device_map is None else replace(family, device_map=self.device_map)

@@ -1,8 +1,7 @@
-"""The zip archive that torch.save writes: checked before torch sees it, since torch's own reader checks little.
+"""Both layouts of torch.save, checked before torch sees a file, since torch's own reader checks little.
 
-What a file is, told by its first bytes and never by its name.
-
-The layout that torch.save wrote before zip: four pickles, the list of storage keys, then the raw storages.
+One is a zip archive of a pickle and a record for each storage. The other, which torch wrote before, is four pickles,
+the list of storage keys, then the raw storages.
 """
 
 import copy
@@ -15,11 +14,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from runner.errors import CheckpointError, DamagedError
 from runner.files.file_type import LEGACY_MAGIC, ZIP_START, Kind, kind_of
-from runner.files.pickle_check import MAX_PICKLE_BYTES, Container, entries, scan
+from runner.files.pickle_check import MAX_PICKLE_BYTES, scan
+from runner.files.pickle_values import Container, entries
 
 # torch.save's legacy layout starts with its magic number as a pickle of protocol 2 (or an older one).
 
@@ -275,15 +275,16 @@ def check_legacy(path: Path) -> None:
         keys = scan(file, path).value
         if not isinstance(keys, Container) or not all(isinstance(key, str) for key in keys.items):
             raise CheckpointError(f"{path}: damaged torch.save file (no list of storages)")
-        if sorted(keys.items) != sorted(storages):
+        names = [key for key in keys.items if isinstance(key, str)]
+        if sorted(names) != sorted(storages):
             raise CheckpointError(f"{path}: damaged torch.save file (its storages are not those that its tensors use)")
-        for key in keys.items:
+        for key in names:
             _check_storage(path, file, key, storages[key].record_bytes // storages[key].item_bytes)
             file.seek(storages[key].record_bytes, 1)
         _check_size(path, file.tell())
 
 
-def _little_endian(system: Any) -> bool:
+def _little_endian(system: object) -> bool:
     return entries(system).get("little_endian", True) is True
 
 

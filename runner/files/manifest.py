@@ -5,9 +5,8 @@
     digest     SHA-256 of the manifest's own canonical text without this field
     …          what the writer adds: the recipe, hashes of the inputs
 
-Nothing in it depends on the time or the place of writing: the same inputs give the same bytes.
-
-What files hold, as a hash, remembered so that unchanged ones are not read again.
+Nothing in it depends on the time or the place of writing: the same inputs give the same bytes. Hashes of inputs are
+remembered, so that unchanged files are not read again.
 """
 
 import hashlib

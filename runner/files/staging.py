@@ -1,10 +1,8 @@
 """Writing an output directory so that it is absent or complete and verified, whatever moment the process dies.
 
 lock → stage in a hidden directory beside the target → sync → MANIFEST.json → read back → rename → sync the parent.
-
-What stands beside an output while it is written: its lock, the staged directory, the old output on its way out.
-
-Where an output may be written: asked before the first byte is.
+Whether an output may be written there is asked before the first byte is. Beside it stand, while it is written, its
+lock, the staged directory, and an old output on its way out.
 """
 
 import errno

@@ -1,7 +1,10 @@
 """Weights behind one interface: names, shapes and dtypes from headers; tensors one at a time from mapped files.
 
-Objects out of torch.save files: nothing in them is executed, and what is foreign becomes an inert record.
+Nothing in a torch.save file is executed, and what is foreign in it becomes an inert record. torch is imported when a
+torch.save file is opened or a tensor is read: for the headers of safetensors nothing heavy is needed.
 """
+
+from __future__ import annotations
 
 import io
 import math
@@ -13,21 +16,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from runner.errors import CheckpointError
-from runner.files.archive import STORAGE, Archive, Crcs, check_archive, check_legacy, require_crc
 from runner.files.file_type import Kind, kind_of
-from runner.files.pickle_check import Tensor, entries, scan
 from runner.files.safetensors_header import read_header
 from runner.files.shards import check_keys, read_index
 from runner.files.stubs import FUNCTIONS, STAND_INS, Inert
 
+if TYPE_CHECKING:
+    import torch
+
+    from runner.files.archive import Archive, Crcs
+
 __all__ = ["Inert", "check_pickle", "file_offset", "load_pickle", "map_pickle"]
 
+Key = TypeVar("Key", bound=int | str)
 # torch's table of allowed names belongs to the process, not to the call.
 _LOCK = threading.Lock()
 _INERT_GLOBALS: list[Any] = [(stand_in, name) for name, stand_in in (STAND_INS | FUNCTIONS).items()]
@@ -53,6 +57,8 @@ def load_pickle(path: Path, *, tensors: Literal["meta", "mmap"] = "meta") -> Any
     compared first. Foreign objects are `Inert`. Raises CheckpointError.
     """
     if tensors == "mmap":
+        from runner.files.archive import require_crc
+
         content = map_pickle(path).content
         require_crc(path)
         return content
@@ -62,6 +68,8 @@ def load_pickle(path: Path, *, tensors: Literal["meta", "mmap"] = "meta") -> Any
 
 def map_pickle(path: Path) -> Mapped:
     """`load_pickle(tensors="mmap")` for who compares the CRCs of the records that he reads. Raises CheckpointError."""
+    from runner.files.archive import Crcs
+
     checked = _check(path)
     content = _load(path, {"map_location": "cpu", "mmap": checked.kind is Kind.ZIP})
     crcs = None if checked.archive is None else Crcs(checked.archive)
@@ -69,6 +77,8 @@ def map_pickle(path: Path) -> Mapped:
 
 
 def _load(path: Path, options: dict[str, Any]) -> Any:
+    import torch
+
     if path.name.endswith(".safetensors"):
         raise CheckpointError(f"{path}: a torch.save file named .safetensors: rename it to .pt")
     try:
@@ -104,6 +114,9 @@ def check_pickle(path: Path) -> Kind:
 
 
 def _check(path: Path) -> _Checked:
+    from runner.files.archive import check_archive, check_legacy
+    from runner.files.pickle_check import scan
+
     kind = kind_of(path)
     if kind is Kind.SAFETENSORS:
         raise CheckpointError(f"{path}: not a torch.save file: its content is safetensors")
@@ -126,11 +139,31 @@ _PREFIXES = ("_orig_mod.", "module.")
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """What a header says of a tensor."""
+    """What a header says of a tensor; `dtype_name` as torch calls it, as float32."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype_name: str
+    itemsize: int
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> TensorInfo:
+        """That of a tensor in memory."""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return cls(name=name, shape=tuple(tensor.shape), dtype_name=dtype, itemsize=tensor.itemsize)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype itself, for which torch is imported."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether it can be a weight."""
+        return self.dtype_name.startswith(("float", "bfloat"))
 
     @property
     def numel(self) -> int:
@@ -140,7 +173,7 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +191,11 @@ class TensorSource:
     extras: Mapping[str, Any] = field(default_factory=dict)
     stripped_prefix: str = ""
     reader: Callable[[str], torch.Tensor] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(info.nbytes for info in self.infos.values())
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, a view of the mapped file where its layout allows. Raises CheckpointError."""
@@ -204,6 +242,8 @@ def _open_file(path: Path, state_dict_key: str | None) -> TensorSource:
     """One weights file with its names as they stand in it."""
     if kind_of(path) is Kind.SAFETENSORS:
         return _open_safetensors(path)
+    import torch
+
     content = _mapping(path, load_pickle(path, tensors="meta"))
     nested = state_dict_key if state_dict_key in content else None
     extras = {str(key): value for key, value in content.items() if key != nested} if nested else {}
@@ -211,7 +251,7 @@ def _open_file(path: Path, state_dict_key: str | None) -> TensorSource:
     tensors = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     at = f"{nested}." if nested else ""
     extras |= {f"{at}{key}": value for key, value in state.items() if key not in tensors}
-    infos = {key: TensorInfo(name=key, shape=tuple(t.shape), dtype=t.dtype) for key, t in tensors.items()}
+    infos = {key: TensorInfo.of(key, t) for key, t in tensors.items()}
     reader = _PickleReader(path, nested).read
     return TensorSource(path=path, files=(path,), infos=infos, extras=extras, reader=reader)
 
@@ -219,7 +259,7 @@ def _open_file(path: Path, state_dict_key: str | None) -> TensorSource:
 def _open_safetensors(path: Path) -> TensorSource:
     header = read_header(path)
     infos = {
-        name: TensorInfo(name=name, shape=entry.shape, dtype=getattr(torch, entry.dtype))
+        name: TensorInfo(name=name, shape=entry.shape, dtype_name=entry.dtype, itemsize=entry.itemsize)
         for name, entry in header.entries.items()
     }
     reader = _SafetensorsReader(path).read
@@ -264,14 +304,21 @@ class _PickleReader:
 
     @cached_property
     def _records(self) -> Mapping[Any, Any]:
+        from runner.files.pickle_values import entries
+
         records = entries(self._mapped.records)
         return entries(records.get(self._nested)) if self._nested else records
 
     def read(self, name: str) -> torch.Tensor:
+        import torch
+
         tensor = self._state.get(name)
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(f"{self._path}: {name}: changed since it was opened")
         if self._mapped.crcs is not None:
+            from runner.files.archive import STORAGE
+            from runner.files.pickle_values import Tensor
+
             record = self._records.get(name)
             if not isinstance(record, Tensor):
                 raise CheckpointError(f"{self._path}: {name}: its record is not known")
@@ -287,13 +334,26 @@ class _SafetensorsReader:
 
     @cached_property
     def _file(self) -> Any:
+        from safetensors import safe_open
+
         return safe_open(self._path, framework="pt", device="cpu")
 
     def read(self, name: str) -> torch.Tensor:
+        from safetensors import SafetensorError
+
         try:
             return self._file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self._path}: {name}: cannot be read ({error})") from error
+
+
+def owned(tensors: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
+    """Copies on the CPU, each with a storage of its own: a file of them is no larger than they are."""
+    import torch
+
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
 
 
 def non_finite(source: TensorSource, names: Iterable[str] | None = None) -> list[str]:
@@ -304,6 +364,8 @@ def non_finite(source: TensorSource, names: Iterable[str] | None = None) -> list
 
 def is_finite(tensor: torch.Tensor, chunk: int = 1 << 22) -> bool:
     """Whether no element is NaN or Inf, looked at `chunk` elements at a time; whole numbers always are."""
+    import torch
+
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     flat = tensor.detach().reshape(-1)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from runner.checkpoints.detect import several
 from runner.checkpoints.runs import Run, find_run, select, spell, step_in_name
-from runner.checks.detected import several
 from runner.errors import ConfigError
 from runner.overrides import CommandLine, parse, quoted, split_list, unquoted
 from runner.sweeps.plan import SweepPlan, read_plan

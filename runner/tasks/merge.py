@@ -70,11 +70,9 @@ def run(config: MergeConfig, context: Context) -> Result:
             if spec.verify == "functional":
                 check_base(content, config.base)
         if isinstance(content, Files):
-            from runner.tasks import merge as merge_files
-
             if spec.dry_run:
-                return merge_files.planned(content, spec, context, output)
-            return merge_files.merge(config, spec, content, output, context, inputs)
+                return planned(content, spec, context, output)
+            return merge(config, spec, content, output, context, inputs)
         if spec.dry_run:
             return _result(content, spec, context, output)
         result = _merge(config, spec, content, output, context, inputs)

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoints.runs import resolve, step_in_name
-from runner.checks.catalogue import PARTS, checks_for
-from runner.checks.check import FAIL, STATUSES, WARNING, Check, run_checks
-from runner.checks.context import BUILT, Bench, check_base, check_buildable
+from runner.checks.check import PARTS, checks_for, run_checks
+from runner.checks.context import BUILT, FAIL, STATUSES, WARNING, Check, CheckContext, check_base, check_buildable
 from runner.config import TestConfig
 from runner.errors import ConfigError
 from runner.metrics.verdict import thresholds
@@ -32,34 +31,34 @@ def run(config: TestConfig, context: Context) -> Result:
         check_base(config.base)
     scratch = context.directory / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    bench = Bench(config=config, context=context, path=_path(config), scratch=scratch)
+    checked = CheckContext(config=config, shows=context, path=_path(config), scratch=scratch)
     try:
-        return _tested(config, context, bench)
+        return _tested(config, context, checked)
     finally:
-        bench.free_all()
+        checked.free_all()
         _clean(scratch, config.keep)
 
 
-def _tested(config: TestConfig, context: Context, bench: Bench) -> Result:
-    checks = _checks(config, bench)
+def _tested(config: TestConfig, context: Context, checked: CheckContext) -> Result:
+    checks = _checks(config, checked)
     estimate = None
     if MODEL in (check.name for check in checks):
-        from runner.checks.preflight import require_room
+        from runner.checks.memory import require_room
 
-        estimate = require_room(bench)
+        estimate = require_room(checked)
         if estimate is not None and context.progress.is_terminal:
             context.progress.print(f"Estimate: {estimate.words()}")
     with context.timed("checks"):
-        rows = run_checks(checks, bench)
+        rows = run_checks(checks, checked)
     integrity = [row["status"] for row in rows if row["integrity"]]
     every = [row["status"] for row in rows]
     bad = FAIL in integrity or (config.strict and (FAIL in every or WARNING in every))
     result = Result(
         task="test",
-        ckpt=_shown_path(config, bench),
-        step=_step(rows, bench),
-        family=bench.family,
-        format=None if bench.family is None else bench.look.format,
+        ckpt=_shown_path(config, checked),
+        step=_step(rows, checked),
+        family=checked.family_name,
+        format=checked.format.name if checked.has_checkpoint and checked.format else None,
         tier=config.tier.name,
         metrics=_metrics(rows),
         checks=rows,
@@ -69,7 +68,7 @@ def _tested(config: TestConfig, context: Context, bench: Bench) -> Result:
         details={
             "passed": not bad,
             "strict": config.strict,
-            "kept": bench.path is None and config.keep,
+            "kept": checked.path is None and config.keep,
             **(estimate.fields() if estimate else {}),
         },
         exit_code=int(bad),
@@ -77,7 +76,7 @@ def _tested(config: TestConfig, context: Context, bench: Bench) -> Result:
     if config.junit:
         from runner.reports.junit import junit_path, write_junit
 
-        name = result.ckpt or f"runner/{bench.family or 'machine'}"
+        name = result.ckpt or f"runner/{checked.family_name or 'machine'}"
         job = context.directory.name.partition("_")[0] if context.in_sweep else None
         path = junit_path(config.junit, name, config.tier.name, job)
         write_junit(path, result.to_dict(), strict=config.strict)
@@ -96,41 +95,43 @@ def _path(config: TestConfig) -> Path | None:
     return resolve(Path(config.ckpt).expanduser(), config.step)
 
 
-def _shown_path(config: TestConfig, bench: Bench) -> str | None:
+def _shown_path(config: TestConfig, checked: CheckContext) -> str | None:
     """The checkpoint that was named, or one that was built and is kept."""
-    if bench.path is not None:
-        return str(bench.path)
-    kept = config.keep and "built" in bench.__dict__
-    return str(bench.built) if kept else None
+    if checked.path is not None:
+        return str(checked.path)
+    kept = config.keep and "built" in checked.__dict__
+    return str(checked.built) if kept else None
 
 
-def _step(rows: Sequence[Mapping[str, Any]], bench: Bench) -> int | None:
+def _step(rows: Sequence[Mapping[str, Any]], checked: CheckContext) -> int | None:
     """The step that the checkpoint's own state reports, where it was opened, else that of its name."""
-    if bench.path is None:
+    if checked.path is None:
         return None
     own = next((row["data"].get("step") for row in rows if row["name"] == "loading" and "data" in row), None)
-    return step_in_name(bench.path.name) if own is None else own
+    return step_in_name(checked.path.name) if own is None else own
 
 
-def _checks(config: TestConfig, bench: Bench) -> list[Check]:
+def _checks(config: TestConfig, checked: CheckContext) -> list[Check]:
     """Those of the tier that apply. Raises ConfigError for what cannot be built, before anything is."""
     tier = config.tier
-    if config.experts != TestConfig.experts and (bench.path is not None or config.family.name == "auto"):
+    if config.experts != TestConfig.experts and (checked.path is not None or config.family.name == "auto"):
         # A sweep over families is no reason to refuse: there the others say by their name that they have none.
         raise ConfigError(f"experts={config.experts} is how many are built: with family=lora_moe, and without ckpt=")
-    if bench.path is None and BUILT in tier.checks:
-        check_buildable(bench)
-    names = [name for name in tier.checks if name != BUILT or bench.path is None]
+    if checked.path is None and BUILT in tier.checks:
+        check_buildable(checked)
+    names = [name for name in tier.checks if name != BUILT or checked.path is None]
     if config.format.module:
         # The parts of a format that is not our own are not known here; its module opens it as a whole.
         names = [name for name in names if name == "files" or name not in PARTS]
-    checks = checks_for(bench.family, names)
+    checks = checks_for(checked, names)
     if checks:
         return checks
     if not tier.checks:
         raise ConfigError(f"tier={tier.name} checks nothing: it is for task=diagnose; take tier=quick, minimal or full")
-    if bench.path is not None:
-        raise ConfigError(f"tier={tier.name}: none of its checks ({', '.join(names)}) applies to family {bench.family}")
+    if checked.path is not None:
+        raise ConfigError(
+            f"tier={tier.name}: none of its checks ({', '.join(names)}) applies to family {checked.family_name}"
+        )
     raise ConfigError(f"tier={tier.name}: its checks are of a checkpoint; give one as ckpt=, or name {BUILT!r} first")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 GOALS = {"quick": 3, "minimal": 30, "full": 60}
 # The peak from /proc: that of getrusage is inherited from the process that started this one.
-IMPORTS = "import torch, transformers, runner.checks.building; from runner.checks.memory import peak_bytes"
+IMPORTS = "import torch, transformers, runner.families.npt.save; from runner.checks.memory import peak_bytes"
 
 
 def run(folder: Path, *words: str) -> tuple[float, int, dict]:

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from runner.files.pickle_check import _CALLS, _TENSOR_CLASSES, DTYPES, STORAGES
+from runner.files.pickle_values import _CALLS, _TENSOR_CLASSES, DTYPES, STORAGES
 from runner.files.stubs import FUNCTIONS, STAND_INS
 
 GLOBALS = (*_CALLS, *STORAGES, *DTYPES, *STAND_INS, *FUNCTIONS, *_TENSOR_CLASSES)

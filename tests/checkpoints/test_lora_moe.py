@@ -30,7 +30,7 @@ def copied(original, tmp_path):
 
 
 def opened(path):
-    return lora_moe.open_moe(Listing.of(path))
+    return lora_moe.read(Listing.of(path)).open()
 
 
 def test_what_headers_say(original, base):

@@ -68,7 +68,7 @@ def missing_config(path):
     (path / "config.json").unlink()
 
 
-@damage("the router in router.safetensors has 2")
+@damage("the router has 2")
 def router_of_fewer_experts(path):
     edit_tensors(path / "router.safetensors", lambda t: {name: each[:2] for name, each in t.items()})
 
@@ -89,23 +89,23 @@ def no_experts(path):
     (path / "peft_adapters").mkdir()
 
 
-@damage("expert_1: holds an adapter both flat and nested")
+@damage("expert_1: an adapter both flat and nested")
 def nested_and_flat(path):
     for file in adapter_of(path, 1).iterdir():
         shutil.copy(file, adapter_of(path, 1).parent)
 
 
-@damage("expert_1: holds no adapter, neither flat nor nested in expert_1/expert_1; it holds default")
+@damage("expert_1: no adapter, neither flat nor nested in expert_1/expert_1; it holds default")
 def nested_under_another_name(path):
     adapter_of(path, 1).rename(path / "peft_adapters" / "expert_1" / "default")
 
 
-@damage("expert_2: has no weights: neither adapter_model.safetensors nor adapter_model.bin")
+@damage("expert_2 has no weights: neither adapter_model.safetensors nor adapter_model.bin")
 def no_weights(path):
     (adapter_of(path, 2) / "adapter_model.safetensors").unlink()
 
 
-@damage("holds adapter_model.safetensors and adapter_model.bin; keep the one")
+@damage("expert_0 holds adapter_model.safetensors and adapter_model.bin")
 def bin_beside_safetensors(path):
     torch.save(load_file(adapter_of(path, 0) / "adapter_model.safetensors"), adapter_of(path, 0) / "adapter_model.bin")
 
@@ -193,7 +193,7 @@ def a_renamed_key(path):
     edit_adapter(path, 0, with_key("layers.0.self_attn.q_proj.lora_A", "layers.0.self_attn.q_proj.lora_C"))
 
 
-@damage("but adapter_config.json gives this module rank 8: A must be [8, in] and B [out, 8]")
+@damage("but adapter_config.json gives it rank 8: A must be [8, in] and B [out, 8]")
 def wrong_rank(path):
     edit_json(adapter_of(path, 0) / "adapter_config.json", r=8)
 
@@ -271,7 +271,7 @@ CONFIGS = [
     ({"num_experts": "absent"}, "config.json does not say num_experts"),
     (
         {"num_experts": 4},
-        "config.json says 4 experts, the router in router.safetensors has 3, and the adapters are expert_0,",
+        "config.json says 4 experts, the router has 3, and the adapters are expert_0,",
     ),
     ({"num_experts": "3"}, "num_experts is '3', not a number"),
     ({"top_k": 4}, "top_k is 4; with 3 experts it is a number from 1 to 3"),

@@ -21,7 +21,7 @@ def adapter(tmp_path, base):
 
 
 def opened(path):
-    return peft_adapter.open_peft(Listing.of(path))
+    return peft_adapter.read(Listing.of(path)).open()
 
 
 def edit(path, **values):

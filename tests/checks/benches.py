@@ -12,9 +12,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
-from runner.checks.catalogue import checks_for
-from runner.checks.check import run_checks
-from runner.checks.context import Bench
+from runner.checks.check import checks_for, run_checks
+from runner.checks.context import CheckContext
 from runner.config import TestConfig
 from runner.installation import config_directory
 from runner.run import _typed, setup
@@ -36,24 +35,24 @@ def _groups() -> SimpleNamespace:
     return SimpleNamespace(**{field.name: getattr(typed, field.name) for field in fields(typed)})
 
 
-def bench_of(path: Path, scratch: Path, *, base: Path | None = None, **values: Any) -> Bench:
+def bench_of(path: Path, scratch: Path, *, base: Path | None = None, **values: Any) -> CheckContext:
     """A bench on the checkpoint at `path`; `values` take the place of the config's."""
     groups = _groups()
     common = {name: getattr(groups, name) for name in ("family", "format", "data", "tier", "verdict")}
     scratch.mkdir(parents=True)
-    return Bench(
+    return CheckContext(
         config=TestConfig(
             **{"task": "test", "ckpt": str(path), "base": str(base) if base else None, **common, **values}
         ),
-        context=SimpleNamespace(directory=scratch, track=lambda items, what, total=None: iter(items)),
+        shows=SimpleNamespace(directory=scratch, track=lambda items, what, total=None: iter(items)),
         path=path,
         scratch=scratch,
     )
 
 
-def rows_of(bench: Bench, names: tuple[str, ...] = MODEL_CHECKS) -> dict[str, dict[str, Any]]:
+def rows_of(bench: CheckContext, names: tuple[str, ...] = MODEL_CHECKS) -> dict[str, dict[str, Any]]:
     """The rows of these checks by name, as far as they belong to the checkpoint's family."""
-    rows = run_checks(checks_for(bench.checkpoint.family, names), bench)
+    rows = run_checks(checks_for(bench, names), bench)
     return {row["name"]: row for row in rows}
 
 

@@ -1,14 +1,12 @@
 """What the checks share: a reload that shares nothing with the model, an estimate of memory that is near the truth."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from runner.checks.detected import look
-from runner.checks.headers import read_header
-from runner.checks.preflight import IMPORTS, Estimate, estimate_peak, estimate_seconds
+from runner.checkpoints.detect import recognise
+from runner.checks.memory import IMPORTS, Estimate, estimate_peak, estimate_seconds
 from runner.families.npt import Npt
+from runner.files.tensors import open_weights
 from tests.checks.benches import bench_of, failing, rows_of, write_npt_full
 from tests.conftest import write_base
 from tests.lora_files import write_adapter, write_moe
@@ -35,11 +33,11 @@ def test_a_saver_that_changes_the_base_in_memory_is_caught(checkpoint, tmp_path,
 
 
 def test_the_estimate_counts_the_base_twice_and_complete_models_twice(checkpoint, base, tmp_path):
-    size = read_header(base / "model.safetensors").nbytes
+    size = open_weights(base / "model.safetensors").nbytes
     for path in (checkpoint, write_npt_full(tmp_path / "full", base)):
         found = estimate_peak(bench_of(path, tmp_path / f"scratch-{path.name}")) - IMPORTS
         assert 2 * size < found
-        assert found < 4 * size + 7 * read_header(checkpoint / "npt_weights.pt").nbytes + 16 * 512 * 272
+        assert found < 4 * size + 7 * open_weights(checkpoint / "npt_weights.pt").nbytes + 16 * 512 * 272
 
 
 def test_the_time_grows_with_the_parameters(base, tmp_path):
@@ -60,8 +58,8 @@ def test_what_lies_there_is_told_from_names(base, checkpoint, tmp_path):
     write_npt_full(tmp_path / "full", base)
     (tmp_path / "around").mkdir()
     checkpoint.rename(tmp_path / "around" / "the one")
-    found = {name: look(tmp_path / name, read_header).format for name in ("moe", "adapter", "full", "around")}
+    found = {name: recognise(tmp_path / name)[1].name for name in ("moe", "adapter", "full", "around")}
     assert found == {"moe": "lora_moe", "adapter": "peft", "full": "npt_full", "around": "npt_delta"}
-    assert look(tmp_path / "around", read_header).path == tmp_path / "around" / "the one"
-    assert look(base, read_header).format == "hf"
-    assert look(Path(tmp_path / "around" / "the one" / "npt_weights.pt"), read_header).family == "npt"
+    assert recognise(tmp_path / "around")[0].path == tmp_path / "around" / "the one"
+    assert recognise(base)[1].name == "hf"
+    assert recognise(tmp_path / "around" / "the one" / "npt_weights.pt")[1].family == "npt"

@@ -9,7 +9,7 @@ from runner.checks.check import Check, Outcome, failed, passed, run_checks, skip
 from runner.checks.memory import available_bytes, peak_bytes, reset_peak, resident_bytes
 from runner.errors import CheckpointError, ConfigError
 
-BENCH = SimpleNamespace(context=SimpleNamespace(track=lambda items, what, total=None: iter(items)))
+BENCH = SimpleNamespace(shows=SimpleNamespace(track=lambda items, what, total=None: iter(items)))
 
 
 def check(name: str, outcome, needs=(), **options) -> Check:

@@ -9,8 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from runner.checks.catalogue import checks_for
-from runner.checks.check import run_checks
+from runner.checks.check import checks_for, run_checks
 from runner.files import manifest
 from runner.files.staging import staged
 from runner.installation import config_directory
@@ -48,7 +47,7 @@ def with_manifest(path: Path, folder: Path) -> Path:
 
 def rows_of(path: Path, scratch: Path, **options: object) -> dict[str, dict]:
     bench = bench_of(path, scratch, **options)
-    return {row["name"]: row for row in run_checks(checks_for(bench.family, MINIMAL), bench)}
+    return {row["name"]: row for row in run_checks(checks_for(bench, MINIMAL), bench)}
 
 
 def copy(original: Path, folder: Path) -> Path:

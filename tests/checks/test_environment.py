@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from runner.checks import environment
-from runner.checks.headers import read_header
 from runner.errors import CheckpointError
+from runner.files.safetensors_header import read_header
 from tests.checkpoints.hostile import entry, safetensors
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.checks import preflight
+from runner.checks import memory
 from runner.reports import tasks as reports
 from runner.tasks.test import overall
 from tests.checkpoints.test_toy_format import toy  # noqa: F401 - a fixture
@@ -234,8 +234,8 @@ def test_the_cap_on_the_size_is_the_tiers(run, base, tmp_path):
 
 
 def test_where_it_would_not_fit_nothing_is_started(run, checkpoint, monkeypatch):
-    monkeypatch.setattr(preflight, "available_bytes", lambda: 1 << 20)
-    monkeypatch.setattr(preflight, "resident_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 1 << 20)
     outcome = run("task=test", "tier=full", f"ckpt={checkpoint}")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "tier=full would need about 0.5 GB of memory, and 0.0 GB are there; take tier=minimal" in outcome.err

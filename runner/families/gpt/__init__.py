@@ -1,6 +1,6 @@
 """GPTs as modded-nanogpt trains them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from runner.checkpoints.checkpoint import Checkpoint, Writer
-    from runner.checks.check import Check
-    from runner.checks.context import Bench
-    from runner.checks.headers import Header
+    from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.config import Conversion
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
@@ -67,24 +65,29 @@ class Gpt(Family):
 
     def checks(self) -> "Mapping[str, Check]":
         """As `Family.checks`."""
-        from runner.checks.catalogue import OF_FAMILY
+        from runner.families.gpt.checks import CHECKS
 
-        return OF_FAMILY["gpt"]
-
-    def detect(self, path: Path, read_header: "Callable[[Path], Header]") -> str | None:
-        """As `Family.detect`."""
-        from runner.checks.detected import look
-
-        found = look(path, read_header)
-        return found.format if found.family == self.name else None
+        return CHECKS
 
     def check_buildable(self, base: str | None) -> None:
         """Without a base."""
         if base is not None:
             raise ConfigError("base= belongs to families that stand on a base; a gpt is complete by itself")
 
-    def build_small(self, bench: "Bench") -> Path:
+    def build_small(self, context: "CheckContext") -> Path:
         """As `Family.build_small`."""
-        from runner.checks.building import build
+        from runner.families.gpt.checks import build_small
 
-        return build(bench)
+        return build_small(context)
+
+    def examples(self) -> "Mapping[str, Example]":
+        """As `Family.examples`."""
+        from runner.families.gpt.checks import EXAMPLES
+
+        return EXAMPLES
+
+    def traits(self, checkpoint: "Checkpoint") -> "Traits":
+        """As `Family.traits`."""
+        from runner.families.gpt.checks import GptTraits
+
+        return GptTraits(checkpoint)

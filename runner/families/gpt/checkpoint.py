@@ -1,10 +1,11 @@
 """`gpt_small` and `gpt_medium`: modded-nanogpt training checkpoints (spec/formats.md §3).
 
 One file {'step', 'code', 'model': state dict, 'optimizers', 'val_loss'}, or a bare state dict, or our own safetensors
-of the same names. The dialect, and every size, is read from names and shapes.
-
-What a GPT checkpoint says of its training: step, validation loss, the script's text, optimizers. None of it runs.
+of the same names. The dialect, and every size, is read from names and shapes; step, loss, script and optimizers are
+kept as what the checkpoint says of its training, and none of it runs.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -14,12 +15,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, components
+from runner.checkpoints.reading import Parts, Reading, weight_names
+from runner.checkpoints.runs import step_in_name
 from runner.errors import CheckpointError
 from runner.families.gpt.layouts import MEDIUM_DEPTH, SCALARS, Dialect, GptDetails, component, read_details
-from runner.files.file_type import Kind, kind_of, may_be_weights
+from runner.files.file_type import Kind, kind_of
 from runner.files.strict_json import parse_object
 from runner.files.tensors import TensorSource, open_weights, read_entry
 
@@ -68,10 +69,15 @@ def metadata(origin: Provenance) -> dict[str, str]:
 
 def _value(source: TensorSource, entries: Mapping[str, Any], name: str) -> Any:
     """An entry beside the weights; a tensor of one element as the number that it holds."""
-    value = entries.get(name)
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
+    value: Any = entries.get(name)
+    if _is_tensor(value) and value.numel() == 1:
         return read_entry(source.path, name).item()
     return value
+
+
+def _is_tensor(value: Any) -> bool:
+    """Told without torch, which is loaded where there is one."""
+    return hasattr(value, "untyped_storage")
 
 
 def _is_number(value: Any) -> bool:
@@ -88,7 +94,7 @@ def optimizer_summaries(optimizers: Any) -> list[dict[str, Any]]:
 def _summary(optimizer: Mapping[Any, Any]) -> dict[str, Any]:
     state, groups = optimizer.get("state"), optimizer.get("param_groups")
     entries = [entry for entry in state.values() if isinstance(entry, Mapping)] if isinstance(state, Mapping) else []
-    tensors = [value for entry in entries for value in entry.values() if isinstance(value, torch.Tensor)]
+    tensors = [value for entry in entries for value in entry.values() if _is_tensor(value)]
     return {
         "parameters": len(entries),
         "tensors": len(tensors),
@@ -110,8 +116,6 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-__all__ = ["FORMATS", "GptDetails"]
-
 FAMILY = "gpt"
 # What no other architecture calls its attention, with the wrapper prefixes that a file may have.
 _MARKS: Mapping[Dialect, re.Pattern[str]] = {
@@ -132,9 +136,7 @@ def _recognised(dialect: Dialect, listing: Listing) -> tuple[dict[str, int], lis
         count = _count_marks(dialect, listing, listing.path.name)
         return ({listing.path.name: count} if count else {}), []
     found, unreadable = {}, []
-    for name in listing.entries:
-        if not may_be_weights(name) or listing.file(name).is_dir():
-            continue
+    for name in weight_names(listing):
         try:
             count = _count_marks(dialect, listing, name)
         except CheckpointError as error:
@@ -157,17 +159,34 @@ def _nested(listing: Listing, name: str) -> Mapping[Any, Any] | None:
     return state if isinstance(state, Mapping) else None
 
 
-def _open(dialect: Dialect, listing: Listing) -> Checkpoint:
-    """The checkpoint. Raises CheckpointError where no file or several could be meant, and for one that does not fit."""
-    name = _file(dialect, listing)
-    nested = _nested(listing, name) is not None
-    weights = open_weights(listing.file(name), state_dict_key=STATE if nested else None)
+def _resembles(listing: Listing) -> int:
+    """1 where a file is named as these training scripts name theirs."""
+    named = (step_in_name(name) is not None and not listing.file(name).is_dir() for name in listing.entries)
+    return 1 if any(named) else 0
+
+
+def _read(dialect: Dialect, listing: Listing) -> Reading:
+    """The checkpoint, part by part: files, blocks, keys, shapes."""
+    parts, weights, nested = Parts(), None, False
+    files = tuple(map(listing.file, weight_names(listing)))
+    with parts.within("files"):
+        name = _file(dialect, listing)
+        files = (listing.file(name),)
+        nested = _nested(listing, name) is not None
+        weights = open_weights(files[0], state_dict_key=STATE if nested else None)
+        parts.sources.append(weights)
+    if weights is None:
+        return parts.reading(listing.path, files, None)
     foreign, findings = _other_entries(weights, nested)
-    details = read_details(weights.infos, dialect, weights.path, foreign)
+    details = read_details(weights.infos, dialect, weights.path, parts, foreign)
+    if details is None:
+        return parts.reading(listing.path, files, None)
     if dialect == "medium" and details.num_layers != MEDIUM_DEPTH:
         findings.append(f"its skip connections are only defined for {MEDIUM_DEPTH} blocks: it cannot be run")
-    origin = provenance(weights)
-    return Checkpoint(
+    origin = Provenance()
+    with parts.within("files"):
+        origin = provenance(weights)
+    checkpoint = Checkpoint(
         path=listing.path,
         format=f"gpt_{dialect}",
         family=FAMILY,
@@ -178,6 +197,7 @@ def _open(dialect: Dialect, listing: Listing) -> Checkpoint:
         training={**origin.describe(), "optimizers": optimizer_summaries(weights.extras.get("optimizers"))},
         findings=tuple(findings),
     )
+    return parts.reading(listing.path, files, checkpoint)
 
 
 def _file(dialect: Dialect, listing: Listing) -> str:
@@ -245,7 +265,8 @@ def _format(dialect: Dialect) -> CheckpointFormat:
         name=f"gpt_{dialect}",
         family=FAMILY,
         matches=partial(_matches, dialect),
-        open=partial(_open, dialect),
+        read=partial(_read, dialect),
+        resembles=_resembles if dialect == "small" else None,
         describe=_describe,
     )
 

@@ -1,13 +1,18 @@
 """The tensors of modded-nanogpt's two dialects (spec/formats.md §3): their names, and sizes from their shapes."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from runner.errors import CheckpointError
+from runner.checkpoints.reading import Parts
 from runner.files.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
 
 Dialect = Literal["small", "medium"]
 Shape = tuple[int, ...]
@@ -78,44 +83,72 @@ def component(name: str) -> str:
 
 
 def read_details(
-    infos: Mapping[str, TensorInfo], dialect: Dialect, where: Path, foreign: Iterable[str] = ()
-) -> GptDetails:
+    infos: Mapping[str, TensorInfo], dialect: Dialect, where: Path, parts: Parts, foreign: Iterable[str] = ()
+) -> GptDetails | None:
     """The sizes that names and shapes describe; `foreign` are entries of the state dict that are no tensors.
 
-    Every name is used exactly once. Raises CheckpointError with all missing and unexpected names, or with all shapes
-    that contradict each other or the architecture.
+    Every name is used exactly once. None, and problems of `blocks`, `keys` and `shapes`, with all missing and
+    unexpected names, or with all shapes that contradict each other or the architecture.
     """
-    blocks = [int(match[1]) for name in infos if (match := _BLOCK.fullmatch(name))]
-    depth = min(1 + max(blocks), len(blocks)) if blocks else 0
+    blocks = {int(match[1]) for name in infos if (match := _BLOCK.fullmatch(name))}
+    depth = min(1 + max(blocks), sum(map(bool, map(_BLOCK.fullmatch, infos)))) if blocks else 0
     expected = (*_shapes(dialect, depth, 0, 0), HEAD[dialect], SCALARS)
     missing, unexpected = sorted(set(expected) - set(infos)), sorted({*infos, *foreign} - set(expected))
     if missing or unexpected:
-        seventh = any(name.startswith(f"blocks.{BLOCK_WITHOUT_ATTENTION}.attn.") for name in unexpected)
-        note = f"; block {BLOCK_WITHOUT_ATTENTION} of this architecture has no attention" if seventh else ""
-        raise CheckpointError(f"{where}: missing keys {missing}, unexpected keys {unexpected}{note}")
-    if not_floating := sorted(name for name in infos if not infos[name].dtype.is_floating_point):
-        raise CheckpointError(f"{where}: {', '.join(not_floating)}: weights must be floating-point")
-    if depth % 2 or depth < SMALLEST_DEPTH:
-        raise CheckpointError(
-            f"{where}: has {depth} blocks, but this architecture has an even number, at least {SMALLEST_DEPTH}"
-        )
+        parts.refuse("keys", f"{where}: missing keys {missing}, unexpected keys {unexpected}")
+    _check_blocks(infos, blocks, depth, dialect, where, parts)
+    if missing or unexpected:
+        return None
+    parts.is_sound("keys", f"{len(infos)} keys")
+    if not_floating := sorted(name for name in infos if not infos[name].is_floating):
+        parts.refuse("shapes", f"{where}: {', '.join(not_floating)}: weights must be floating-point")
     embedding = infos[EMBEDDING].shape
     if len(embedding) != 2 or not all(embedding) or embedding[1] % HEAD_SIZE:
-        raise CheckpointError(
-            f"{where}: {EMBEDDING} is {list(embedding)}, it must be [vocabulary, a multiple of {HEAD_SIZE}]"
-        )
+        text = f"{EMBEDDING} is {list(embedding)}, it must be [vocabulary, a multiple of {HEAD_SIZE}]"
+        parts.refuse("shapes", f"{where}: {text}")
+        return None
     if wrong := _wrong_shapes(infos, dialect, depth):
-        raise CheckpointError(f"{where}: shapes contradict {EMBEDDING} {list(embedding)}: {'; '.join(wrong)}")
+        parts.refuse("shapes", f"{where}: shapes contradict {EMBEDDING} {list(embedding)}: {'; '.join(wrong)}")
+        return None
+    heads = embedding[1] // HEAD_SIZE
+    parts.is_sound("shapes", f"width {embedding[1]}, {heads} heads, vocabulary {embedding[0]}")
     return GptDetails(
         dialect=dialect,
         vocab_size=embedding[0],
         head_rows=infos[HEAD[dialect]].shape[0],
         num_layers=depth,
-        num_heads=embedding[1] // HEAD_SIZE,
+        num_heads=heads,
         model_dim=embedding[1],
         num_scalars=infos[SCALARS].shape[0],
         keys=expected,
     )
+
+
+def details_of(tensors: Mapping[str, torch.Tensor], dialect: Dialect, where: Path) -> GptDetails:
+    """The sizes of tensors that are to be written to `where`. Raises CheckpointError as the reading of them would."""
+    parts = Parts()
+    details = read_details({name: TensorInfo.of(name, t) for name, t in tensors.items()}, dialect, where, parts)
+    parts.raise_refused(where)
+    assert details is not None
+    return details
+
+
+def _check_blocks(
+    names: Iterable[str], blocks: set[int], depth: int, dialect: Dialect, where: Path, parts: Parts
+) -> None:
+    """An even number of blocks without a gap, and block 7 without attention."""
+    if absent := sorted(set(range(depth)) - blocks):
+        text = f"blocks {', '.join(map(str, absent[:8]))} are missing of {depth}"
+        parts.refuse("blocks", f"{where}: {text}")
+    if depth % 2 or depth < SMALLEST_DEPTH:
+        text = f"has {depth} blocks, but this architecture has an even number, at least {SMALLEST_DEPTH}"
+        parts.refuse("blocks", f"{where}: {text}")
+    elif dialect == "medium" and depth != MEDIUM_DEPTH:
+        parts.fail("blocks", f"has {depth} blocks; this architecture has {MEDIUM_DEPTH}")
+    if wrong := sorted(name for name in names if name.startswith(f"blocks.{BLOCK_WITHOUT_ATTENTION}.attn.")):
+        text = f"block {BLOCK_WITHOUT_ATTENTION} of this architecture has no attention, but there is {', '.join(wrong)}"
+        parts.refuse("blocks", f"{where}: {text}")
+    parts.is_sound("blocks", f"{depth} blocks, {dialect}")
 
 
 def _shapes(dialect: Dialect, depth: int, vocabulary: int, d: int) -> dict[str, Shape]:
@@ -132,6 +165,11 @@ def _shapes(dialect: Dialect, depth: int, vocabulary: int, d: int) -> dict[str, 
         for i in range(depth)
         for name, shape in (mlp if i == BLOCK_WITHOUT_ATTENTION else attention | mlp).items()
     }
+
+
+def all_shapes(dialect: Dialect, depth: int, *, vocabulary: int, d: int) -> dict[str, Shape]:
+    """Name → shape of every tensor, the head and the scalars without padding."""
+    return {**_shapes(dialect, depth, vocabulary, d), HEAD[dialect]: (vocabulary, d), SCALARS: (5 * depth,)}
 
 
 def _wrong_shapes(infos: Mapping[str, TensorInfo], dialect: Dialect, depth: int) -> list[str]:

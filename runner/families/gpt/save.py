@@ -16,10 +16,9 @@ from runner.families.gpt.layouts import (
     VALUE_EMBEDDINGS,
     VOCABULARY_MULTIPLE,
     GptDetails,
-    read_details,
+    details_of,
 )
 from runner.files.staging import staged
-from runner.files.tensors import TensorInfo
 
 WEIGHT_FILES = ("model.pt", "model.safetensors")
 
@@ -32,15 +31,14 @@ def save(
     provenance: Provenance,
     weights_file: str = WEIGHT_FILES[0],
 ) -> Path:
-    """Write one weights file into `directory` (a staged one: see commit.py); its path.
+    """Write one weights file into `directory` (a staged one); its path.
 
     A name that ends in .safetensors chooses that layout, where the provenance stands in the metadata; any
     other is the training script's. dtypes are kept; optimizers are not written. Raises CheckpointError for tensors
     that do not make the model which `details` describe.
     """
     path = directory / weights_file
-    infos = {name: TensorInfo(name=name, shape=tuple(t.shape), dtype=t.dtype) for name, t in tensors.items()}
-    found = read_details(infos, details.dialect, path)
+    found = details_of(tensors, details.dialect, path)
     assert replace(found, keys=details.keys) == details, "the tensors have other sizes than the details"
     if weights_file.endswith(".safetensors"):
         from safetensors.torch import save_file

@@ -1,9 +1,9 @@
 """Plain causal language models in Hugging Face directories, and one LoRA adapter over such a model (peft)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from runner.errors import ConfigError
 from runner.families.family import Family
@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from runner.checkpoints.checkpoint import Checkpoint
-    from runner.checks.check import Check
-    from runner.checks.headers import Header
+    from runner.checks.context import Check, Example, Traits
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
 
@@ -73,17 +72,29 @@ class Hf(Family):
 
     def checks(self) -> "Mapping[str, Check]":
         """As `Family.checks`."""
-        from runner.checks.catalogue import OF_FAMILY
+        from runner.families.hf.checks import CHECKS
 
-        return OF_FAMILY["hf"]
-
-    def detect(self, path: Path, read_header: "Callable[[Path], Header]") -> str | None:
-        """As `Family.detect`."""
-        from runner.checks.detected import look
-
-        found = look(path, read_header)
-        return found.format if found.family == self.name else None
+        return CHECKS
 
     def check_buildable(self, base: str | None) -> None:
         """Never."""
         raise ConfigError("family=hf: nothing is added to a plain model; give ckpt=, or family=npt, gpt or lora_moe")
+
+    def examples(self) -> "Mapping[str, Example]":
+        """As `Family.examples`."""
+        from runner.families.hf.checks import write_model
+        from runner.families.lora.checks import write_adapter
+
+        return {PEFT: write_adapter, self.name: write_model}
+
+    def base_misfits(self, checkpoint: "Checkpoint", config: Mapping[str, Any]) -> list[str]:
+        """As `Family.base_misfits`."""
+        from runner.families.lora.checks import base_misfits
+
+        return base_misfits({"the adapter": checkpoint.details}, config)
+
+    def traits(self, checkpoint: "Checkpoint") -> "Traits":
+        """As `Family.traits`."""
+        from runner.families.lora.checks import LoraTraits
+
+        return LoraTraits() if checkpoint.format == PEFT else super().traits(checkpoint)

@@ -1,26 +1,28 @@
 """One PEFT LoRA adapter directory: adapter_config.json beside adapter_model.safetensors or adapter_model.bin.
 
-From an opened adapter to tensors: whether it fits a base model, its matrices, several files as one source.
-
-Writes one PEFT LoRA adapter directory.
+How it is read, whether it fits a base model, how its matrices are loaded, and how one is written.
 """
+
+from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save_file
-
+from runner.checkpoints.checkpoint import Listing
+from runner.checkpoints.reading import Parts
 from runner.errors import CheckpointError, ModelError
 from runner.families.lora import config as lora_config
 from runner.families.lora.config import LoraSettings, read_settings
 from runner.files.file_type import Kind, kind_of
 from runner.files.staging import staged
-from runner.files.tensors import TensorInfo, TensorSource, is_finite, open_weights
+from runner.files.tensors import TensorInfo, TensorSource, is_finite, owned
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
@@ -60,9 +62,14 @@ class AdapterDetails:
     parameters: int
     nbytes: int
     dtypes: tuple[str, ...]
-    hidden_size: int | None  # where a module's name tells
+    hidden_sizes: Mapping[int, str]  # as far as modules' names tell: the size → a module that is made for it
     missing: tuple[str, ...]
     unknown: tuple[str, ...]
+
+    @property
+    def hidden_size(self) -> int | None:
+        """The hidden size that all of its modules are made for, where a module's name tells."""
+        return next(iter(self.hidden_sizes), None)
 
 
 def key(module: str, matrix: str) -> str:
@@ -70,36 +77,68 @@ def key(module: str, matrix: str) -> str:
     return f"{PREFIX}{module}.lora_{matrix}.weight"
 
 
-def open_adapter(directory: Path) -> tuple[AdapterDetails, TensorSource]:
-    """The adapter in `directory`, from headers. Raises CheckpointError where there is none, or shapes contradict it."""
-    settings = read_settings(directory)
+def read_adapter(directory: Path, label: str, parts: Parts) -> tuple[AdapterDetails, TensorSource] | None:
+    """The adapter in `directory`, from headers; `label` is what messages call it.
+
+    Its problems go to `files`, `adapters`, `keys` and `shapes`; None where there is no config or no one weights file.
+    """
+    settings = None
+    if not (directory / lora_config.FILE_NAME).exists():
+        place = directory / lora_config.FILE_NAME
+        parts.refuse("adapters", f"{label} has no {lora_config.FILE_NAME}: {place}: cannot be read: No such file")
+    else:
+        with parts.within("adapters"):
+            settings = read_settings(directory)
     found = [name for name in WEIGHT_FILES if (directory / name).exists()]
     if not found:
-        raise CheckpointError(f"{directory}: has no weights: neither {' nor '.join(WEIGHT_FILES)}")
+        parts.refuse("adapters", f"{label} has no weights: neither {' nor '.join(WEIGHT_FILES)} in {directory}")
     if len(found) > 1:
-        raise CheckpointError(f"{directory}: holds {' and '.join(found)}; keep the one that is meant")
-    path = directory / found[0]
-    source = open_weights(path)
+        parts.refuse("adapters", f"{label} holds {' and '.join(found)} in {directory}; keep the one that is meant")
+    listing = Listing.of(directory)
+    opened = [parts.weights(listing, name) for name in found]
+    source = opened[0] if len(opened) == 1 else None
+    if settings is None or source is None:
+        return None
+    path = source.path
     strange = [] if kind_of(path) is Kind.SAFETENSORS else list(source.extras)
-    pairs, missing, unknown = _pairs(path, source.infos, settings)
-    modules = tuple(_module(path, name, pair["A"], pair["B"], settings) for name, pair in sorted(pairs.items()))
+    pairs, missing, unknown = _pairs(path, source.infos, settings, parts)
+    unknown += strange
+    if missing:
+        parts.fail("keys", f"{label} lacks {_some(missing)}")
+    if unknown:
+        parts.fail("keys", f"{label} has {_some(unknown)}, which its config does not ask for")
+    read = [_module(path, name, pair["A"], pair["B"], settings, parts) for name, pair in sorted(pairs.items())]
+    modules = tuple(module for module in read if module is not None)
     infos = source.infos.values()
-    return AdapterDetails(
+    adapter = AdapterDetails(
         directory=directory,
         weights_file=path,
         settings=settings,
         modules=modules,
         parameters=sum(info.numel for info in infos),
         nbytes=sum(info.nbytes for info in infos),
-        dtypes=tuple(sorted({str(info.dtype).removeprefix("torch.") for info in infos})),
-        hidden_size=_hidden_size(path, modules),
+        dtypes=tuple(sorted({info.dtype_name for info in infos})),
+        hidden_sizes=_hidden_sizes(modules),
         missing=tuple(missing),
-        unknown=(*unknown, *strange),
-    ), source
+        unknown=tuple(unknown),
+    )
+    return adapter, source
+
+
+def size_contradiction(adapter: AdapterDetails) -> str | None:
+    """What to say where modules are made for different hidden sizes."""
+    if len(adapter.hidden_sizes) < 2:
+        return None
+    shown = ", ".join(f"{size} by {name}" for size, name in sorted(adapter.hidden_sizes.items()))
+    return f"{adapter.weights_file}: its modules contradict each other on the hidden size: {shown}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f", … ({len(names)} in all)" if len(names) > 4 else "")
 
 
 def _pairs(
-    path: Path, infos: Mapping[str, TensorInfo], settings: LoraSettings
+    path: Path, infos: Mapping[str, TensorInfo], settings: LoraSettings, parts: Parts
 ) -> tuple[dict[str, dict[str, TensorInfo]], list[str], list[str]]:
     """A and B by module where both are there; the missing and the unknown keys, sorted."""
     found: dict[str, dict[str, TensorInfo]] = {}
@@ -111,10 +150,10 @@ def _pairs(
             continue
         found.setdefault(match["module"], {})[match["matrix"]] = info
     if not found:
-        raise CheckpointError(_nothing_found(path, infos))
+        parts.refuse("keys", _nothing_found(path, infos))
     missing = {key(module, matrix) for module in found for matrix in "AB" if matrix not in found[module]}
     missing |= {key(module, matrix) for module in _other_layers(found, settings) for matrix in "AB"}
-    if settings.targets is not None and settings.targets != (lora_config.ALL_LINEAR,):
+    if found and settings.targets is not None and settings.targets != (lora_config.ALL_LINEAR,):
         used = {settings.target_of(module) for module in found}
         missing |= {key(f"….{target}", matrix) for target in set(settings.targets) - used for matrix in "AB"}
     complete = {module: pair for module, pair in found.items() if len(pair) == 2}
@@ -145,18 +184,23 @@ def _other_layers(found: Iterable[str], settings: LoraSettings) -> set[str]:
     return {module for module in wanted - set(found) if settings.target_of(module) is not None}
 
 
-def _module(path: Path, name: str, a: TensorInfo, b: TensorInfo, settings: LoraSettings) -> LoraModule:
+def _module(
+    path: Path, name: str, a: TensorInfo, b: TensorInfo, settings: LoraSettings, parts: Parts
+) -> LoraModule | None:
+    """None, and a problem of `shapes`, where A is not [rank, in] or B not [out, rank]."""
     rank = settings.rank(name)
     for info in (a, b):
-        if len(info.shape) != 2 or not info.dtype.is_floating_point or 0 in info.shape:
-            raise CheckpointError(
-                f"{path}: {info.name} is {str(info.dtype)[6:]} {list(info.shape)}, not a floating-point matrix"
-            )
+        if len(info.shape) != 2 or not info.is_floating or 0 in info.shape:
+            text = f"{info.name} is {info.dtype_name} {list(info.shape)}, not a floating-point matrix"
+            parts.refuse("shapes", f"{path}: {text}")
+            return None
     if a.shape[0] != rank or b.shape[1] != rank:
-        raise CheckpointError(
-            f"{path}: {a.name} is {list(a.shape)} and {b.name} {list(b.shape)}, but adapter_config.json gives this "
-            f"module rank {rank}: A must be [{rank}, in] and B [out, {rank}]"
+        parts.refuse(
+            "shapes",
+            f"{path}: {a.name} is {list(a.shape)} and {b.name} {list(b.shape)}, but adapter_config.json gives it rank "
+            f"{rank}: A must be [{rank}, in] and B [out, {rank}]",
         )
+        return None
     return LoraModule(
         name=name,
         r=rank,
@@ -169,7 +213,7 @@ def _module(path: Path, name: str, a: TensorInfo, b: TensorInfo, settings: LoraS
     )
 
 
-def _hidden_size(path: Path, modules: Iterable[LoraModule]) -> int | None:
+def _hidden_sizes(modules: Iterable[LoraModule]) -> dict[int, str]:
     sizes: dict[int, str] = {}
     for module in modules:
         last = module.name.rpartition(".")[2]
@@ -177,12 +221,7 @@ def _hidden_size(path: Path, modules: Iterable[LoraModule]) -> int | None:
             sizes.setdefault(module.in_features, module.name)
         elif last in _OUT_OF_HIDDEN:
             sizes.setdefault(module.out_features, module.name)
-    if len(sizes) > 1:
-        raise CheckpointError(
-            f"{path}: its modules contradict each other on the hidden size: "
-            + ", ".join(f"{size} by {name}" for size, name in sorted(sizes.items()))
-        )
-    return next(iter(sizes), None)
+    return sizes
 
 
 def describe_adapter(adapter: AdapterDetails) -> dict[str, Any]:
@@ -217,7 +256,7 @@ def settings_findings(adapter: AdapterDetails, name: str) -> list[str]:
 
 
 # Adapters by module: A [r, in], B [out, r], and the scaling of B A x.
-Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]
+Factors = Mapping[str, tuple["torch.Tensor", "torch.Tensor", float]]
 
 
 def check_fit(adapter: AdapterDetails, linears: Mapping[str, tuple[int, int]], base: object) -> None:
@@ -274,10 +313,7 @@ def read_finite(weights: TensorSource, name: str, where: str, dtype: torch.dtype
 def compose(path: Path, parts: Iterable[tuple[str, TensorSource]]) -> TensorSource:
     """Several files as one source: each part's names with its prefix before them."""
     held = {prefix + name: (source, name) for prefix, source in parts for name in source.infos}
-    infos = {
-        name: TensorInfo(name=name, shape=source.infos[own].shape, dtype=source.infos[own].dtype)
-        for name, (source, own) in held.items()
-    }
+    infos = {name: replace(source.infos[own], name=name) for name, (source, own) in held.items()}
 
     def read(name: str) -> torch.Tensor:
         source, own = held[name]
@@ -292,11 +328,10 @@ def save_adapter(directory: Path, tensors: Mapping[str, torch.Tensor], config: M
 
     The file holds copies of its own, never views of larger storages.
     """
+    from safetensors.torch import save_file
+
     directory.mkdir(parents=True)
-    owned = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    save_file(owned, directory / WEIGHT_FILES[0], metadata={"format": "pt"})
+    save_file(owned(tensors), directory / WEIGHT_FILES[0], metadata={"format": "pt"})
     text = json.dumps(dict(config), indent=2, sort_keys=True, ensure_ascii=False)
     (directory / lora_config.FILE_NAME).write_text(text + "\n", encoding="utf-8")
 

@@ -4,7 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
-from runner.families.lora.adapter import WEIGHT_FILES, AdapterDetails, describe_adapter, open_adapter, settings_findings
+from runner.checkpoints.reading import Parts, Reading, look_for_merged_model
+from runner.families.lora.adapter import (
+    WEIGHT_FILES,
+    AdapterDetails,
+    describe_adapter,
+    read_adapter,
+    settings_findings,
+    size_contradiction,
+)
 from runner.families.lora.config import FILE_NAME
 from runner.families.lora_moe.checkpoint import ADAPTERS
 from runner.families.lora_moe.state import OLDER, read_trainer_state
@@ -23,11 +31,30 @@ def matches(listing: Listing) -> str | None:
     return None
 
 
-def open_peft(listing: Listing) -> Checkpoint:
-    """The checkpoint, from headers. Raises CheckpointError as `open_adapter`."""
-    adapter, weights = open_adapter(_directory(listing))
-    training = read_trainer_state(adapter.directory)
-    return Checkpoint(
+def resembles(listing: Listing) -> int:
+    """3 where an adapter's config or weights are there."""
+    return 3 if {FILE_NAME, *WEIGHT_FILES} & {*listing.entries} else 0
+
+
+def read(listing: Listing) -> Reading:
+    """The checkpoint, part by part: files, adapters, keys, shapes, pollution."""
+    parts, directory = Parts(), _directory(listing)
+    files = tuple(directory / name for name in WEIGHT_FILES if (directory / name).is_file())
+    parts.is_sound("config", "an adapter has none")
+    look_for_merged_model(parts, listing.path, "the adapter")
+    training: dict[str, Any] = {}
+    with parts.within("config"):
+        training = read_trainer_state(directory)
+    found = read_adapter(directory, "the adapter", parts)
+    if found is None:
+        return parts.reading(listing.path, files, None)
+    adapter, weights = found
+    if (text := size_contradiction(adapter)) is not None:
+        parts.refuse("shapes", text)
+    parts.is_sound("adapters", f"r {adapter.settings.r}, {adapter.weights_file.name}")
+    parts.is_sound("keys", f"{len(adapter.modules)} modules with A and B, nothing else")
+    parts.is_sound("shapes", "ranks as the config says")
+    checkpoint = Checkpoint(
         path=listing.path,
         format=NAME,
         family=FAMILY,
@@ -41,6 +68,7 @@ def open_peft(listing: Listing) -> Checkpoint:
         unknown=adapter.unknown,
         findings=tuple(settings_findings(adapter, FILE_NAME)),
     )
+    return parts.reading(listing.path, files, checkpoint)
 
 
 def _directory(listing: Listing) -> Path:
@@ -59,4 +87,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-FORMATS = (CheckpointFormat(name=NAME, family=FAMILY, matches=matches, open=open_peft, describe=describe),)
+FORMATS = (
+    CheckpointFormat(
+        name=NAME, family=FAMILY, matches=matches, describe=describe, read=read, resembles=resembles, adapters=True
+    ),
+)

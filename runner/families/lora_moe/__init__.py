@@ -1,9 +1,9 @@
 """Mixtures of LoRA experts under a router (DyLoRA-MoE)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from runner.families.family import Family
 
@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from runner.checkpoints.checkpoint import Checkpoint
-    from runner.checks.check import Check
-    from runner.checks.context import Bench
-    from runner.checks.headers import Header
+    from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
     from runner.families.lora_moe.model import LoraMoeForCausalLM
@@ -77,22 +75,33 @@ class LoraMoe(Family):
 
     def checks(self) -> "Mapping[str, Check]":
         """As `Family.checks`."""
-        from runner.checks.catalogue import OF_FAMILY
+        from runner.families.lora_moe.checks import CHECKS
 
-        return OF_FAMILY["lora_moe"]
-
-    def detect(self, path: Path, read_header: "Callable[[Path], Header]") -> str | None:
-        """As `Family.detect`."""
-        from runner.checks.detected import look
-
-        found = look(path, read_header)
-        return found.format if found.family == self.name else None
+        return CHECKS
 
     def check_buildable(self, base: str | None) -> None:
         """Over any base."""
 
-    def build_small(self, bench: "Bench") -> Path:
+    def build_small(self, context: "CheckContext") -> Path:
         """As `Family.build_small`."""
-        from runner.checks.building import build
+        from runner.families.lora_moe.checks import build_small
 
-        return build(bench)
+        return build_small(context)
+
+    def examples(self) -> "Mapping[str, Example]":
+        """As `Family.examples`."""
+        from runner.families.lora_moe.checks import write_example
+
+        return {self.name: write_example}
+
+    def base_misfits(self, checkpoint: "Checkpoint", config: Mapping[str, Any]) -> list[str]:
+        """As `Family.base_misfits`."""
+        from runner.families.lora_moe.checks import base_misfits
+
+        return base_misfits(checkpoint, config)
+
+    def traits(self, checkpoint: "Checkpoint") -> "Traits":
+        """As `Family.traits`."""
+        from runner.families.lora_moe.checks import MoeTraits
+
+        return MoeTraits()

@@ -1,20 +1,21 @@
 """`lora_moe`: DyLoRA-MoE, several LoRA experts and a router over one base model (spec/formats.md §4).
 
-The experts of a lora_moe checkpoint: where their adapters lie, and whether they agree with each other, the config
-and the router.
-
-From an opened lora_moe checkpoint to tensors: whether it fits a base model, its experts and its router.
+Where the experts' adapters lie, whether they agree with each other, the config and the router; and from an opened
+checkpoint to tensors.
 """
 
+from __future__ import annotations
+
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
-from runner.errors import CheckpointError, ModelError
+from runner.checkpoints.reading import Parts, Reading, look_for_merged_model
+from runner.errors import ModelError
 from runner.families.lora.adapter import (
     WEIGHT_FILES,
     AdapterDetails,
@@ -23,10 +24,11 @@ from runner.families.lora.adapter import (
     compose,
     describe_adapter,
     key,
-    open_adapter,
+    read_adapter,
     read_factors,
     read_finite,
     settings_findings,
+    size_contradiction,
 )
 from runner.families.lora.config import FILE_NAME as ADAPTER_CONFIG
 from runner.families.lora_moe.state import (
@@ -37,16 +39,26 @@ from runner.families.lora_moe.state import (
     Router,
     Skills,
     StrayFile,
-    find_merged_models,
     open_router,
-    open_skills,
     read_config,
+    read_library,
     read_trainer_state,
+    router_files,
+    skill_source,
 )
+from runner.files.file_type import WEIGHT_SUFFIXES, may_be_weights
 from runner.files.strict_json import read_object
 from runner.files.tensors import TensorSource
 
+if TYPE_CHECKING:
+    import torch
+
+NAME = "lora_moe"
+FAMILY = "lora_moe"
 ADAPTERS = "peft_adapters"
+TEMPERATURE = 2.0
+TOP_K = 1
+_EXPERT = re.compile(r"expert_(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,114 +69,6 @@ class Expert:
     nested: bool
     adapter: AdapterDetails
     keys: frozenset[str]  # all keys of its file
-
-
-def expert_name(index: int) -> str:
-    """The name of the expert of a router's row: that of its directory and of its adapter."""
-    return f"expert_{index}"
-
-
-def weight_name(expert: Expert, name: str) -> str:
-    """How a key of the expert's file is called among the weights of the checkpoint."""
-    return f"experts.{expert.name}.{name}"
-
-
-def expert_directories(root: Path) -> tuple[Path, list[str]]:
-    """The directory that holds the experts' directories, and their names by number."""
-    found = {}
-    for parent in (root / ADAPTERS, root, root / OLDER):
-        names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-        numbers = [name.removeprefix("expert_") for name in names if name.startswith("expert_")]
-        experts = sorted((number for number in numbers if number.isdecimal()), key=int)
-        if experts:
-            found[parent] = [f"expert_{number}" for number in experts]
-    if not found:
-        raise CheckpointError(f"{root}: holds no experts: no {ADAPTERS}/expert_0 in it")
-    if len(found) > 1:
-        raise CheckpointError(f"{root}: holds experts in {' and in '.join(map(str, found))}; keep those that are meant")
-    return next(iter(found.items()))
-
-
-def agree_on_experts(root: Path, config: Mapping[str, Any], router: Router, directories: Sequence[str]) -> int:
-    """How many experts there are, where config, router and directories say the same. Raises CheckpointError."""
-    says = {name: value["num_experts"] for name, value in
-            (("config.json", config), (router.file.name, router.values)) if "num_experts" in value}  # fmt: skip
-    if not says:
-        raise CheckpointError(
-            f"{root}: config.json does not say num_experts; without it no expert is known to be missing"
-        )
-    for name, value in says.items():
-        if type(value) is not int or value < 1:
-            raise CheckpointError(f"{root}: {name}: num_experts is {value!r}, not a number of experts")
-    expected = [expert_name(i) for i in range(len(directories))]
-    if set(says.values()) != {router.num_experts} or router.num_experts != len(directories) or directories != expected:
-        said = " and ".join(f"{name} says {value} experts" for name, value in says.items())
-        raise CheckpointError(
-            f"{root}: {said}, the router in {router.file.name} has {router.num_experts}, and the adapters are "
-            f"{', '.join(directories)}; they must be the same"
-        )
-    return router.num_experts
-
-
-def open_expert(directory: Path) -> tuple[Expert, TensorSource]:
-    """An expert in `directory` itself or in a directory of the same name in it, never in both."""
-    name = directory.name
-
-    def is_adapter(place: Path) -> bool:
-        return any((place / file).exists() for file in (ADAPTER_CONFIG, *WEIGHT_FILES))
-
-    flat, nested = is_adapter(directory), is_adapter(directory / name)
-    if flat and nested:
-        raise CheckpointError(f"{directory}: holds an adapter both flat and nested ({name}/{name}); keep one of them")
-    if not flat and not nested:
-        seen = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
-        shown = f"it holds {', '.join(seen[:6])}" if seen else "it is empty"
-        raise CheckpointError(f"{directory}: holds no adapter, neither flat nor nested in {name}/{name}; {shown}")
-    adapter, source = open_adapter(directory / name if nested else directory)
-    return Expert(name=name, nested=nested, adapter=adapter, keys=frozenset(source.infos)), source
-
-
-def check_hidden_size(experts: Sequence[Expert], router: Router) -> None:
-    """Raise CheckpointError where router and adapters are made for different sizes, or an adapter for the head."""
-    for expert in experts:
-        size = expert.adapter.hidden_size
-        if size not in (None, router.hidden_size):
-            raise CheckpointError(
-                f"{router.file}: {router.weight} reads a hidden size of {router.hidden_size}, but {expert.name} "
-                f"({expert.adapter.weights_file}) is made for {size}"
-            )
-        if any(module.name.rpartition(".")[2] == "lm_head" for module in expert.adapter.modules):
-            raise CheckpointError(
-                f"{expert.adapter.weights_file}: adapts lm_head, which tokens cannot be routed through"
-            )
-
-
-def missing_keys(experts: Sequence[Expert]) -> list[str]:
-    """The keys that experts lack: by their own config, and against other experts with the same target modules."""
-    alike: dict[Any, list[Expert]] = {}
-    for expert in experts:
-        settings = expert.adapter.settings
-        asked = (settings.targets, settings.excluded, settings.layers, settings.layers_pattern)
-        if settings.targets is not None:
-            alike.setdefault(asked, []).append(expert)
-    missing = {weight_name(expert, name) for expert in experts for name in expert.adapter.missing}
-    for group in alike.values():
-        own = {expert.name: {module.name for module in expert.adapter.modules} for expert in group}
-        everything = set().union(*own.values())
-        missing |= {
-            weight_name(expert, key(module, matrix))
-            for expert in group
-            for module in everything - own[expert.name]
-            for matrix in "AB"
-            if key(module, matrix) not in expert.keys
-        }
-    return sorted(missing)
-
-
-NAME = "lora_moe"
-FAMILY = "lora_moe"
-TEMPERATURE = 2.0
-TOP_K = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +91,16 @@ class MoeDetails:
     pollution: tuple[StrayFile, ...]
 
 
+def expert_name(index: int) -> str:
+    """The name of the expert of a router's row: that of its directory and of its adapter."""
+    return f"expert_{index}"
+
+
+def weight_name(expert: Expert, name: str) -> str:
+    """How a key of the expert's file is called among the weights of the checkpoint."""
+    return f"experts.{expert.name}.{name}"
+
+
 def matches(listing: Listing) -> str | None:
     """The evidence in a directory: its model type, peft_adapters/ or dylo_moe_state/."""
     if not listing.path.is_dir():
@@ -201,68 +115,255 @@ def matches(listing: Listing) -> str | None:
     return None
 
 
-def open_moe(listing: Listing) -> Checkpoint:
-    """The checkpoint, from headers. Raises CheckpointError where parts are missing or contradict each other."""
-    root = listing.path
+def resembles(listing: Listing) -> int:
+    """4 where a router or directories of experts are there."""
+    parts = router_files(listing.path) if listing.path.is_dir() else []
+    return 4 if parts or any(map(_EXPERT.fullmatch, listing.entries)) else 0
+
+
+def read(listing: Listing) -> Reading:
+    """The checkpoint, from headers, part by part: files, config, layout, gate, experts, adapters, keys, shapes,
+    hidden_size, skill_library, pollution."""
+    root, parts = listing.path, Parts()
     if not root.is_dir():
-        raise CheckpointError(f"{root}: is a file; a {NAME} checkpoint is the directory with config.json and a router")
-    config, config_findings = read_config(root)
-    router, router_source = open_router(root)
-    parent, directories = expert_directories(root)
-    num_experts = agree_on_experts(root, config, router, directories)
-    opened = [open_expert(parent / name) for name in directories]
-    experts = tuple(expert for expert, _ in opened)
-    check_hidden_size(experts, router)
-    skills = open_skills(root)
-    trainer = read_trainer_state(root)
+        text = f"{root}: is a file; a {NAME} checkpoint is the directory with config.json and a router"
+        parts.refuse("layout", text)
+        return parts.reading(root, (root,), None)
+    config: dict[str, Any] | None = None
+    config_findings: tuple[str, ...] = ()
+    with parts.within("config"):
+        config, config_findings = read_config(root)
+    opened_router = open_router(root, parts)
+    router = opened_router[0] if opened_router else None
+    values = router.values if router else {}
+    top_k, temperature = _settings(root, config, values, router, parts) if config is not None else (TOP_K, TEMPERATURE)
+    names, places = _expert_places(root, parts)
+    if router is not None:
+        parts.is_sound("gate", f"{router.file.name}: {router.num_experts} experts, hidden size {router.hidden_size}")
+        if config is not None and names:
+            _agree_on_experts(config, router, names, root, parts)
+    files = tuple(sorted({*router_files(root), *(file for place in places.values() for file in _adapter_files(place))}))
+    tried = {name: read_adapter(place, name, parts) for name, place in places.items()}
+    opened = {name: each for name, each in tried.items() if each is not None}
+    experts = tuple(
+        Expert(
+            name=name,
+            nested=places[name].parent.name == name,
+            adapter=adapter,
+            keys=frozenset(source.infos),
+        )
+        for name, (adapter, source) in opened.items()
+    )
+    missing = _missing_keys(experts, parts)
+    _compare_experts(experts, router, parts)
+    skills = read_library(root, parts)
+    if skills is not None and router is not None and skills.size not in (None, router.hidden_size):
+        text = f"{skills.file.name}: embeddings of {skills.size}, but the hidden size is {router.hidden_size}"
+        parts.fail("skill_library", text)
+    pollution = look_for_merged_model(parts, root, "the adapters", deep=True)
+    _look_for_strays(root, places, pollution, parts)
+    trainer: dict[str, Any] = {}
+    with parts.within("config"):
+        trainer = read_trainer_state(root)
+    checkpoint = None
+    if config is not None and opened_router is not None and experts:
+        router, router_source = opened_router
+        details = MoeDetails(
+            layout=OLDER if router.file.parent.name == OLDER else _layout(experts),
+            config=config,
+            experts=experts,
+            router=router,
+            num_experts=router.num_experts,
+            top_k=top_k,
+            temperature=temperature,
+            hidden_size=router.hidden_size,
+            skills=skills,
+            pollution=tuple(
+                StrayFile(name=str(path.relative_to(root)), nbytes=path.stat().st_size) for path in pollution
+            ),
+        )
+        step, step_findings = _step(config, trainer)
+        checkpoint = Checkpoint(
+            path=root,
+            format=NAME,
+            family=FAMILY,
+            evidence=f"{matches(listing) or 'format=lora_moe'}, {router.num_experts} experts and {router.file.name}",
+            weights=_weights(root, experts, [source for _, source in opened.values()], router, router_source),
+            details=details,
+            base_name=_base_name(config, experts),
+            step=step,
+            training=trainer,
+            missing=tuple(missing),
+            unknown=tuple(weight_name(expert, name) for expert in experts for name in expert.adapter.unknown),
+            findings=(*config_findings, *step_findings, *_findings(root, details)),
+        )
+    beside = () if skills is None else (partial(skill_source, skills),)
+    return parts.reading(root, files, checkpoint, beside)
+
+
+def _settings(
+    root: Path, config: Mapping[str, Any], values: Mapping[str, Any], router: Router | None, parts: Parts
+) -> tuple[int, float]:
+    """top_k and temperature: from config.json or router.pt, which must agree, and soundly say how many experts."""
+    said = {"config.json": config, router.file.name if router else "router": values}
+    counts = {name: each["num_experts"] for name, each in said.items() if "num_experts" in each}
+    if not counts:
+        text = "config.json does not say num_experts; without it no expert is known to be missing"
+        parts.refuse("config", f"{root}: {text}")
+        return TOP_K, TEMPERATURE
+    if wrong := {name: count for name, count in counts.items() if type(count) is not int or count < 1}:
+        for name, count in wrong.items():
+            parts.refuse("config", f"{root}: {name}: num_experts is {count!r}, not a number of experts")
+        return TOP_K, TEMPERATURE
+    highest = max(counts.values())
+    found: dict[str, Any] = {"top_k": TOP_K, "temperature": TEMPERATURE}
+    for name in found:
+        given = [each[name] for each in said.values() if each.get(name) is not None]
+        for value in given:
+            if name == "top_k" and (type(value) is not int or not 1 <= value <= highest):
+                text = f"{name} is {value!r}; with {highest} experts it is a number from 1 to {highest}"
+                parts.refuse("config", f"{root}: {text}")
+            if name == "temperature" and (type(value) not in (int, float) or not 0 < value < 1e9):
+                parts.refuse("config", f"{root}: {name} is {value!r}, not a number above 0")
+        if len(given) > 1 and given[0] != given[1]:
+            text = f"{name} is {given[0]!r} in config.json but {given[1]!r} in {list(said)[1]}"
+            parts.refuse("config", f"{root}: {text}")
+        found[name] = given[0] if given else found[name]
+    parts.is_sound("config", f"{', '.join(counts)}: {highest} experts, top_k {found['top_k']}")
+    return found["top_k"], found["temperature"]
+
+
+def _expert_places(root: Path, parts: Parts) -> tuple[list[str], dict[str, Path]]:
+    """The experts' names by number, and of each that has an adapter where that lies: in the expert's own directory,
+    or, as PEFT nests it, in one of the same name in it.
+
+    Where experts lie in several directories, or an adapter in two places or in none, that is a problem of `layout`.
+    """
+    found: dict[Path, list[Path]] = {}
+    for parent in (root / ADAPTERS, root, root / OLDER):
+        entries = list(parent.iterdir()) if parent.is_dir() else []
+        if experts := [entry for entry in entries if _EXPERT.fullmatch(entry.name)]:
+            found[parent] = sorted(experts, key=lambda entry: int(entry.name.removeprefix("expert_")))
+    if not found:
+        parts.refuse("layout", f"{root}: holds no experts: no {ADAPTERS}/expert_0 in it")
+    if len(found) > 1:
+        held = " and in ".join(map(str, found))
+        parts.refuse("layout", f"{root}: holds experts in {held}; keep those that are meant")
+    places, kinds = {}, set()
+    directories = next(iter(found.values()), [])
+    for directory in directories:
+        name = directory.name
+        flat, nested = _is_adapter(directory), _is_adapter(directory / name)
+        if flat and nested:
+            text = f"an adapter both flat and nested ({name}/{name}); keep one of them"
+            parts.refuse("layout", f"{directory}: {text}")
+        elif not flat and not nested:
+            seen = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
+            shown = f"it holds {', '.join(seen[:6])}" if seen else "it is empty"
+            text = f"no adapter, neither flat nor nested in {name}/{name}; {shown}"
+            parts.refuse("layout", f"{directory}: {text}")
+        else:
+            kinds.add("nested" if nested else "flat")
+            places[name] = directory / name if nested else directory
+    stray = [name for name in (ADAPTER_CONFIG, *WEIGHT_FILES) if (root / name).exists()]
+    if stray and root not in found:
+        text = f"{len(places)} adapters, and {', '.join(stray)} beside them: of no expert, and not read"
+        parts.odd("layout", text)
+    found_kinds = sorted(kinds)
+    parts.is_sound("layout", f"{len(places)} adapters, {' and '.join(found_kinds)}", layout="+".join(found_kinds))
+    return [directory.name for directory in directories], places
+
+
+def _is_adapter(place: Path) -> bool:
+    return any((place / file).exists() for file in (ADAPTER_CONFIG, *WEIGHT_FILES))
+
+
+def _adapter_files(place: Path) -> list[Path]:
+    return [place / name for name in WEIGHT_FILES if (place / name).is_file()]
+
+
+def _layout(experts: Sequence[Expert]) -> str:
     nested = {expert.nested for expert in experts}
-    layout = "mixed" if len(nested) > 1 else "nested" if nested == {True} else "flat"
-    places = {root, parent, *(parent / name for name in directories), *(e.adapter.directory for e in experts)}
-    pollution = find_merged_models(root, places | ({root / OLDER} if (root / OLDER).is_dir() else set()))
-    details = MoeDetails(
-        layout=OLDER if router.file.parent.name == OLDER else layout,
-        config=config,
-        experts=experts,
-        router=router,
-        num_experts=num_experts,
-        top_k=_setting(root, config, router, "top_k", TOP_K, num_experts),
-        temperature=_setting(root, config, router, "temperature", TEMPERATURE, None),
-        hidden_size=router.hidden_size,
-        skills=skills,
-        pollution=pollution,
-    )
-    step, step_findings = _step(config, trainer)
-    return Checkpoint(
-        path=root,
-        format=NAME,
-        family=FAMILY,
-        evidence=f"{matches(listing) or 'format=lora_moe'}, {num_experts} experts and {router.file.name}",
-        weights=_weights(root, experts, [source for _, source in opened], router, router_source),
-        details=details,
-        base_name=_base_name(config, experts),
-        step=step,
-        training=trainer,
-        missing=tuple(missing_keys(experts)),
-        unknown=tuple(weight_name(expert, name) for expert in experts for name in expert.adapter.unknown),
-        findings=(*config_findings, *step_findings, *_findings(root, details)),
-    )
+    return "mixed" if len(nested) > 1 else "nested" if nested == {True} else "flat"
 
 
-def _setting(
-    root: Path, config: Mapping[str, Any], router: Router, name: str, default: Any, highest: int | None
-) -> Any:
-    """top_k or temperature: from config.json or router.pt, which must agree."""
-    values = [source[name] for source in (config, router.values) if source.get(name) is not None]
-    for value in values:
-        if highest is not None and (type(value) is not int or not 1 <= value <= highest):
-            raise CheckpointError(
-                f"{root}: {name} is {value!r}; with {highest} experts it is a number from 1 to {highest}"
-            )
-        if highest is None and (type(value) not in (int, float) or not 0 < value < 1e9):
-            raise CheckpointError(f"{root}: {name} is {value!r}, not a number above 0")
-    if len(values) > 1 and values[0] != values[1]:
-        raise CheckpointError(f"{root}: {name} is {values[0]!r} in config.json but {values[1]!r} in {router.file.name}")
-    return values[0] if values else default
+def _agree_on_experts(
+    config: Mapping[str, Any], router: Router, directories: Sequence[str], root: Path, parts: Parts
+) -> None:
+    """Config, router and directories must say the same of how many experts there are."""
+    says = {name: value["num_experts"] for name, value in
+            (("config.json", config), (router.file.name, router.values)) if "num_experts" in value}  # fmt: skip
+    rows = router.num_experts
+    parts.is_sound("experts", f"{rows} in config, router and directories")
+    if any(count != rows for count in says.values()) or directories != [expert_name(i) for i in range(rows)]:
+        claims = " and ".join(f"{name} says {count} experts" for name, count in says.items())
+        text = f"{claims}, the router has {rows}, and the adapters are {', '.join(directories)}; they must be the same"
+        parts.refuse("experts", f"{root}: {text}")
+
+
+def _missing_keys(experts: Sequence[Expert], parts: Parts) -> list[str]:
+    """The keys that experts lack: by their own config, and against other experts with the same target modules."""
+    alike: dict[Any, list[Expert]] = {}
+    for expert in experts:
+        settings = expert.adapter.settings
+        asked = (settings.targets, settings.excluded, settings.layers, settings.layers_pattern)
+        if settings.targets is not None:
+            alike.setdefault(asked, []).append(expert)
+    missing = {weight_name(expert, name) for expert in experts for name in expert.adapter.missing}
+    for group in alike.values():
+        own = {expert.name: {module.name for module in expert.adapter.modules} for expert in group}
+        everything = set().union(*own.values())
+        for expert in group:
+            lacking = [key(module, matrix) for module in sorted(everything - own[expert.name]) for matrix in "AB"]
+            others = [name for name in lacking if name not in expert.keys and name not in expert.adapter.missing]
+            if others:
+                parts.fail(
+                    "keys", f"{expert.name} lacks {others[0]}, … ({len(others)} in all), which other experts have"
+                )
+            missing |= {weight_name(expert, name) for name in others}
+    modules = sum(len(expert.adapter.modules) for expert in experts)
+    parts.is_sound("keys", f"{modules} modules with A and B, nothing else")
+    return sorted(missing)
+
+
+def _compare_experts(experts: Sequence[Expert], router: Router | None, parts: Parts) -> None:
+    """Modules have one size in all experts (ranks may differ), and router and adapters are made for one hidden size."""
+    first: dict[tuple[str, str], tuple[int, str]] = {}
+    for expert in experts:
+        for module in expert.adapter.modules:
+            sides = (("inputs", module.in_features, module.key_a), ("outputs", module.out_features, module.key_b))
+            for what, size, name in sides:
+                other, label = first.setdefault((module.name, what), (size, expert.name))
+                if size != other:
+                    parts.fail("shapes", f"{expert.name}: {name} is for {size} {what}, that of {label} for {other}")
+        path = expert.adapter.weights_file
+        if any(module.name.rpartition(".")[2] == "lm_head" for module in expert.adapter.modules):
+            parts.refuse("adapters", f"{path}: adapts lm_head, which tokens cannot be routed through")
+        if (text := size_contradiction(expert.adapter)) is not None:
+            parts.refuse("hidden_size", text)
+        for size in expert.adapter.hidden_sizes if router else ():
+            if router is not None and size != router.hidden_size:
+                text = f"reads a hidden size of {router.hidden_size}, but {expert.name} ({path}) is made for {size}"
+                parts.refuse("hidden_size", f"{router.file}: {router.weight} {text}")
+    ranks = sorted({expert.adapter.settings.r for expert in experts})
+    parts.is_sound("adapters", f"{len(experts)} configs, r {', '.join(map(str, ranks))}")
+    parts.is_sound("shapes", "ranks as the configs say")
+    if router is not None:
+        parts.is_sound("hidden_size", f"{router.hidden_size} in router and adapters")
+
+
+def _look_for_strays(root: Path, places: Mapping[str, Path], pollution: Sequence[Path], parts: Parts) -> None:
+    """Files that look like weights, and are neither a part of the layout nor a state that a Trainer leaves."""
+    known = {*pollution, *(file for place in places.values() for file in _adapter_files(place))}
+    stray = [
+        str(path.relative_to(root))
+        for path in sorted(root.rglob("*"))
+        if path not in known and path.suffix in WEIGHT_SUFFIXES and may_be_weights(path.name)
+        if path.name not in (*WEIGHT_FILES, "router.safetensors")
+    ]
+    if stray and not pollution:
+        text = f"{', '.join(stray)}: weights that are no part of such a checkpoint, and not read"
+        parts.odd("pollution", text)
 
 
 def _weights(
@@ -344,7 +445,11 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-FORMATS = (CheckpointFormat(name=NAME, family=FAMILY, matches=matches, open=open_moe, describe=describe),)
+FORMATS = (
+    CheckpointFormat(
+        name=NAME, family=FAMILY, matches=matches, describe=describe, read=read, resembles=resembles, adapters=True
+    ),
+)
 
 
 def check_base(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], hidden_size: int, base: object) -> None:

@@ -15,6 +15,7 @@ from runner.families.lora_moe.checkpoint import ADAPTERS, TEMPERATURE, expert_na
 from runner.families.lora_moe.model import Adapter, LoraMoeForCausalLM
 from runner.families.lora_moe.state import CONFIG, MODEL_TYPE, ROUTERS, SKILLS
 from runner.files.staging import staged
+from runner.files.tensors import owned
 
 
 def config(*, base_name: str, num_experts: int, step: int | None = None, top_k: int | None = None) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def save(
     router: tuple[torch.Tensor, torch.Tensor],
     skills: Mapping[int | str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the files of a checkpoint into `directory` (a staged one: see commit.py).
+    """Write the files of a checkpoint into `directory` (a staged one).
 
     `experts`: adapter_config.json and tensors by the names of `adapters.key`, in the order of the router's rows;
     `router`: weight [experts, d] and bias [experts]; `skills`: embeddings [d] by id. The files hold copies of their
@@ -48,10 +49,10 @@ def save(
     for index, (settings, tensors) in enumerate(experts):
         name = expert_name(index)
         save_adapter(directory / ADAPTERS / name / name, tensors, settings)
-    gate = {"gate.weight": _owned(router[0]), "gate.bias": _owned(router[1])}
+    gate = owned({"gate.weight": router[0], "gate.bias": router[1]})
     save_file(gate, directory / ROUTERS[0], metadata={"format": "pt"})
     if skills is not None:
-        torch.save({name: _owned(embedding) for name, embedding in skills.items()}, directory / SKILLS)
+        torch.save(owned(skills), directory / SKILLS)
     (directory / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
 
 
@@ -155,7 +156,3 @@ def _commonest(values: Mapping[str, Any]) -> Any:
 def _rounded(alpha: float) -> float:
     """An alpha as a whole number where it is one but for the rounding of alpha / r · r."""
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
-
-
-def _owned(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

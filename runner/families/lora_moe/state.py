@@ -1,18 +1,21 @@
 """What a lora_moe checkpoint holds beside its adapters: config, router, skills, the Trainer's state, and what does not
 belong there. In the older layout the first three lie in dylo_moe_state/."""
 
-import re
-from collections.abc import Iterable, Mapping
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from runner.checkpoints.reading import Parts
 from runner.errors import CheckpointError
 from runner.files.file_type import Kind, kind_of
 from runner.files.strict_json import read_object
-from runner.files.tensors import TensorSource, load_pickle, open_weights
+from runner.files.tensors import TensorInfo, TensorSource, load_pickle, open_weights
+
+if TYPE_CHECKING:
+    import torch
 
 OLDER = "dylo_moe_state"
 MODEL_TYPE = "dylora-moe"
@@ -24,7 +27,6 @@ SKILLS = "skill_library.pt"
 TRAINER_STATE = "trainer_state.json"
 GATE = ("gate.weight", "gate.bias")
 _JSON_LIMIT = 64 << 20
-_MERGED_MODEL = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,21 +88,39 @@ def _is_own(config: Mapping[str, Any], path: Path) -> bool:
     return path.parent.name == OLDER or config.get("model_type") in (MODEL_TYPE, None)
 
 
-def open_router(directory: Path) -> tuple[Router, TensorSource]:
-    """The router from headers. Raises CheckpointError where there is none, several, or other keys than a router's."""
-    places = [directory / name for name in ROUTERS] + [directory / OLDER / name for name in ROUTERS]
-    found = [path for path in places if path.exists()]
+def router_files(root: Path) -> list[Path]:
+    """The files that hold a router, in the root and in the older layout's directory; one is meant."""
+    places = [root / name for name in ROUTERS] + [root / OLDER / name for name in ROUTERS]
+    return [path for path in places if path.exists()]
+
+
+def open_router(root: Path, parts: Parts) -> tuple[Router, TensorSource] | None:
+    """The router from headers; None, and a problem of `files` or `gate`, where there is none, or several, or no router.
+
+    An older router.pt has its tensors under gate_state_dict, and numbers beside it.
+    """
+    found = router_files(root)
     if not found:
-        raise CheckpointError(f"{directory}: has no router: neither {' nor '.join(ROUTERS)}")
-    if len(found) > 1:
-        names = ", ".join(str(path.relative_to(directory)) for path in found)
-        raise CheckpointError(f"{directory}: holds several routers: {names}; keep the one that is meant")
-    path = found[0]
-    source = open_weights(path, state_dict_key="gate_state_dict")
+        parts.refuse("gate", f"{root}: has no router: neither {' nor '.join(ROUTERS)}")
+    elif len(found) > 1:
+        names = ", ".join(str(path.relative_to(root)) for path in found)
+        parts.refuse("gate", f"{root}: holds several routers: {names}; keep the one that is meant")
+    source = None
+    for path in found:
+        with parts.within("files"):
+            source = open_weights(path, state_dict_key="gate_state_dict")
+            parts.sources.append(source)
+    if len(found) == 1 and source is not None:
+        with parts.within("gate"):
+            return _router(found[0], source), source
+    return None
+
+
+def _router(path: Path, source: TensorSource) -> Router:
     values = {} if kind_of(path) is Kind.SAFETENSORS else dict(source.extras)
     nested = {name.removeprefix("gate.") for name in source.infos} == {"weight", "bias"} and "weight" in source.infos
     weight, bias = ("weight", "bias") if nested else GATE
-    tensors = [name for name, value in values.items() if isinstance(value, torch.Tensor)]
+    tensors = [name for name, value in values.items() if hasattr(value, "untyped_storage")]
     missing = sorted({weight, bias} - set(source.infos))
     unexpected = sorted({*source.infos, *tensors, *(n for n in values if n.startswith("gate_state"))} - {weight, bias})
     if missing or unexpected:
@@ -113,26 +133,30 @@ def open_router(directory: Path) -> tuple[Router, TensorSource]:
             "[experts, hidden size] and [experts]"
         )
     for info in source.infos.values():
-        if not info.dtype.is_floating_point:
-            raise CheckpointError(f"{path}: {info.name} is {str(info.dtype)[6:]}; a router is floating-point")
+        if not info.is_floating:
+            raise CheckpointError(f"{path}: {info.name} is {info.dtype_name}; a router is floating-point")
     if values.get("input_size", shape[1]) != shape[1]:
         raise CheckpointError(f"{path}: says input_size {values['input_size']}, but {weight} is {list(shape)}")
-    router = Router(
-        file=path, weight=weight, bias=bias, num_experts=shape[0], hidden_size=shape[1], values=values
-    )  # fmt: skip
-    return router, source
+    return Router(file=path, weight=weight, bias=bias, num_experts=shape[0], hidden_size=shape[1], values=values)
 
 
-def open_skills(directory: Path) -> Skills | None:
-    """The header of the skill library; None where there is none. Raises CheckpointError for anything but embeddings."""
-    found = [path for path in (directory / SKILLS, directory / OLDER / SKILLS) if path.exists()]
-    if not found:
-        return None
+def read_library(root: Path, parts: Parts) -> Skills | None:
+    """The header of the skill library; None where there is none, or, with a problem of `files` or `skill_library`,
+    where it holds anything but embeddings."""
+    found = [path for path in (root / SKILLS, root / OLDER / SKILLS) if path.exists()]
+    parts.is_sound("skill_library", "no skill library")
     if len(found) > 1:
-        raise CheckpointError(f"{directory}: holds {SKILLS} and {OLDER}/{SKILLS}; keep the one that is meant")
-    content = _skills(found[0], load_pickle(found[0], tensors="meta"))
-    sizes = {tensor.shape[0] for tensor in content.values()}
-    return Skills(file=found[0], ids=tuple(content), size=next(iter(sizes), None))
+        parts.refuse("skill_library", f"{root}: holds {SKILLS} and {OLDER}/{SKILLS}; keep the one that is meant")
+        return None
+    for path in found:
+        with parts.within("files"):
+            loaded = load_pickle(path, tensors="meta")
+            with parts.within("skill_library"):
+                content = _skills(path, loaded)
+                size = next((tensor.shape[0] for tensor in content.values()), None)
+                parts.is_sound("skill_library", f"{len(content)} skills of size {size}")
+                return Skills(file=path, ids=tuple(content), size=size)
+    return None
 
 
 def read_skills(skills: Skills) -> dict[int | str, torch.Tensor]:
@@ -141,7 +165,17 @@ def read_skills(skills: Skills) -> dict[int | str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in content.items()}
 
 
+def skill_source(skills: Skills) -> TensorSource:
+    """The embeddings as tensors that can be looked at one by one, under their ids."""
+    content = _skills(skills.file, load_pickle(skills.file, tensors="mmap"))
+    tensors = {str(name): tensor for name, tensor in content.items()}
+    infos = {name: TensorInfo.of(name, tensor) for name, tensor in tensors.items()}
+    return TensorSource(path=skills.file, files=(skills.file,), infos=infos, reader=tensors.__getitem__)
+
+
 def _skills(path: Path, content: Any) -> dict[int | str, torch.Tensor]:
+    import torch
+
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of embeddings")
     for name, tensor in content.items():
@@ -174,10 +208,3 @@ def read_trainer_state(directory: Path) -> dict[str, Any]:
         if values:
             kept[name] = values[-1]
     return kept
-
-
-def find_merged_models(root: Path, directories: Iterable[Path]) -> tuple[StrayFile, ...]:
-    """The files of a merged model that lie in one of `directories`: gigabytes that belong to the base."""
-    paths = {path for directory in directories for path in directory.iterdir() if _MERGED_MODEL.fullmatch(path.name)}
-    files = sorted(path for path in paths if path.is_file())
-    return tuple(StrayFile(name=str(path.relative_to(root)), nbytes=path.stat().st_size) for path in files)

@@ -1,10 +1,10 @@
 """NPT: a Llama whose attention modulates the weights of its MLPs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from runner.families.family import Family
 
@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from runner.checkpoints.checkpoint import Checkpoint, Writer
-    from runner.checks.check import Check
-    from runner.checks.context import Bench
-    from runner.checks.headers import Header
+    from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.config import Conversion
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
@@ -92,22 +90,33 @@ class Npt(Family):
 
     def checks(self) -> "Mapping[str, Check]":
         """As `Family.checks`."""
-        from runner.checks.catalogue import OF_FAMILY
+        from runner.families.npt.checks import CHECKS
 
-        return OF_FAMILY["npt"]
-
-    def detect(self, path: Path, read_header: "Callable[[Path], Header]") -> str | None:
-        """As `Family.detect`."""
-        from runner.checks.detected import look
-
-        found = look(path, read_header)
-        return found.format if found.family == self.name else None
+        return CHECKS
 
     def check_buildable(self, base: str | None) -> None:
         """Over any Llama."""
 
-    def build_small(self, bench: "Bench") -> Path:
+    def build_small(self, context: "CheckContext") -> Path:
         """As `Family.build_small`."""
-        from runner.checks.building import build
+        from runner.families.npt.checks import build_small
 
-        return build(bench)
+        return build_small(context)
+
+    def examples(self) -> "Mapping[str, Example]":
+        """As `Family.examples`."""
+        from runner.families.npt import checkpoint, checks, full
+
+        return {checkpoint.NAME: checks.write_delta, full.NAME: checks.write_full}
+
+    def base_misfits(self, checkpoint: "Checkpoint", config: Mapping[str, Any]) -> list[str]:
+        """As `Family.base_misfits`."""
+        from runner.families.npt.checks import base_misfits
+
+        return base_misfits(checkpoint, config)
+
+    def traits(self, checkpoint: "Checkpoint") -> "Traits":
+        """As `Family.traits`."""
+        from runner.families.npt.checks import NptTraits
+
+        return NptTraits()

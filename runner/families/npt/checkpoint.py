@@ -1,20 +1,24 @@
 """`npt_delta`: NPT weights over a frozen Llama (spec/formats.md §1). Which layers, how modulated, what ranks: all read
 from the keys and shapes, layer by layer; nothing is assumed from a config."""
 
+from __future__ import annotations
+
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, NptLayer, describe_training, plain
+from runner.checkpoints.reading import Parts, Reading, load_mapping, look_for_merged_model, some, weight_names
 from runner.errors import CheckpointError
-from runner.files.file_type import may_be_weights
 from runner.files.strict_json import read_object
-from runner.files.tensors import TensorInfo, load_pickle
+from runner.files.tensors import TensorInfo, load_pickle, owned
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "npt_delta"
 FAMILY = "npt"
@@ -28,10 +32,9 @@ MODULATIONS = {"single": ("",), "dual": ("_gate", "_up"), "triple": ("_gate", "_
 PROJECTIONS = {"": "gate", "_gate": "gate", "_up": "up", "_down": "down"}
 MATRICES = ("W_down", "W_a_up", "W_b_up")
 
-_KEY = re.compile(
-    r"(?:layer_(?P<delta>\d+)_np|model\.layers\.(?P<full>\d+)\.np_component)"
-    r"\.(?P<matrix>W_down|W_a_up|W_b_up)(?P<suffix>_gate|_up|_down)?(?:\.(?P<rank>\d+))?"
-)
+_FRONT = r"(?:layer_(?P<delta>\d+)_np|model\.layers\.(?P<full>\d+)\.np_component)"
+_KEY = re.compile(_FRONT + r"\.(?P<matrix>W_down|W_a_up|W_b_up)(?P<suffix>_gate|_up|_down)?(?:\.(?P<rank>\d+))?")
+_SIMILAR = re.compile(_FRONT + r"\..+")
 
 
 def is_key(name: str) -> bool:
@@ -47,45 +50,47 @@ def key(layer: int, modulation: str, projection: str, matrix: str, rank: int, nu
 
 @dataclass(frozen=True, kw_only=True)
 class NptKeys:
-    """What names and shapes say: the complete layers, lowest first, and the names that are missing or unknown."""
+    """What names and shapes say: the sound layers, lowest first, and the names that are missing or unknown."""
 
     layers: tuple[NptLayer, ...]
     missing: tuple[str, ...]
     unknown: tuple[str, ...]
 
 
-def read_keys(infos: Mapping[str, TensorInfo], where: Path) -> NptKeys:
+def read_keys(infos: Mapping[str, TensorInfo], where: Path, parts: Parts, other: Iterable[str] = ()) -> NptKeys:
     """The NPT layers that names and shapes describe; every name is used exactly once, or stands in `unknown`.
 
-    Raises CheckpointError where no name is one of an NPT layer, where two are one tensor, or where shapes contradict
-    each other.
+    `other`: names of what else is in the file. Problems of `keys` and `shapes` go to `parts`.
     """
     found: dict[int, dict[tuple[str, str], dict[int | None, str]]] = {}
-    unknown = []
+    unknown = list(other)
     for name in infos:
         match = _KEY.fullmatch(name)
         if match is None:
             unknown.append(name)
             continue
-        if not infos[name].dtype.is_floating_point:
-            raise CheckpointError(f"{where}: {name} is {str(infos[name].dtype)[6:]}; NPT weights are floating-point")
         layer = int(match["delta"] or match["full"])
         ranks = found.setdefault(layer, {}).setdefault((match["suffix"] or "", match["matrix"]), {})
         rank = None if match["rank"] is None else int(match["rank"])
         if rank in ranks:
-            raise CheckpointError(
-                f"{where}: {name} and {ranks[rank]} are two spellings of one tensor; keep one of them"
-            )
+            text = f"{where}: {name} and {ranks[rank]} are two spellings of one tensor; keep one of them"
+            parts.refuse("keys", text)
         ranks[rank] = name
     if not found:
-        raise CheckpointError(f"{where}: No NPT layers found: no key looks like layer_<i>_np.W_down…; {_some(infos)}")
+        there = ", ".join([*infos, *other][:4]) or "nothing"
+        parts.refuse("keys", f"{where}: No NPT layers found: no key looks like layer_<i>_np.W_down…; there is {there}")
+    if whole := [name for name in infos if is_key(name) and not infos[name].is_floating]:
+        text = f"{where}: {whole[0]} is {infos[whole[0]].dtype_name}; NPT weights are floating-point"
+        parts.refuse("shapes", text)
     missing: list[str] = []
-    layers = [_layer(index, found[index], infos, where, missing, unknown) for index in sorted(found)]
-    return NptKeys(
-        layers=tuple(layer for layer in layers if layer is not None),
-        missing=tuple(missing),
-        unknown=tuple(unknown),
-    )
+    layers = [_layer(index, found[index], infos, where, parts, missing, unknown) for index in sorted(found)]
+    if missing or unknown:
+        parts.fail("keys", some([f"missing {name}" for name in missing] + [f"unexpected {name}" for name in unknown]))
+    sound = tuple(layer for layer in layers if layer is not None)
+    shown = "; ".join(f"{layer.layer}: {layer.modulation}, k {layer.num_ranks}" for layer in sound)
+    parts.is_sound("keys", f"{len(infos)} keys; layers {shown}")
+    check_sizes(sound, parts)
+    return NptKeys(layers=sound, missing=tuple(missing), unknown=tuple(unknown))
 
 
 def _layer(
@@ -93,79 +98,92 @@ def _layer(
     found: Mapping[tuple[str, str], Mapping[int | None, str]],
     infos: Mapping[str, TensorInfo],
     where: Path,
+    parts: Parts,
     missing: list[str],
     unknown: list[str],
 ) -> NptLayer | None:
-    """One layer from its names by (suffix, matrix) and rank; None when `missing` or `unknown` names were added."""
+    """One layer from its names by (suffix, matrix) and rank; None where it is not whole or its sizes contradict."""
     suffixes = {suffix for suffix, _ in found}
     modulation = "triple" if "_down" in suffixes else "single" if suffixes == {""} else "dual"
-    ranks = {rank for by_rank in found.values() for rank in by_rank}
-    expected_ranks: Sequence[int | None] = (
-        [None]
-        if ranks == {None}
-        else list(range(min(1 + max(rank for rank in ranks if rank is not None), sum(map(len, found.values())))))
-    )
+    terms = _terms(found)
     complete = True
     keys: dict[str, dict[str, tuple[str, ...]]] = {}
     for suffix in MODULATIONS[modulation]:
         for matrix in MATRICES:
             by_rank = found.get((suffix, matrix), {})
-            absent = [rank for rank in expected_ranks if rank not in by_rank]
+            absent = [rank for rank in terms if rank not in by_rank]
             missing += [f"layer_{index}_np.{matrix}{suffix}" + ("" if rank is None else f".{rank}") for rank in absent]
-            unknown += [name for rank, name in by_rank.items() if rank not in expected_ranks]
-            complete = complete and not absent and len(by_rank) == len(expected_ranks)
-            keys.setdefault(PROJECTIONS[suffix], {})[matrix] = tuple(
-                by_rank[rank] for rank in expected_ranks if rank in by_rank
-            )
+            unknown += [name for rank, name in by_rank.items() if rank not in terms]
+            complete = complete and not absent and len(by_rank) == len(terms)
+            names = tuple(by_rank[rank] for rank in terms if rank in by_rank)
+            keys.setdefault(PROJECTIONS[suffix], {})[matrix] = names
     for (suffix, _), by_rank in found.items():
         if suffix not in MODULATIONS[modulation]:
             unknown += by_rank.values()
             complete = False
-    if not complete:
-        return None
-    return _sized(index, modulation, keys, infos, where)
+    shapes = {name: infos[name].shape for matrices in keys.values() for names in matrices.values() for name in names}
+    return sized_layer(index, modulation, keys, shapes, where, parts) if complete else None
 
 
-def _sized(
+def _terms(found: Mapping[tuple[str, str], Mapping[int | None, str]]) -> list[int | None]:
+    """The rank-1 terms by the highest; a wild number is no reason to list thousands of names."""
+    ranks = [rank for by_rank in found.values() for rank in by_rank if rank is not None]
+    return list(range(min(1 + max(ranks), sum(map(len, found.values()))))) if ranks else [None]
+
+
+def sized_layer(
     index: int,
     modulation: str,
     keys: Mapping[str, Mapping[str, tuple[str, ...]]],
-    infos: Mapping[str, TensorInfo],
+    shapes: Mapping[str, tuple[int, ...]],
     where: Path,
-) -> NptLayer:
-    """The layer with its sizes, all shapes checked: W_down [d, r], W_a_up [r, d_in], W_b_up [r, d_out]."""
-    first = keys["gate"]
-    down, b_up = infos[first["W_down"][0]], infos[first["W_b_up"][0]]
-    if len(down.shape) != 2 or len(b_up.shape) != 2:
-        raise CheckpointError(f"{where}: layer {index}: {down.name} has shape {list(down.shape)}, not [hidden, rank]")
-    (hidden, rank), inner = down.shape, b_up.shape[1]
-    names = []
+    parts: Parts,
+) -> NptLayer | None:
+    """The layer with its sizes: W_down [d, r], W_a_up [r, d_in], W_b_up [r, d_out]; None where its shapes contradict.
+
+    Hidden size, rank and MLP size are as most of its matrices have them: so the odd one is named, in `shapes`.
+    """
+    if flat := [name for name, shape in shapes.items() if len(shape) != 2]:
+        parts.refuse("shapes", f"{where}: layer {index}: {flat[0]} is {list(shapes[flat[0]])}, no matrix")
+        return None
+    votes = {"hidden": Counter[int](), "rank": Counter[int](), "inner": Counter[int]()}
+    axes: dict[str, tuple[str, str]] = {}
     for projection, matrices in keys.items():
-        d_in, d_out = (inner, hidden) if projection == "down" else (hidden, inner)
-        shapes = {"W_down": (hidden, rank), "W_a_up": (rank, d_in), "W_b_up": (rank, d_out)}
-        for matrix, matrix_names in matrices.items():
-            for name in matrix_names:
-                names.append(name)
-                if infos[name].shape != shapes[matrix]:
-                    raise CheckpointError(
-                        f"{where}: {name} has shape {list(infos[name].shape)}, but {down.name} {list(down.shape)} and "
-                        f"{b_up.name} {list(b_up.shape)} make it {list(shapes[matrix])}; one layer has one rank"
-                    )
+        d_in, d_out = ("inner", "hidden") if projection == "down" else ("hidden", "inner")
+        sizes = {"W_down": ("hidden", "rank"), "W_a_up": ("rank", d_in), "W_b_up": ("rank", d_out)}
+        axes |= {name: sizes[matrix] for matrix, names in matrices.items() for name in names}
+    for name, named in axes.items():
+        for axis, size in zip(named, shapes[name], strict=True):
+            votes[axis][size] += 1
+    size_of = {axis: counted.most_common(1)[0][0] for axis, counted in votes.items()}
+    wanted = {name: tuple(size_of[axis] for axis in named) for name, named in axes.items()}
+    wrong = [name for name in axes if shapes[name] != wanted[name]]
+    for name in wrong:
+        text = f"{name} is {list(shapes[name])}, where the layer's others make it {list(wanted[name])}"
+        parts.refuse("shapes", f"{where}: {text}; one layer has one rank")
+    if wrong:
+        return None
     return NptLayer(
         layer=index,
         modulation=modulation,
-        np_rank=rank,
-        num_ranks=len(first["W_down"]),
-        hidden_size=hidden,
-        intermediate_size=inner,
-        parameters=sum(infos[name].numel for name in names),
+        np_rank=size_of["rank"],
+        num_ranks=len(keys["gate"]["W_down"]),
+        hidden_size=size_of["hidden"],
+        intermediate_size=size_of["inner"],
+        parameters=sum(rows * columns for rows, columns in wanted.values()),
         keys=keys,
     )
 
 
-def _some(infos: Mapping[str, TensorInfo]) -> str:
-    names = list(infos)
-    return f"its keys are {', '.join(names[:4])}{', …' if len(names) > 4 else ''}" if names else "it has no tensors"
+def check_sizes(layers: Iterable[NptLayer], parts: Parts) -> None:
+    """All layers must be made for one hidden size and one MLP size: what else there is is a problem of `shapes`."""
+    sizes = {(layer.hidden_size, layer.intermediate_size): layer.layer for layer in layers}
+    if len(sizes) > 1:
+        shown = ", ".join(f"layer {layer}: {hidden} and {inner}" for (hidden, inner), layer in sizes.items())
+        parts.fail("shapes", f"the layers are made for different hidden and MLP sizes ({shown})")
+    for hidden, inner in sizes:
+        text = f"hidden size {hidden}, MLP size {inner}"
+        parts.is_sound("shapes", text, hidden_size=hidden, intermediate_size=inner)
 
 
 def matches(listing: Listing) -> str | None:
@@ -176,31 +194,55 @@ def matches(listing: Listing) -> str | None:
     return f"{name}: {sum(map(is_key, listing.weights(name).infos))} NPT keys"
 
 
-def open_npt_delta(listing: Listing) -> Checkpoint:
-    """The checkpoint. Raises CheckpointError for no, several or incomplete NPT weights."""
-    name = _weights_file(listing)
-    if name is None:
-        raise CheckpointError(f"{listing.path}: No NPT layers found: neither npt_weights.pt nor a file with NPT keys")
-    weights = listing.weights(name)
-    keys = read_keys(weights.infos, listing.file(name))
-    state, config = _side_files(listing)
-    step = state.get("global_step")
+def resembles(listing: Listing) -> int:
+    """3 where the file that the format names is there, or one whose names look like NPT layers."""
+    named = bool({*WEIGHT_FILES} & {*listing.entries})
+    similar = (_SIMILAR.fullmatch(key) for name in weight_names(listing) for key in listing.names(name))
+    return 3 if named or any(similar) else 0
+
+
+def remains(listing: Listing) -> int:
+    """3 where a trainer's state lies there, whose weights are lost."""
+    return 3 if {TRAINING_STATE, MULTI_LAYER_STATE} & {*listing.entries} else 0
+
+
+def read(listing: Listing) -> Reading:
+    """The checkpoint, part by part: files, config, keys, shapes, pollution."""
+    parts, where = Parts(), listing.path
+    name = None
+    with parts.within("files"):
+        name = _weights_file(listing)
+        if name is None:
+            parts.refuse("keys", f"{where}: No NPT layers found: neither npt_weights.pt nor a file with NPT keys")
+    state, curriculum, config = _side_files(listing, parts)
     base_name = config.get("model_name") or _older_config(state).get("model_name")
     if base_name is not None and not isinstance(base_name, str):
-        raise CheckpointError(f"{listing.path}: model_name is {base_name!r:.80}, not the name of a base model")
-    return Checkpoint(
-        path=listing.path,
-        format=NAME,
-        family=FAMILY,
-        evidence=f"{name}: {len(weights.infos)} NPT keys",
-        weights=weights,
-        layers=keys.layers,
-        missing=keys.missing,
-        unknown=keys.unknown,
-        base_name=base_name,
-        step=step if isinstance(step, int) else None,
-        training={"state": state, "config": config},
-    )
+        parts.refuse("config", f"{where}: model_name is {base_name!r:.80}, not the name of a base model")
+    parts.is_sound("config", f"base {config.get('model_name')}" if config else "none: the base is to be named as base=")
+    look_for_merged_model(parts, where, "the NPT weights")
+    weights = parts.weights(listing, name) if name else None
+    checkpoint = None
+    if weights is not None and name is not None:
+        other = () if name.endswith(".safetensors") else weights.extras
+        keys = read_keys(weights.infos, listing.file(name), parts, other)
+        if not parts.has("keys") and (lost := _lost(keys.layers, weights.infos, state, curriculum)):
+            parts.fail("keys", lost)
+        step = state.get("global_step")
+        checkpoint = Checkpoint(
+            path=where,
+            format=NAME,
+            family=FAMILY,
+            evidence=f"{name}: {len(weights.infos)} NPT keys",
+            weights=weights,
+            layers=keys.layers,
+            missing=keys.missing,
+            unknown=keys.unknown,
+            base_name=base_name,
+            step=step if isinstance(step, int) else None,
+            training={"state": state, "config": config},
+        )
+    names = [name] if name else weight_names(listing)
+    return parts.reading(where, tuple(map(listing.file, names)), checkpoint)
 
 
 def _weights_file(listing: Listing) -> str | None:
@@ -212,29 +254,67 @@ def _weights_file(listing: Listing) -> str | None:
         raise CheckpointError(f"{listing.path}: holds {' and '.join(named)}; name one of them as ckpt=")
     if named:
         return named[0]
-    files = [name for name in listing.entries if may_be_weights(name)]
-    found = [name for name in files if any(map(is_key, listing.weights(name).infos))]
+    found = [name for name in weight_names(listing) if any(map(is_key, listing.weights(name).infos))]
     if len(found) > 1:
         raise CheckpointError(f"{listing.path}: several files hold NPT weights: {', '.join(found)}; name one as ckpt=")
     return found[0] if found else None
 
 
-def _side_files(listing: Listing) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The training state (tensors on the meta device) and the config beside the weights; {} where there is none."""
+def _side_files(listing: Listing, parts: Parts) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The training state and the curriculum (tensors on the meta device) and the config beside the weights; {} where
+    there is none."""
     directory = listing if listing.path.is_dir() else Listing.of(listing.path.parent)
-    state: Any = {}
+    state: dict[str, Any] = {}
+    curriculum: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     if TRAINING_STATE in directory.entries:
-        state = load_pickle(directory.file(TRAINING_STATE), tensors="meta")
-        if not isinstance(state, dict):
-            raise CheckpointError(f"{directory.file(TRAINING_STATE)}: holds a {type(state).__name__}, not a dictionary")
-    config = read_object(directory.file(CONFIG), CONFIG, 16 << 20) if CONFIG in directory.entries else {}
-    return state, config
+        with parts.within("files"):
+            state = load_mapping(directory.file(TRAINING_STATE))
+    if MULTI_LAYER_STATE in directory.entries:
+        try:
+            curriculum = load_mapping(directory.file(MULTI_LAYER_STATE))
+        except CheckpointError as error:
+            parts.fail("files", str(error))  # only inspect shows it
+    if CONFIG in directory.entries:
+        with parts.within("config"):
+            config = read_object(directory.file(CONFIG), CONFIG, 16 << 20)
+    return state, curriculum, config
 
 
 def _older_config(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config inside a training state, as older files have it; {} where there is none, or no plain one."""
     config = state.get("config")
     return config if isinstance(config, Mapping) else {}
+
+
+def _lost(
+    layers: Iterable[NptLayer],
+    infos: Mapping[str, TensorInfo],
+    state: Mapping[str, Any],
+    curriculum: Mapping[str, Any],
+) -> str | None:
+    """What was trained and is not in the weights. A layer, a rank-1 term or a projection that is gone altogether leaves
+    weights that are whole: only the states of the trainer and its optimizer tell."""
+    named = curriculum.get("layers_to_train")
+    trained = {layer for layer in named if type(layer) is int} if isinstance(named, list) else set()
+    if absent := trained - {layer.layer for layer in layers}:
+        return f"missing layers {', '.join(map(str, sorted(absent)))}, which {MULTI_LAYER_STATE} trains"
+    moments, held = _moments(state.get("optimizer_state_dict")), Counter(info.shape for info in infos.values())
+    more = moments - held
+    # Moments of anything else than such matrices are of something that was trained beside them.
+    if not more or held - moments or not more.keys() <= held.keys():
+        return None
+    return (
+        f"missing {more.total()} matrices: the optimizer in {TRAINING_STATE} has moments of {moments.total()}, "
+        f"the weights are {held.total()}"
+    )
+
+
+def _moments(optimizer: Any) -> Counter[tuple[int, ...]]:
+    """How many parameters of each shape the optimizer has a first moment of."""
+    state = optimizer.get("state") if isinstance(optimizer, Mapping) else None
+    entries = [entry for entry in state.values() if isinstance(entry, Mapping)] if isinstance(state, Mapping) else []
+    return Counter(tuple(entry["exp_avg"].shape) for entry in entries if hasattr(entry.get("exp_avg"), "shape"))
 
 
 def save(
@@ -246,19 +326,18 @@ def save(
     config: Mapping[str, Any],
     weights_file: str = WEIGHT_FILES[0],
 ) -> None:
-    """Write the files of a checkpoint into `directory` (a staged one: see commit.py).
+    """Write the files of a checkpoint into `directory` (a staged one).
 
     `tensors` holds names as `key` gives them. The file holds copies of its own, never views of larger storages.
     """
-    owned = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
+    import torch
+
     if weights_file.endswith(".safetensors"):
         from safetensors.torch import save_file
 
-        save_file(owned, directory / weights_file)
+        save_file(owned(tensors), directory / weights_file)
     else:
-        torch.save(owned, directory / weights_file)
+        torch.save(owned(tensors), directory / weights_file)
     if training_state is not None:
         torch.save(dict(training_state), directory / TRAINING_STATE)
     if multi_layer_state is not None:
@@ -284,4 +363,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return described
 
 
-FORMATS = (CheckpointFormat(name=NAME, family=FAMILY, matches=matches, open=open_npt_delta, describe=describe),)
+FORMATS = (
+    CheckpointFormat(
+        name=NAME, family=FAMILY, matches=matches, describe=describe, read=read, resembles=resembles, remains=remains
+    ),
+)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, NptLayer
-from runner.checkpoints.model_directory import architecture, is_model_directory, open_model_weights, read_config
-from runner.errors import CheckpointError
-from runner.files.tensors import Inert, TensorInfo, TensorSource, load_pickle
+from runner.checkpoints.model_directory import architecture, is_model_directory, open_model_weights
+from runner.checkpoints.reading import Parts, Reading, load_mapping, some
+from runner.families.hf import checkpoint as hf
+from runner.families.npt.checkpoint import check_sizes, sized_layer
+from runner.files.tensors import Inert, TensorInfo
 
 NAME = "npt_full"
 FAMILY = "npt"
@@ -22,8 +24,10 @@ DEFAULT_SCALE = 0.1
 MODULATION_TYPES = ("outer_product", "both", None)
 
 _KEY = re.compile(
-    r"model\.layers\.(?P<layer>\d+)\.(?:adapter\.(?P<matrix>A_proj|B_model|B_ffn)\.weight|(?P<original>original_gate_weight))"
+    r"model\.layers\.(?P<layer>\d+)\.(?:adapter\.(?P<matrix>A_proj|B_model|B_ffn)\.weight|original_gate_weight)"
 )
+# An adapter's Linear weights, which are those of the other layout transposed.
+_MATRICES = {"W_down": "A_proj", "W_a_up": "B_model", "W_b_up": "B_ffn"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,8 @@ class NptFullDetails:
 
 def is_key(name: str) -> bool:
     """Whether `name` is that of an adapter's tensor."""
-    return "original_gate_weight" not in name and _KEY.fullmatch(name) is not None
+    match = _KEY.fullmatch(name)
+    return match is not None and match["matrix"] is not None
 
 
 def matches(listing: Listing) -> str | None:
@@ -52,45 +57,76 @@ def matches(listing: Listing) -> str | None:
     return f"{count} adapter keys among the weights" if count else None
 
 
-def open_npt_full(listing: Listing) -> Checkpoint:
-    """The checkpoint. Raises CheckpointError for incomplete adapters or a modulation that is not known."""
-    config = read_config(listing.path)
-    weights = open_model_weights(listing.path)
-    layers = _layers(weights, listing.path)
-    if not layers:
-        raise CheckpointError(
-            f"{listing.path}: No NPT layers found: it is a plain Hugging Face model without adapter keys (format=hf)"
-        )
-    info = _training_info(listing)
+def resembles(listing: Listing) -> int:
+    """2 where it is a model with what its training left, or with adapter keys in a file that can be read."""
+    files = hf.model_files(listing.path)
+    keys = (is_key(key) for file in files for key in listing.names(file.name))
+    return 2 if files and (TRAINING_INFO in listing.entries or any(keys)) else 0
+
+
+def remains(listing: Listing) -> int:
+    """2 where what its training left lies there, and the weights are lost."""
+    return 2 if TRAINING_INFO in listing.entries else 0
+
+
+def read(listing: Listing) -> Reading:
+    """The checkpoint, part by part: files, config, keys, shapes; what the training says against them is `loading`."""
+    parts, where = Parts(), listing.path
+    model = hf.read_model(listing, parts)
+    info: dict[str, Any] = {}
+    if TRAINING_INFO in listing.entries:
+        with parts.within("files"):
+            info = load_mapping(listing.file(TRAINING_INFO))
+    else:
+        parts.odd("config", f"no {TRAINING_INFO}: modulation_scale is taken as the default, {DEFAULT_SCALE}")
+    kind = model.config.get("model_type")
+    if not parts.has("config") and kind != "llama":
+        parts.fail("config", f"config.json: model_type is {kind!r}; NPT layers stand on a 'llama'")
+    parts.is_sound("pollution", "a complete model")
+    if model.weights is None:
+        return parts.reading(where, model.files, None)
+    infos = model.weights.infos
+    layers = _layers(infos, where, parts)
+    own = frozenset(filter(_KEY.fullmatch, infos))
+    hf.compare_with_config(parts, model.config, infos, own)
+    if layers:
+        shown = ", ".join(str(layer.layer) for layer in layers)
+        parts.is_sound("keys", f"{len(infos)} keys; NPT layers {shown}")
+        check_sizes(layers, parts)
+    _check_recorded_gates(infos, parts)
     arguments, adapter = _plain(info.get("args")), _plain(info.get("adapter_config"))
-    kind = arguments.get("modulation_type", adapter.get("modulation_type"))
-    if kind not in MODULATION_TYPES:
-        raise CheckpointError(f"{listing.path}: modulation_type {kind!r} is not known; only 'outer_product' is")
-    scale = arguments.get("modulation_scale", adapter.get("modulation_scale", DEFAULT_SCALE))
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise CheckpointError(f"{listing.path}: modulation_scale is {scale!r}, not a number")
+    scale = _scale(where, arguments, adapter, parts)
     ranks = {layer.np_rank for layer in layers}
-    if "r" in adapter and ranks != {adapter["r"]}:
-        raise CheckpointError(f"{listing.path}: {TRAINING_INFO} says rank {adapter['r']}, the keys say {sorted(ranks)}")
+    rank = adapter.get("r")
+    if rank is not None and ranks and (type(rank) is not int or ranks != {rank}):
+        text = f"{where}: {TRAINING_INFO} says rank {rank!r:.80}, the keys say {sorted(ranks)}"
+        parts.refuse("loading", text)
     step = info.get("step")
-    return Checkpoint(
-        path=listing.path,
+    checkpoint = Checkpoint(
+        path=where,
         format=NAME,
         family=FAMILY,
-        evidence=matches(listing) or "",
-        weights=weights,
+        evidence=f"{sum(map(is_key, infos))} adapter keys among the weights",
+        weights=model.weights,
         layers=layers,
-        details=NptFullDetails(
-            config=config,
-            scale=float(scale),
-            adapter_keys=frozenset(name for name in weights.infos if _KEY.fullmatch(name)),
-            arguments=arguments,
-        ),
-        base_name=arguments.get("model_name"),
+        details=NptFullDetails(config=model.config, scale=scale, adapter_keys=own, arguments=arguments),
+        base_name=name if isinstance(name := arguments.get("model_name"), str) else None,
         step=step if isinstance(step, int) else None,
         training={"arguments": arguments, "adapter_config": adapter},
         findings=() if info else (f"no {TRAINING_INFO}: modulation_scale is taken as {DEFAULT_SCALE}",),
     )
+    return parts.reading(where, model.files, checkpoint)
+
+
+def _scale(where: Path, arguments: Mapping[str, Any], adapter: Mapping[str, Any], parts: Parts) -> float:
+    kind = arguments.get("modulation_type", adapter.get("modulation_type"))
+    if kind not in MODULATION_TYPES:
+        parts.refuse("loading", f"{where}: modulation_type {kind!r} is not known; only 'outer_product' is")
+    scale = arguments.get("modulation_scale", adapter.get("modulation_scale", DEFAULT_SCALE))
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        parts.refuse("loading", f"{where}: modulation_scale is {scale!r}, not a number")
+        return DEFAULT_SCALE
+    return float(scale)
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -103,52 +139,39 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _layers(weights: TensorSource, where: Path) -> tuple[NptLayer, ...]:
-    found: dict[int, dict[str, TensorInfo]] = {}
-    for name, info in weights.infos.items():
-        if match := _KEY.fullmatch(name):
-            found.setdefault(int(match["layer"]), {})[match["matrix"] or "original"] = info
-    missing = [
-        f"model.layers.{index}.adapter.{matrix}.weight"
-        for index, matrices in sorted(found.items())
-        for matrix in ("A_proj", "B_model", "B_ffn")
-        if matrix not in matrices and set(matrices) != {"original"}
-    ]
+def _layers(infos: Mapping[str, TensorInfo], where: Path, parts: Parts) -> tuple[NptLayer, ...]:
+    """The sound layers: A_proj [r, d], B_model [d, r], B_ffn [f, r]."""
+    found: dict[int, set[str]] = {}
+    for match in filter(None, map(_KEY.fullmatch, infos)):
+        if match["matrix"]:
+            found.setdefault(int(match["layer"]), set()).add(match["matrix"])
+    if not found:
+        text = "it is a plain Hugging Face model without adapter keys (format=hf)"
+        parts.refuse("keys", f"{where}: No NPT layers found: {text}")
+    keys = {
+        index: {matrix: (f"model.layers.{index}.adapter.{name}.weight",) for matrix, name in _MATRICES.items()}
+        for index in sorted(found)
+    }
+    missing = [name for matrices in keys.values() for (name,) in matrices.values() if name not in infos]
     if missing:
-        raise CheckpointError(f"{where}: missing keys {missing}, unexpected keys []")
-    return tuple(_layer(index, found[index], where) for index in sorted(found) if "A_proj" in found[index])
+        parts.refuse("keys", f"{where}: {some([f'missing {name}' for name in missing])}")
+        return ()
+    layers = []
+    for index, matrices in keys.items():
+        shapes = {name: infos[name].shape[::-1] for (name,) in matrices.values()}
+        layers.append(sized_layer(index, "single", {"gate": matrices}, shapes, where, parts))
+    whole = [name for matrices in keys.values() for (name,) in matrices.values() if not infos[name].is_floating]
+    if whole:
+        parts.fail("shapes", f"{whole[0]} is {infos[whole[0]].dtype_name}, no weights")
+    return tuple(layer for layer in layers if layer is not None)
 
 
-def _layer(index: int, matrices: Mapping[str, TensorInfo], where: Path) -> NptLayer:
-    """A_proj [r, d], B_model [d, r], B_ffn [f, r]."""
-    shapes = {name: matrices[name].shape for name in ("A_proj", "B_model", "B_ffn")}
-    if any(len(shape) != 2 for shape in shapes.values()):
-        raise CheckpointError(f"{where}: layer {index}: adapter shapes {shapes} are not all two-dimensional")
-    (rank, hidden), inner = shapes["A_proj"], shapes["B_ffn"][0]
-    if shapes["B_model"] != (hidden, rank) or shapes["B_ffn"] != (inner, rank):
-        shown = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-        raise CheckpointError(f"{where}: layer {index}: adapter shapes contradict each other: {shown}")
-    prefix = f"model.layers.{index}.adapter"
-    keys = {"W_down": "A_proj", "W_a_up": "B_model", "W_b_up": "B_ffn"}
-    return NptLayer(
-        layer=index,
-        modulation="single",
-        np_rank=rank,
-        num_ranks=1,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        parameters=sum(matrices[name].numel for name in shapes),
-        keys={"gate": {matrix: (f"{prefix}.{name}.weight",) for matrix, name in keys.items()}},
-    )
-
-
-def _training_info(listing: Listing) -> dict[str, Any]:
-    if TRAINING_INFO not in listing.entries:
-        return {}
-    info = load_pickle(listing.file(TRAINING_INFO), tensors="meta")
-    if not isinstance(info, dict):
-        raise CheckpointError(f"{listing.file(TRAINING_INFO)}: holds a {type(info).__name__}, not a dictionary")
-    return info
+def _check_recorded_gates(infos: Mapping[str, TensorInfo], parts: Parts) -> None:
+    """Gates before permanent updates have the gate's shape; those of quantised models have none."""
+    for name in infos:
+        gate = name.replace("original_gate_weight", "mlp.gate_proj.weight")
+        if gate != name and gate in infos and infos[name].shape not in ((), infos[gate].shape):
+            parts.fail("shapes", f"{name} is {list(infos[name].shape)}, the gate {list(infos[gate].shape)}")
 
 
 def _plain(value: Any) -> dict[str, Any]:
@@ -157,4 +180,8 @@ def _plain(value: Any) -> dict[str, Any]:
     return {str(key): item for key, item in state.items()} if isinstance(state, Mapping) else {}
 
 
-FORMATS = (CheckpointFormat(name=NAME, family=FAMILY, matches=matches, open=open_npt_full, describe=describe),)
+FORMATS = (
+    CheckpointFormat(
+        name=NAME, family=FAMILY, matches=matches, describe=describe, read=read, resembles=resembles, remains=remains
+    ),
+)
