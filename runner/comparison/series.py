@@ -119,7 +119,8 @@ def make_series(jobs: Sequence[Job]) -> tuple[Series, ...]:
         for variant, members in _grouped(named, lambda pair: pair[0]).items():
             for sweep, rows in _by_sweep([job for _, job in members]).items():
                 full = ", ".join(part for part in (variant, sweep) if part)
-                made.append(_one(rows[0].run, tier, full, rows))
+                ordered = tuple(sorted(rows, key=lambda job: job.step or 0))
+                made.append(Series(run=rows[0].run, tier=tier, variant=full, jobs=ordered, estimate=_estimate(ordered)))
     return tuple(replace(one, label=label) for one, label in zip(made, _labels(made), strict=True))
 
 
@@ -150,13 +151,13 @@ def _shared(rows: Sequence[Sequence[str]]) -> int:
     return next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
 
 
-def _one(run: str, tier: str, variant: str, jobs: list[Job]) -> Series:
-    ordered = tuple(sorted(jobs, key=lambda job: job.step or 0))
-    made = Series(run=run, tier=tier, variant=variant, jobs=ordered)
-    # Progress and readiness exist where there are verdicts, and so do the thresholds that the estimate is about.
-    judged = any(job.verdict for job in ordered)
-    rates = [learning_rate(job) for job in ordered] if judged else []
-    return replace(made, estimate=estimate(made.steps, made.values("mse"), rates)) if judged else made
+def _estimate(jobs: Sequence[Job]) -> RemainingSteps | None:
+    """Progress and readiness exist where there are verdicts, and so do the thresholds that the estimate is about."""
+    if not any(job.verdict for job in jobs):
+        return None
+    return estimate(
+        [job.step or 0 for job in jobs], [job.metric("mse") for job in jobs], list(map(learning_rate, jobs))
+    )
 
 
 def _by_sweep(jobs: list[Job]) -> dict[str, list[Job]]:

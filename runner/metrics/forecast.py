@@ -10,25 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runner.metrics.forecast_fit import (
-    FAMILIES,
-    LEAST_NOISE,
-    PARAMETERS,
-    Array,
-    MeasuredPoints,
-    Region,
-    coordinate,
-    curve_band,
-    f_quantile,
-    fit,
-    local_noise,
-    log_floor,
-    points_of,
-    reach,
-    reached,
-    rejection_ratio,
-    step_at,
-)
+from runner.metrics import forecast_fit as curves
+from runner.metrics.forecast_fit import Array, MeasuredPoints, Region
 
 LEAST_POINTS = 6
 # An upper end beyond this many times the last step is none.
@@ -122,16 +105,16 @@ def forecast(
         raise ValueError(f"confidence={confidence} must lie between 0 and 1")
     if any(not target > 0 for target in targets):
         raise ValueError(f"targets={list(targets)} must be positive")
-    series = points_of(steps, mses, learning_rates, changes)
+    series = curves.points_of(steps, mses, learning_rates, changes)
     at, y = np.array(series.steps), np.log(np.array(series.mses))
     regions: dict[str, Region] = {}
     noise, refusal, most = None, None, 0.0
     if len(at) < LEAST_POINTS:
         refusal = "too_few_points"
     else:
-        noise = float(local_noise(at, y[None])[0])
-        most = max(rejection_ratio(at) * noise, LEAST_NOISE)
-        regions = {name: fit(y[None], coordinate(name, at, at), confidence) for name in FAMILIES}
+        noise = float(curves.local_noise(at, y[None])[0])
+        most = max(curves.rejection_ratio(at) * noise, curves.LEAST_NOISE)
+        regions = {name: curves.fit(y[None], curves.coordinate(name, at, at), confidence) for name in curves.FAMILIES}
         refusal = _refusal(y, regions, most, confidence)
     kept = {} if refusal else {name: region for name, region in regions.items() if _accepted(region, most)}
     found = tuple(_estimate(series, kept, target, refusal) for target in targets)
@@ -157,24 +140,18 @@ def _accepted(region: Region, most: float) -> bool:
 
 def _refusal(y: Array, regions: dict[str, Region], most: float, confidence: float) -> str | None:
     """Why no step is named: a constant describes the points as well, or no family describes them."""
-    free = len(y) - PARAMETERS
+    free = len(y) - curves.PARAMETERS
     best = min(float(region.rss[0]) for region in regions.values())
     gain = float(((y - y.mean()) ** 2).sum()) - best
-    if gain <= 2 * f_quantile(2, free, confidence) * max(best / free, LEAST_NOISE**2):
+    if gain <= 2 * curves.f_quantile(2, free, confidence) * max(best / free, curves.LEAST_NOISE**2):
         return "not_falling"
     return None if any(_accepted(region, most) for region in regions.values()) else "no_fit"
 
 
 def _family(name: str, region: Region, most: float) -> FamilyFit:
-    lower, best, upper = (_exp(value[0]) for value in log_floor(region))
-    return FamilyFit(
-        name=name,
-        accepted=_accepted(region, most),
-        noise=float(region.noise[0]),
-        floor=best,
-        floor_lower=lower,
-        floor_upper=upper,
-    )
+    lower, best, upper = (_exp(value[0]) for value in curves.log_floor(region))
+    noise, accepted = float(region.noise[0]), _accepted(region, most)
+    return FamilyFit(name=name, accepted=accepted, noise=noise, floor=best, floor_lower=lower, floor_upper=upper)
 
 
 def _best(regions: dict[str, Region]) -> str:
@@ -182,14 +159,14 @@ def _best(regions: dict[str, Region]) -> str:
 
 
 def _estimate(series: MeasuredPoints, regions: dict[str, Region], target: float, refusal: str | None) -> TargetEstimate:
-    step = reached(series, target)
+    step = curves.reached(series, target)
     if step is not None:
         return TargetEstimate(target=target, status="reached", lower=step, best=step, upper=step)
     if refusal:
         return TargetEstimate(target=target, status=refusal)
     at = np.array(series.steps)
     bounds = {
-        name: [float(step_at(name, at, x)[0]) for x in reach(region, math.log(target))]
+        name: [float(curves.step_at(name, at, x)[0]) for x in curves.reach(region, math.log(target))]
         for name, region in regions.items()
     }
     most = HORIZON * series.steps[-1]
@@ -208,12 +185,12 @@ def _band_steps(at: Array, found: Sequence[TargetEstimate]) -> Sequence[float]:
 
 
 def _band(at: Array, regions: dict[str, Region], steps: Array) -> Band:
-    curves = {name: curve_band(region, coordinate(name, at, steps)) for name, region in regions.items()}
+    bands = {name: curves.curve_band(region, curves.coordinate(name, at, steps)) for name, region in regions.items()}
     return Band(
         steps=tuple(float(step) for step in steps),
-        lower=_figures(np.min([curve[0][0] for curve in curves.values()], axis=0)),
-        median=_figures(curves[_best(regions)][1][0]),
-        upper=_figures(np.max([curve[2][0] for curve in curves.values()], axis=0)),
+        lower=_figures(np.min([band[0][0] for band in bands.values()], axis=0)),
+        median=_figures(bands[_best(regions)][1][0]),
+        upper=_figures(np.max([band[2][0] for band in bands.values()], axis=0)),
     )
 
 
@@ -260,8 +237,7 @@ def _answer(forecast: Forecast, estimate: TargetEstimate) -> str:
 
 
 def _not_reached(forecast: Forecast, estimate: TargetEstimate) -> str:
-    fits = [family for family in forecast.families if family.accepted]
-    best = min(fits, key=lambda family: family.noise)
+    best = min((family for family in forecast.families if family.accepted), key=lambda family: family.noise)
     words = f"not reached on this fit, which levels off at {best.floor:.3g}"
     if best.floor < estimate.target:
         words = "not reached on this fit, which falls too slowly"
@@ -354,7 +330,7 @@ def backtest(
     """
     if not 0 < share < 1:
         raise ValueError(f"share={share} must lie between 0 and 1")
-    series = points_of(steps, mses, learning_rates, changes)
+    series = curves.points_of(steps, mses, learning_rates, changes)
     first = max(LEAST_POINTS, math.ceil(share * len(series.steps)))
     rest = len(series.steps) - first
     if rest < _LEAST_HELD:
@@ -383,7 +359,7 @@ def _held_points(series: MeasuredPoints, first: int, known: Forecast) -> tuple[H
     """The band holds the curve; a measured point also scatters around it, so the two widths add as squares."""
     assert known.band is not None
     scatter = min(family.noise for family in known.families if family.accepted)
-    scatter *= math.sqrt(f_quantile(1, first - PARAMETERS, known.confidence))
+    scatter *= math.sqrt(curves.f_quantile(1, first - curves.PARAMETERS, known.confidence))
     band = known.band
     rows = zip(band.steps, series.mses[first:], band.lower, band.median, band.upper, strict=True)
     return tuple(
@@ -402,7 +378,7 @@ def _held_target(series: MeasuredPoints, estimate: TargetEstimate) -> HeldTarget
     """The curve meets its target after the last step before any figure below it, and by the first that stays below."""
     lower = math.inf if estimate.lower is None else estimate.lower
     upper = math.inf if estimate.upper is None else estimate.upper
-    seen = reached(series, estimate.target)
+    seen = curves.reached(series, estimate.target)
     if seen is None:
         return HeldTarget(estimate=estimate, seen=None, held=upper >= series.steps[-1])
     points = list(zip(series.seen_steps, series.seen, strict=True))

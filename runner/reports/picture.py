@@ -52,8 +52,9 @@ def _draw(axes: "Axes", series: list[Series]) -> None:
         # A gap, as on the page, where there is no value that a logarithmic axis can show.
         values = [v if v is not None and v > 0 else math.nan for v in one.values("mse")]
         # Two tiers of one run have the same figures: dashes let the curve below shine through.
-        style = {"linestyle": "-" if number == 0 else (0, (4, 1 + number % 4)), "color": _colour(number)}
-        axes.plot(one.steps, values, marker="o", markersize=4, label=_text(one.label), **style)
+        style = "-" if number == 0 else (0, (4, 1 + number % 4))
+        label, colour = _text(one.label), _colour(number)
+        axes.plot(one.steps, values, marker="o", markersize=4, label=label, linestyle=style, color=colour)
     values = [v for one in series for v in one.values("mse") if v is not None and v > 0]
     low, high = 0.6 * min(values), 1.5 * max(values)
     if any(one.estimate is not None for one in series):
