@@ -37,13 +37,6 @@ class Comparison:
         """The jobs that failed, were lost or never started."""
         return [job for job in self.jobs if job.status != "ok"]
 
-    def failure_groups(self) -> dict[tuple[str, str], list[Job]]:
-        """The failures by status ("never started") and message, in the order of the first of each."""
-        groups: dict[tuple[str, str], list[Job]] = {}
-        for job in self.failures:
-            groups.setdefault((job.status.replace("_", " "), job.message), []).append(job)
-        return groups
-
 
 def read(sweep: Path | Sequence[Path]) -> Comparison:
     """The comparison of one sweep directory, or of several.

@@ -157,13 +157,16 @@ def _cards(comparison: Comparison) -> list[JsonObject]:
 
 def failures(comparison: Comparison, directory: Path) -> list[JsonObject]:
     """Jobs without a result, those with one message together, in the order of the first of each."""
+    groups: dict[tuple[str, str], list[Job]] = {}
+    for job in comparison.failures:
+        groups.setdefault((_spoken(job.status), job.message), []).append(job)
     return [
         {
             "status": status,
             "message": message,
             "jobs": [{"name": job.name, "log": _link(job.log, directory) if job.log else None} for job in jobs],
         }
-        for (status, message), jobs in comparison.failure_groups().items()
+        for (status, message), jobs in groups.items()
     ]
 
 
