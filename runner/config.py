@@ -206,6 +206,8 @@ PATH_KEYS = {
     "convert.output", "merge.output", "merge.sources", "junit", "sweep",
     "hydra.run.dir", "hydra.sweep.dir",
 }  # fmt: skip
+# Keys whose value is text as it was typed: `1234e5`, `1_000` and `a, b` are no numbers and no list.
+TEXT_KEYS = {"data.prompts", "data.layer_prompt", "tracker.name", "tracker.project", "tracker.entity"}
 # Keys that a group's choice sets for all tasks alike and that nobody overrides.
 FIXED_KEYS = ("verdict",)
 
@@ -355,7 +357,7 @@ def refused(error: Exception, task: str, given: Mapping[str, str | None], *, mul
         root = key.lstrip("+~").partition("@")[0]
         if root.partition(".")[0] not in (*_keys_of(task), "hydra", "experiment") and not root.startswith("hydra/"):
             return unknown_key(root, task)
-        if not multirun and value is not None and key not in PATH_KEYS and _is_sweep(f"{key}={value}"):
+        if not multirun and value is not None and key not in PATH_KEYS | TEXT_KEYS and _is_sweep(f"{key}={value}"):
             return ConfigError(f"{key}={value}: several values are a sweep: add -m")
     return ConfigError(text)
 

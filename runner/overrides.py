@@ -1,7 +1,7 @@
-"""The words of the command line: which are flags, which are overrides, and paths spelled so that Hydra keeps them.
+"""The words of the command line: flags, overrides, and paths and texts spelled so that Hydra keeps them.
 
 Hydra's grammar refuses or changes values that are common in paths (`=`, `[`, `(`, `,`, `~`, `#`, quotes, letters
-beyond ASCII, `1e5`, `true`), so path values are quoted before Hydra sees them.
+beyond ASCII, `1e5`, `true`), so the values of paths and texts are quoted before Hydra sees them.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.config import PATH_KEYS
+from runner.config import PATH_KEYS, TEXT_KEYS
 from runner.errors import ConfigError
 
 # Hydra's flags that a user may give, and how many words each takes; "?" is at most one.
@@ -99,10 +99,13 @@ def unquoted(value: str) -> str:
 
 
 def spell(key: str, value: str, *, multirun: bool) -> str:
-    """One override for Hydra: a path value quoted, each path of a list or a sweep by itself; any other as typed."""
-    if key.lstrip("+") not in PATH_KEYS or not value or value == "null":
+    """One override for Hydra: a path or text quoted, each of a list or a sweep by itself; any other value as typed."""
+    known = key.lstrip("+")
+    if known not in PATH_KEYS | TEXT_KEYS or not value or value == "null":
         return f"{key}={value}"
-    spelled = _spell_list(value) if key.lstrip("+") in LIST_KEYS else _spell_path(value, multirun)
+    if known in TEXT_KEYS:
+        return f"{key}={_spell_text(value, multirun)}"
+    spelled = _spell_list(value) if known in LIST_KEYS else _spell_path(value, multirun)
     return f"{key}={spelled}"
 
 
@@ -119,6 +122,17 @@ def _exists(text: str) -> bool:
         if error.errno != errno.ENAMETOOLONG:
             raise
         return False
+
+
+def _spell_text(value: str, multirun: bool) -> str:
+    """Text, `[a,b]` each by itself, or under -m `a,b` as the values of a sweep."""
+    if re.fullmatch(r"\$\{[^}]*\}", value):
+        return value
+    if value.startswith("[") and value.endswith("]"):
+        return f"[{','.join(quoted(unquoted(part)) for part in split_list(value))}]"
+    if multirun and unquoted(value) == value:
+        return ",".join(quoted(unquoted(part)) for part in split_list(value))
+    return quoted(unquoted(value))
 
 
 def _spell_path(value: str, multirun: bool) -> str:

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -84,6 +85,13 @@ def _refusals(task: str, given: Mapping[str, str | None], *, multirun: bool = Fa
         yield
     except (HydraException, OmegaConfBaseException) as error:
         raise refused(error, task, given, multirun=multirun) from error
+    except ValueError as error:
+        # OmegaConf's own, untyped: a word in the place of a list's index.
+        key = next((key for key in given if "." in key and not key.rpartition(".")[2].isdigit()), None)
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if key is None or not frame.f_globals["__name__"].startswith("omegaconf."):
+            raise
+        raise unknown_key(key, task) from error
 
 
 def job(cfg: DictConfig) -> int:

@@ -140,6 +140,7 @@ def test_damaged_checkpoint(name, run, checkpoint, base, workdir):
         (["task=merge", "merge.outptu=x"], "unknown key 'merge.outptu'; did you mean 'merge.output'?"),
         (["task=train", "train.max_step=5"], "unknown key 'train.max_step'; did you mean 'train.max_steps'?"),
         (["tracker.porject=x"], "unknown key 'tracker.porject'; did you mean 'tracker.project'?"),
+        (["data.prompts.x=3"], "unknown key 'data.prompts.x'; did you mean 'data.prompts'?"),
     ],
 )
 def test_a_misspelt_key_inside_a_group(words, message, run):

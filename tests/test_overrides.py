@@ -89,3 +89,25 @@ def test_words_that_are_no_options(words, message):
     with pytest.raises(ConfigError) as caught:
         parse(words)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "means"),
+    [
+        ("1234e5", "1234e5"),
+        ("1_000", "1_000"),
+        ("null", None),
+        ("'7e7'", "7e7"),
+        ("Hello, world: 2 + 2 = ?", "Hello, world: 2 + 2 = ?"),
+        ("it's (here)", "it's (here)"),
+    ],
+)
+def test_text_is_what_was_typed(typed, means):
+    """Hydra takes `1234e5`, as a run or a commit may be called, for a number, also where the field is a text."""
+    assert compose("config", overrides=[spell("tracker.name", typed, multirun=False)]).tracker.name == means
+
+
+def test_each_text_of_a_list_or_a_sweep_is_text():
+    prompts = compose("config", overrides=[spell("data.prompts", "[2 + 2 =,1e5,'a, b']", multirun=False)]).data.prompts
+    assert prompts == ["2 + 2 =", "1e5", "a, b"]
+    assert spell("tracker.name", "7e7,1_0", multirun=True) == "tracker.name='7e7','1_0'"

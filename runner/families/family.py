@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from runner.config import Conversion, TrainConfig
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
-    from runner.merge.execute import Content
-    from runner.merge.files import Files
+    from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
     from runner.results import Result
 
@@ -128,12 +127,16 @@ class Family:
 
     def plan_merge(
         self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path
-    ) -> "Content | Files":
+    ) -> "MergeOutput":
         """All that a merge of the checkpoints `opened`, found at `paths`, will write; no tensor is read.
 
         Raises CheckpointError or ConfigError where the merge is not possible.
         """
         raise ConfigError(f"{paths[0]}: checkpoints of the format {opened[0].format} cannot be merged")
+
+    def canonical_names(self, checkpoint: "Checkpoint") -> dict[str, str]:
+        """The one spelling of each tensor's name by which checkpoints are compared → its name in the file."""
+        return {name: name for name in checkpoint.weights.infos}
 
     def train(self, config: "TrainConfig", context: object) -> "Result":
         """Train, leaving `checkpoint-<step>` directories in the run's own; the page of `task=train`."""

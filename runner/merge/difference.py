@@ -8,45 +8,31 @@ from typing import Any
 import torch
 
 from runner.checkpoints.checkpoint import Checkpoint, dtype_name
-from runner.families.npt import checkpoint as npt_delta
 from runner.files.tensors import TensorInfo
 from runner.merge.lazy_tensor import from_source
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """The tensors of two checkpoints by what they have in common: `common[name]` are the names in each."""
+    """The tensors of two checkpoints by what they have in common: `common[name]` are the names in each file."""
 
     only_in_first: list[str]
     only_in_second: list[str]
     common: Mapping[str, tuple[str, str]]
 
 
-def match(first: Checkpoint, second: Checkpoint) -> Names:
-    """Pair the tensors of one name; of two npt_delta checkpoints by layer and matrix, whatever their spelling."""
-    a, b = _names(first), _names(second)
+def match(first: Mapping[str, str], second: Mapping[str, str]) -> Names:
+    """Pair the tensors of one name; both by the name that they are compared by → the name in the file."""
     return Names(
-        only_in_first=[name for name in a if name not in b],
-        only_in_second=[name for name in b if name not in a],
-        common={name: (a[name], b[name]) for name in a if name in b},
+        only_in_first=[name for name in first if name not in second],
+        only_in_second=[name for name in second if name not in first],
+        common={name: (first[name], second[name]) for name in first if name in second},
     )
 
 
-def _names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Name → the name in the file."""
-    own = {name: name for name in checkpoint.weights.infos}
-    if checkpoint.format != npt_delta.NAME:
-        return own
-    for layer in checkpoint.layers:
-        for projection, matrices in layer.keys.items():
-            for matrix, names in matrices.items():
-                for rank, name in enumerate(names):
-                    del own[name]
-                    own[npt_delta.key(layer.layer, layer.modulation, projection, matrix, rank, layer.num_ranks)] = name
-    return own
-
-
-def differences(first: Checkpoint, second: Checkpoint, names: Names) -> Iterator[dict[str, Any]]:
+def differences(first: Checkpoint, second: Checkpoint, names: Names) -> Iterator[Row]:
     """One row a common tensor: shapes and dtypes where they differ, else mse, cosine and the largest difference.
 
     `equal`: bit for bit. Figures in float64: `relative` is the norm of the difference over that of the second; NaN or
@@ -54,7 +40,7 @@ def differences(first: Checkpoint, second: Checkpoint, names: Names) -> Iterator
     """
     for name, (ours, theirs) in names.common.items():
         a, b = first.weights.infos[ours], second.weights.infos[theirs]
-        row: dict[str, Any] = {"name": name, "shape": list(a.shape), "dtype": dtype_name(a.dtype)}
+        row: Row = {"name": name, "shape": list(a.shape), "dtype": dtype_name(a.dtype)}
         if a.dtype != b.dtype:
             row["reference_dtype"] = dtype_name(b.dtype)
         if a.shape != b.shape:
@@ -63,7 +49,7 @@ def differences(first: Checkpoint, second: Checkpoint, names: Names) -> Iterator
             yield {**row, **_figures(first, a, second, b)}
 
 
-def _figures(first: Checkpoint, a: TensorInfo, second: Checkpoint, b: TensorInfo) -> dict[str, Any]:
+def _figures(first: Checkpoint, a: TensorInfo, second: Checkpoint, b: TensorInfo) -> Row:
     squares = dot = length_a = length_b = largest = 0.0
     equal = a.dtype == b.dtype
     for ours, theirs in zip(from_source(first.weights, a).parts(), from_source(second.weights, b).parts(), strict=True):

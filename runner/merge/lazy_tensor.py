@@ -16,7 +16,7 @@ PART = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class LazyTensor:
     """One tensor of an output: `parts()` gives its elements in order, as 1-D tensors of at most PART elements.
 
     `origin` says where it comes from, for messages. It can be asked for its parts any number of times.
@@ -38,14 +38,14 @@ class Piece:
         return self.numel * self.dtype.itemsize
 
 
-def from_tensor(tensor: torch.Tensor, origin: str) -> Piece:
+def from_tensor(tensor: torch.Tensor, origin: str) -> LazyTensor:
     """A tensor as it is, which may be a view of a mapped file."""
-    return Piece(origin=origin, dtype=tensor.dtype, shape=tuple(tensor.shape), parts=lambda: split(tensor))
+    return LazyTensor(origin=origin, dtype=tensor.dtype, shape=tuple(tensor.shape), parts=lambda: split(tensor))
 
 
-def from_source(source: TensorSource, info: TensorInfo) -> Piece:
+def from_source(source: TensorSource, info: TensorInfo) -> LazyTensor:
     """The tensor `info` of a checkpoint, read when its parts are asked for."""
-    return Piece(
+    return LazyTensor(
         origin=f"{source.path}: {info.name}",
         dtype=info.dtype,
         shape=info.shape,
@@ -53,9 +53,9 @@ def from_source(source: TensorSource, info: TensorInfo) -> Piece:
     )
 
 
-def replaced(value: Any, change: Callable[[Piece], Piece]) -> Any:
-    """Plain containers with every `Piece` in them changed."""
-    if isinstance(value, Piece):
+def replaced(value: Any, change: Callable[[LazyTensor], LazyTensor]) -> Any:
+    """Plain containers with every `LazyTensor` in them changed."""
+    if isinstance(value, LazyTensor):
         return change(value)
     if isinstance(value, OrderedDict):
         return OrderedDict((key, replaced(item, change)) for key, item in value.items())
@@ -66,16 +66,12 @@ def replaced(value: Any, change: Callable[[Piece], Piece]) -> Any:
     return value
 
 
-def contained(value: Any) -> list[Piece]:
-    """Every `Piece` inside plain containers, in order."""
-    found: list[Piece] = []
-
-    def keep(piece: Piece) -> Piece:
-        found.append(piece)
-        return piece
-
-    replaced(value, keep)
-    return found
+def contained(value: Any) -> list[LazyTensor]:
+    """Every `LazyTensor` inside plain containers, in order."""
+    if isinstance(value, LazyTensor):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for item in inside for tensor in contained(item)]
 
 
 def split(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -90,45 +86,45 @@ def as_bytes(part: torch.Tensor) -> memoryview:
     return part.view(torch.uint8).numpy().data
 
 
-def mean(pieces: Sequence[Piece]) -> Piece:
+def mean(tensors: Sequence[LazyTensor]) -> LazyTensor:
     """The mean of tensors of one shape, computed in float64: equal ones give themselves."""
-    return _elementwise(pieces, lambda parts: reduce(torch.add, parts) / len(parts))
+    return _elementwise(tensors, lambda parts: reduce(torch.add, parts) / len(parts))
 
 
-def average(pieces: Sequence[Piece], weights: Sequence[float]) -> Piece:
-    """The mean of `pieces` by `weights`, which sum to 1; equal weights give exactly what `mean` gives."""
-    return mean(pieces) if len(set(weights)) == 1 else weighted(pieces, weights)
+def average(tensors: Sequence[LazyTensor], weights: Sequence[float]) -> LazyTensor:
+    """The mean of `tensors` by `weights`, which sum to 1; equal weights give exactly what `mean` gives."""
+    return mean(tensors) if len(set(weights)) == 1 else weighted(tensors, weights)
 
 
-def rows(parts: Sequence[tuple[Piece, Sequence[int]]]) -> Piece:
+def rows(parts: Sequence[tuple[LazyTensor, Sequence[int]]]) -> LazyTensor:
     """Rows of several tensors that agree in all but the first dimension, one below the other; computed at once."""
-    found = [piece for piece, _ in parts]
+    found = [tensor for tensor, _ in parts]
     dtype = _dtype(found)
 
     def stacked() -> Iterator[torch.Tensor]:
-        whole = [torch.cat(list(piece.parts())).reshape(piece.shape)[list(chosen)].to(dtype) for piece, chosen in parts]
+        whole = [torch.cat(list(each.parts())).reshape(each.shape)[list(chosen)].to(dtype) for each, chosen in parts]
         yield from split(torch.cat(whole))
 
     count = sum(len(chosen) for _, chosen in parts)
-    return Piece(origin=_origins(found), dtype=dtype, shape=(count, *found[0].shape[1:]), parts=stacked)
+    return LazyTensor(origin=_origins(found), dtype=dtype, shape=(count, *found[0].shape[1:]), parts=stacked)
 
 
-def linear(first: Piece, second: Piece, t: float) -> Piece:
+def linear(first: LazyTensor, second: LazyTensor, t: float) -> LazyTensor:
     """(1 - t)·first + t·second, computed in float64: t = 0 gives the first, t = 1 the second."""
     return weighted((first, second), (1 - t, t))
 
 
-def weighted(pieces: Sequence[Piece], weights: Sequence[float]) -> Piece:
-    """The sum of `weights[i]`·`pieces[i]`, computed in float64; a piece of weight 0 does not count."""
-    chosen = [(piece, weight) for piece, weight in zip(pieces, weights, strict=True) if weight]
+def weighted(tensors: Sequence[LazyTensor], weights: Sequence[float]) -> LazyTensor:
+    """The sum of `weights[i]`·`tensors[i]`, computed in float64; a tensor of weight 0 does not count."""
+    chosen = [(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if weight]
     return _elementwise(
-        [piece for piece, _ in chosen],
+        [tensor for tensor, _ in chosen],
         lambda parts: reduce(torch.add, [part * w for part, (_, w) in zip(parts, chosen, strict=True)]),
-        like=pieces,
+        like=tensors,
     )
 
 
-def slerp(first: Piece, second: Piece, t: float) -> Piece:
+def slerp(first: LazyTensor, second: LazyTensor, t: float) -> LazyTensor:
     """Spherical interpolation: each tensor as one vector, along the arc between the two (Shoemake 1985).
 
     Where one is zero or they point (almost) the same or opposite way, which has no arc, it is linear.
@@ -137,14 +133,22 @@ def slerp(first: Piece, second: Piece, t: float) -> Piece:
     def parts() -> Iterator[torch.Tensor]:
         yield from weighted((first, second), _slerp_weights(first, second, t)).parts()
 
-    return Piece(origin=_origins((first, second)), dtype=_dtype((first, second)), shape=first.shape, parts=parts)
+    return LazyTensor(origin=_origins((first, second)), dtype=_dtype((first, second)), shape=first.shape, parts=parts)
+
+
+def combined(how: str, tensors: Sequence[LazyTensor], weights: Sequence[float], t: float) -> LazyTensor:
+    """`tensors` by the rule `how`: their average by `weights`, or linear or slerp from the first to the second."""
+    if how == "average":
+        return average(tensors, weights)
+    first, second = tensors
+    return slerp(first, second, t) if how == "slerp" else linear(first, second, t)
 
 
 # Above this |cosine| the arc is too short for its sine: linear interpolation is the limit.
 _PARALLEL = 0.9995
 
 
-def _slerp_weights(first: Piece, second: Piece, t: float) -> tuple[float, float]:
+def _slerp_weights(first: LazyTensor, second: LazyTensor, t: float) -> tuple[float, float]:
     dot = length_a = length_b = 0.0
     for a, b in zip(first.parts(), second.parts(), strict=True):
         a, b = a.double(), b.double()
@@ -158,21 +162,21 @@ def _slerp_weights(first: Piece, second: Piece, t: float) -> tuple[float, float]
 
 
 def _elementwise(
-    pieces: Sequence[Piece],
+    tensors: Sequence[LazyTensor],
     combine: Callable[[list[torch.Tensor]], torch.Tensor],
-    like: Sequence[Piece] | None = None,
-) -> Piece:
-    dtype = _dtype(like or pieces)
+    like: Sequence[LazyTensor] | None = None,
+) -> LazyTensor:
+    dtype = _dtype(like or tensors)
 
     def parts() -> Iterator[torch.Tensor]:
-        for group in zip(*(piece.parts() for piece in pieces), strict=True):
+        for group in zip(*(tensor.parts() for tensor in tensors), strict=True):
             yield combine([part.double() for part in group]).to(dtype)
 
-    return Piece(origin=_origins(like or pieces), dtype=dtype, shape=pieces[0].shape, parts=parts)
+    return LazyTensor(origin=_origins(like or tensors), dtype=dtype, shape=tensors[0].shape, parts=parts)
 
 
-def _dtype(pieces: Sequence[Piece]) -> torch.dtype:
-    return reduce(_promoted, (piece.dtype for piece in pieces))
+def _dtype(tensors: Sequence[LazyTensor]) -> torch.dtype:
+    return reduce(_promoted, (tensor.dtype for tensor in tensors))
 
 
 def _promoted(a: torch.dtype, b: torch.dtype) -> torch.dtype:
@@ -183,5 +187,5 @@ def _promoted(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return large if large.is_floating_point and large.itemsize > 1 else torch.float32
 
 
-def _origins(pieces: Sequence[Piece]) -> str:
-    return " with ".join(piece.origin for piece in pieces)
+def _origins(tensors: Sequence[LazyTensor]) -> str:
+    return " with ".join(tensor.origin for tensor in tensors)

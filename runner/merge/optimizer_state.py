@@ -1,4 +1,4 @@
-"""Optimizer states of separate trainings, united over the merged parameters.
+"""Optimizer states of separate trainings, merged over the merged parameters.
 
 Index i of a saved state belongs to the i-th key of the weights saved with it; index j of the merged one to the j-th
 merged key. So every parameter keeps its own moments and its own step count, and steps on as it would have alone.
@@ -11,29 +11,103 @@ from typing import Any
 
 import torch
 
-from runner.merge import lazy_tensor as pieces
-from runner.merge.moments import NAMES, Moments
-from runner.merge.plain_values import same
-from runner.merge.plan import Plan, PlannedTensor
-from runner.merge.sources import Source
+from runner.merge import lazy_tensor
+from runner.merge.plan import JsonObject, MergedTensor, Source
 
+# torch's list of the names that a trainer gave its parameters, one for each index of a group's `params`.
+NAMES = "param_names"
 # What a parameter group says of its parameters one by one; all else is a setting.
 _OF_PARAMETERS = ("params", NAMES)
+Values = Mapping[str, Any]
 # A source, one of its names, and what its optimizer holds for it.
-Entry = tuple[Source, str, Mapping[str, Any]]
+Entry = tuple[Source, str, Values]
 
 
 @dataclass(frozen=True, kw_only=True)
-class United:
-    """The merged optimizer state, None where no source has one, and what the user should know of it."""
+class Moments:
+    """One source's optimizer state: its entry and its parameter group for each of its weights' names.
 
-    state: dict[str, Any] | None
-    findings: tuple[str, ...] = ()
-    differences: tuple[dict[str, Any], ...] = field(default=())
+    `own_names`: what its trainer called each weight, where the state says it.
+    """
+
+    source: Source
+    entries: Mapping[str, Values]
+    group_of: Mapping[str, int]
+    groups: Sequence[Values]
+    own_names: Mapping[str, str] = field(default_factory=dict)
 
 
-def unite(plan: Plan, moments: Sequence[Moments], furthest: Moments) -> United:
-    """One state over the plan's tensors, with `Piece`s for tensors.
+def read_moments(source: Source, state: object) -> Moments | str:
+    """An `optimizer_state_dict` by the names of the weights it belongs to; or a text: why it cannot be used.
+
+    Its index i is the i-th key of the weights, unless it names its parameters as the weights are named.
+    """
+    where = f"{source.path}: its optimizer state is left out, its parameters start without moments:"
+    if not isinstance(state, Mapping) or not isinstance(state.get("state"), Mapping):
+        return f"{where} it is no state of a torch optimizer"
+    groups = state.get("param_groups")
+    if not isinstance(groups, (list, tuple)) or not groups or not all(map(_is_group, groups)):
+        return f"{where} it has no parameter groups"
+    numbered = {index: number for number, group in enumerate(groups) for index in group["params"]}
+    if set(numbered) != set(range(len(source.order))):
+        return f"{where} it is for {len(numbered)} parameters, the weights are {len(source.order)}"
+    called = _called(groups)
+    by_name = sorted(called.values()) == sorted(source.order)
+    order = [called[index] for index in range(len(numbered))] if by_name else source.order
+    entries = {}
+    for index, entry in state["state"].items():
+        name = order[index] if index in numbered else None
+        if name is None or not isinstance(entry, Mapping):
+            return f"{where} entry {index} belongs to no parameter"
+        shape = source.checkpoint.weights.infos[name].shape
+        for field_name, value in entry.items():
+            if isinstance(value, torch.Tensor) and not _fits(tuple(value.shape), shape):
+                return f"{where} {field_name} of entry {index} is {list(value.shape)}, but {name} is {list(shape)}"
+        entries[name] = entry
+    group_of = {order[index]: number for index, number in numbered.items()}
+    own_names = {order[index]: own for index, own in called.items()}
+    return Moments(source=source, entries=entries, group_of=group_of, groups=groups, own_names=own_names)
+
+
+def _is_group(group: object) -> bool:
+    indices = group.get("params") if isinstance(group, Mapping) else None
+    return isinstance(indices, (list, tuple)) and all(type(index) is int for index in indices)
+
+
+def _called(groups: Sequence[Values]) -> dict[int, str]:
+    """What the trainer called each parameter, by its index; {} unless every one has a name."""
+    called: dict[int, str] = {}
+    for group in groups:
+        names = group.get(NAMES)
+        if not isinstance(names, (list, tuple)) or len(names) != len(group["params"]):
+            return {}
+        called |= {index: str(name) for index, name in zip(group["params"], names, strict=True)}
+    return called
+
+
+def _fits(shape: tuple[int, ...], parameter: tuple[int, ...]) -> bool:
+    """Whether a tensor of an entry can belong to a parameter: its shape, or statistics over some of its dimensions.
+
+    Adafactor keeps means of rows and columns ([r, 1] and [1, c], or [r] and [c]), 8-bit optimizers scales of blocks.
+    """
+    if len(shape) != len(parameter):
+        return len(shape) < len(parameter)
+    return all(size in (1, whole) for size, whole in zip(shape, parameter, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedOptimizer:
+    """The merged optimizer state, what the user should know of it, and the settings on which the sources differ."""
+
+    state: dict[str, Any]
+    findings: tuple[str, ...]
+    differences: tuple[JsonObject, ...]
+
+
+def merge_optimizer_states(
+    tensors: Sequence[MergedTensor], moments: Sequence[Moments], furthest: Moments
+) -> MergedOptimizer:
+    """One state over the merged `tensors`, with `LazyTensor`s inside.
 
     The parameter groups are those of `furthest`, since its scheduler counts them; where another source's settings
     differ, they are said. So are parameters that start without moments, for want of them or of what the kept
@@ -44,7 +118,7 @@ def unite(plan: Plan, moments: Sequence[Moments], furthest: Moments) -> United:
     state: dict[int, dict[str, Any]] = {}
     members: list[list[int]] = [[] for _ in furthest.groups]
     lacking = _Lacking()
-    for index, tensor in enumerate(plan.tensors):
+    for index, tensor in enumerate(tensors):
         group = _group(tensor, by_source, len(members))
         members[group].append(index)
         found = _found(tensor, by_source, lacking)
@@ -55,7 +129,7 @@ def unite(plan: Plan, moments: Sequence[Moments], furthest: Moments) -> United:
             lacking.unlike[str(leader[0].path)] = (tuple(leader[2]), tuple(absent))
             continue
         state[index] = {name: _value(name, leader, found, tensor) for name in leader[2]}
-    names = _names(plan, by_source)
+    names = _names(tensors, by_source)
     groups = [
         {
             **{name: value for name, value in group.items() if name not in _OF_PARAMETERS},
@@ -66,7 +140,7 @@ def unite(plan: Plan, moments: Sequence[Moments], furthest: Moments) -> United:
     ]
     differences = _differences(moments, furthest)
     findings = [*lacking.said(furthest.source), *(_said(difference, furthest.source) for difference in differences)]
-    return United(
+    return MergedOptimizer(
         state={"state": state, "param_groups": groups}, findings=tuple(findings), differences=tuple(differences)
     )
 
@@ -105,69 +179,69 @@ class _Lacking:
 
 def _needed(furthest: Moments) -> list[list[str]]:
     """What every entry of the kept optimizer holds, group by group: without it, its next step would fail."""
-    held: list[list[Mapping[str, Any]]] = [[] for _ in furthest.groups]
+    held: list[list[Values]] = [[] for _ in furthest.groups]
     for name, entry in furthest.entries.items():
         held[furthest.group_of[name]].append(entry)
     everywhere = list(furthest.entries.values())
     return [_common(entries or everywhere) for entries in held]
 
 
-def _common(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+def _common(entries: Sequence[Values]) -> list[str]:
     return [name for name in entries[0] if all(name in entry for entry in entries)] if entries else []
 
 
-def _found(tensor: PlannedTensor, by_source: Mapping[int, Moments], lacking: _Lacking) -> list[Entry] | None:
+def _found(tensor: MergedTensor, by_source: Mapping[int, Moments], lacking: _Lacking) -> list[Entry] | None:
     """The entries of one parameter in all of its sources; None where one has none, which `lacking` then knows."""
     found: list[Entry] = []
-    several = len(tensor.layer.sources) > 1
-    for source, name in zip(tensor.layer.sources, tensor.names, strict=True):
+    several = len(tensor.sources) > 1
+    for source, name in zip(tensor.sources, tensor.names, strict=True):
         moments = by_source.get(id(source))
         entry = moments.entries.get(name) if moments else None
         if entry is not None:
             found.append((source, name, entry))
         elif several:
-            lacking.combined.setdefault(tensor.layer.layer.layer, {})[str(source.path)] = None
+            lacking.combined.setdefault(tensor.layer, {})[str(source.path)] = None
         if moments and not several:
             lacking.among[str(source.path)] += 1
             lacking.of[str(source.path)] += entry is None
-    return found if len(found) == len(tensor.layer.sources) else None
+    return found if len(found) == len(tensor.sources) else None
 
 
-def _names(plan: Plan, by_source: Mapping[int, Moments]) -> list[str]:
+def _names(tensors: Sequence[MergedTensor], by_source: Mapping[int, Moments]) -> list[str]:
     """What the trainers called the merged parameters; [] unless each one has a name of its own."""
     names = []
-    for tensor in plan.tensors:
-        moments = by_source.get(id(tensor.layer.sources[0]))
+    for tensor in tensors:
+        moments = by_source.get(id(tensor.sources[0]))
         names.append(moments.own_names.get(tensor.names[0], "") if moments else "")
     return names if all(names) and len(set(names)) == len(names) else []
 
 
-def _value(name: str, leader: Entry, found: Sequence[Entry], tensor: PlannedTensor) -> Any:
+def _value(name: str, leader: Entry, found: Sequence[Entry], tensor: MergedTensor) -> Any:
     """One value of an entry: a tensor of the parameter's shape is combined as the parameter is, others the leader's."""
     value = leader[2][name]
     if not isinstance(value, torch.Tensor):
         return value
     parts = [
-        pieces.from_tensor(entry[name], f"{source.path}: {name} of {own}")
+        lazy_tensor.from_tensor(entry[name], f"{source.path}: {name} of {own}")
         for source, own, entry in found
         if isinstance(entry.get(name), torch.Tensor)
     ]
-    of_parameter = all(part.shape == tensor.piece.shape and part.dtype.is_floating_point for part in parts)
+    of_parameter = all(part.shape == tensor.tensor.shape and part.dtype.is_floating_point for part in parts)
     if len(parts) > 1 and len(parts) == len(found) and of_parameter:
-        combined = pieces.average if tensor.layer.how == "average" else pieces.weighted
-        return combined(parts, tensor.layer.weights)
-    return pieces.from_tensor(value, f"{leader[0].path}: {name} of {leader[1]}")
+        combined = lazy_tensor.average if tensor.how == "average" else lazy_tensor.weighted
+        return combined(parts, tensor.weights)
+    return lazy_tensor.from_tensor(value, f"{leader[0].path}: {name} of {leader[1]}")
 
 
-def _group(tensor: PlannedTensor, by_source: Mapping[int, Moments], count: int) -> int:
+def _group(tensor: MergedTensor, by_source: Mapping[int, Moments], count: int) -> int:
     """The parameter group of one parameter: that of its first source with moments, the last where there are fewer."""
-    for source, name in zip(tensor.layer.sources, tensor.names, strict=True):
+    for source, name in zip(tensor.sources, tensor.names, strict=True):
         if moments := by_source.get(id(source)):
             return min(moments.group_of[name], count - 1)
     return 0
 
 
-def _differences(moments: Sequence[Moments], furthest: Moments) -> list[dict[str, Any]]:
+def _differences(moments: Sequence[Moments], furthest: Moments) -> list[JsonObject]:
     """Where the settings of parameter groups differ from those that are kept."""
     found = []
     for other in moments:
@@ -184,12 +258,25 @@ def _differences(moments: Sequence[Moments], furthest: Moments) -> list[dict[str
     return found
 
 
-def _difference(what: str, group: int | None, other: Moments, theirs: Any, kept: Any) -> dict[str, Any]:
+def _difference(what: str, group: int | None, other: Moments, theirs: object, kept: object) -> JsonObject:
     values = {"source": str(other.source.path), "value": _plain(theirs), "kept": _plain(kept)}
     return {"setting": what, "group": group, **values}
 
 
-def _plain(value: Any) -> Any:
+def same(a: object, b: object) -> bool:
+    """Whether two settings are equal, in type too; tensors inside them element by element."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def _plain(value: object) -> object:
     if isinstance(value, torch.Tensor):
         return value.tolist()
     if isinstance(value, (list, tuple)):
@@ -197,7 +284,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _said(difference: Mapping[str, Any], furthest: Source) -> str:
+def _said(difference: JsonObject, furthest: Source) -> str:
     group = "" if difference["group"] is None else f"group {difference['group']}: "
     return (
         f"optimizer {group}{difference['setting']} is {difference['value']} in {difference['source']}; "

@@ -1,157 +1,164 @@
-"""What a merge will write: which layer comes from where, under which names, decided from headers alone."""
+"""What a merge reads and what it will write, decided from headers alone; how its sources are held against each other.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+Which tensors go where is a family's own knowledge: its `plan_merge` gives the `MergeOutput`.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from runner.checkpoints.checkpoint import NptLayer
+from runner.checkpoints import model_directory
+from runner.checkpoints.checkpoint import Checkpoint, dtype_name
 from runner.errors import CheckpointError, ConfigError
-from runner.families.npt import checkpoint as npt_delta
-from runner.merge import lazy_tensor as pieces
-from runner.merge.lazy_tensor import Piece
-from runner.merge.sources import Source, check_distinct, check_sizes
-from runner.merge.spec import MergeSpec
+from runner.files.file_type import sha256_of
+from runner.merge.lazy_tensor import LazyTensor, contained
+from runner.merge.spec import MergeSpec, SourceSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from runner.evaluation.base_models import Base
+
+SUMMARY = "merge_summary.json"
+JsonObject = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedLayer:
-    """One layer of the output. `how`: copy, average, linear or slerp; `weights[i]` is the share of `sources[i]`."""
+class Source:
+    """One checkpoint that is merged: what the user asks of it, its path as the user names it, all files that are read.
 
-    layer: NptLayer
-    how: str
-    sources: tuple[Source, ...]
-    weights: tuple[float, ...]
+    `order`: the names of its weights in the order in which its optimizer counts them, where that is merged.
+    """
+
+    spec: SourceSpec
+    path: Path
+    checkpoint: Checkpoint
+    files: tuple[Path, ...]
+    order: tuple[str, ...] = ()
 
     @property
-    def origins(self) -> list[str]:
-        """The checkpoints that its weights come from, each once, through earlier merges."""
-        return list(dict.fromkeys(path for source in self.sources for path in source.origins(self.layer.layer)))
+    def step(self) -> int | None:
+        """The step that its own state reports, else that of its name."""
+        return self.checkpoint.step
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlannedTensor:
-    """One tensor of the output and its `names` in the sources of its layer."""
+class MergedTensor:
+    """One tensor of an output, `names[i]` being its name in `sources[i]`.
+
+    `how`: copy, average, linear or slerp, with the share of each source in `weights`; `layer`: what it belongs to.
+    """
 
     name: str
-    names: tuple[str, ...]
-    layer: PlannedLayer
-    piece: Piece
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conflict:
-    """One layer that several sources have."""
-
+    tensor: LazyTensor
     layer: int
-    sources: tuple[Path, ...]
-    resolution: str
-
-    def summary(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {"layer": self.layer, "sources": list(map(str, self.sources)), "resolution": self.resolution}
+    how: str
+    sources: tuple[Source, ...]
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The weights of the output in their order: layers ascending, each as its parameters are declared."""
+class TensorFile:
+    """One file with tensors, `name` relative to the output. `value`: plain containers with `LazyTensor`s in them.
 
+    A name that ends in .safetensors chooses that layout, with `metadata` in its header; any other is torch.save's.
+    `finite`: NaN or Inf is refused; else it is written as it is, and said.
+    """
+
+    name: str
+    value: Mapping[Any, Any]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    finite: bool = True
+
+    @property
+    def is_safetensors(self) -> bool:
+        """Whether it is written as safetensors, where `value` is `LazyTensor`s by name."""
+        return self.name.endswith(".safetensors")
+
+    @property
+    def tensors(self) -> list[LazyTensor]:
+        """Its tensors."""
+        return contained(self.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOutput:
+    """Everything that a merge writes and says.
+
+    `weights`: the tensors as a reader of the output names them, in its order; they are among those of `tensor_files`.
+    `texts`: JSON files by name. `summary`: merge_summary.json without the hashes of what was read. `details`, `layers`,
+    `conflicts`: fields of the result. `content`: what the bytes must equal, in words.
+
+    `read_back(checkpoint)`: of the written checkpoint, what was found as fields of the result, and how that is said.
+    `check_functions(checkpoint, base, prompts)`: whether it computes what its sources do, in words; prompts are text →
+    token ids [T]. Both raise RunnerError where it is not as it should be. Without the latter the whole is compared
+    with the first source.
+    """
+
+    format: str
+    family: str
     sources: tuple[Source, ...]
-    layers: tuple[PlannedLayer, ...]
-    tensors: tuple[PlannedTensor, ...]
-    conflicts: tuple[Conflict, ...]
-    findings: tuple[str, ...]
+    weights: Mapping[str, LazyTensor]
+    tensor_files: tuple[TensorFile, ...]
+    texts: Mapping[str, JsonObject]
+    summary: JsonObject
+    details: JsonObject
+    step: int | None
+    layers: tuple[JsonObject, ...] = ()
+    findings: tuple[str, ...] = ()
+    conflicts: tuple[JsonObject, ...] = ()
+    content: str = "what the sources hold"
+    read_back: Callable[[Checkpoint], tuple[JsonObject, str]]
+    check_functions: "Callable[[Checkpoint, Base, Mapping[str, torch.Tensor]], str] | None" = None
 
     @property
     def parameters(self) -> int:
         """Number of weights."""
-        return sum(tensor.piece.numel for tensor in self.tensors)
+        return sum(tensor.numel for tensor in self.weights.values())
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors: what takes the time."""
+        return sum(tensor.nbytes for file in self.tensor_files for tensor in file.tensors)
 
 
-def plan_merge(spec: MergeSpec, sources: Sequence[Source]) -> Plan:
-    """Decide what is merged. Raises ConfigError or CheckpointError where that is impossible or not allowed."""
-    check_distinct(sources)
-    check_sizes(sources)
-    wanted = _wanted(spec, sources)
-    if spec.rule == "layers":
-        layers, conflicts = _united(spec, sources, wanted)
-    else:
-        layers, conflicts = _interpolated(spec, sources, wanted), []
-    tensors = [tensor for layer in layers for tensor in _tensors(layer, spec.t)]
-    return Plan(
-        sources=tuple(sources),
-        layers=tuple(layers),
-        tensors=tuple(tensors),
-        conflicts=tuple(conflicts),
-        findings=(*_said(conflicts), *_dtypes(tensors)),
-    )
+def check_distinct(sources: Sequence[Source]) -> None:
+    """Raise ConfigError where two sources are one file, whatever their names."""
+    seen: dict[tuple[int, int], Source] = {}
+    for source in sources:
+        stat = source.checkpoint.weights.files[0].stat()
+        other = seen.setdefault((stat.st_dev, stat.st_ino), source)
+        if other is not source:
+            raise ConfigError(f"merge.sources: {source.path} is given twice (also as {other.path}); name it once")
 
 
-def _wanted(spec: MergeSpec, sources: Sequence[Source]) -> list[int]:
-    """The layers of the output, ascending."""
-    union = sorted({layer for source in sources for layer in source.layers})
-    for key, layers in (("merge.layers", spec.layers or ()), ("merge.drop", spec.drop)):
-        for layer in layers:
-            if layer not in union:
-                raise ConfigError(f"{key}: no source has layer {layer}; there are {', '.join(map(str, union))}")
-    wanted = [layer for layer in union if (spec.layers is None or layer in spec.layers) and layer not in spec.drop]
-    if not wanted:
-        raise ConfigError("merge: no layer is left; look at merge.layers, merge.drop and the layers of each source")
-    return wanted
+S = TypeVar("S", bound=Source)
 
 
-def _united(
-    spec: MergeSpec, sources: Sequence[Source], wanted: Sequence[int]
-) -> tuple[list[PlannedLayer], list[Conflict]]:
-    planned, conflicts = [], []
-    for layer in wanted:
-        having = [source for source in sources if layer in source.layers]
-        if len(having) == 1:
-            planned.append(_copy(layer, having[0]))
-            continue
-        chosen = _resolved(spec.on_conflict, layer, having)
-        planned.append(chosen)
-        done = "averaged" if chosen.how == "average" else f"that of {chosen.sources[0].path} is taken"
-        conflicts.append(
-            Conflict(
-                layer=layer,
-                sources=tuple(source.path for source in having),
-                resolution=f"{done} (merge.on_conflict={spec.on_conflict})",
-            )
-        )
-    return planned, conflicts
+def furthest(sources: Sequence[S]) -> S:
+    """The source that trained longest; the first of several, and of sources without a step."""
+    return max(sources, key=lambda source: -1 if source.step is None else source.step)
 
 
-def _resolved(on_conflict: str, layer: int, having: Sequence[Source]) -> PlannedLayer:
-    if on_conflict == "error":
-        raise CheckpointError(
-            f"layer {layer} is in {_paths(having)}; choose layers for each source, or merge.on_conflict=first"
-        )
-    if on_conflict == "average":
-        total = sum(source.weight for source in having)
-        return _combined(layer, "average", having, [source.weight / total for source in having])
-    if on_conflict == "newest":
-        unknown = [source for source in having if source.layer_step(layer) is None]
-        if unknown:
-            raise CheckpointError(
-                f"{unknown[0].path}: reports no step, so merge.on_conflict=newest cannot compare its layer {layer} "
-                "with others; choose first or last"
-            )
-        return _copy(layer, max(having, key=lambda source: source.layer_step(layer) or 0))
-    return _copy(layer, having[0 if on_conflict == "first" else -1])
+def latest_step(sources: Sequence[Source]) -> int | None:
+    """The highest step of the sources; None where none reports one."""
+    return max((source.step for source in sources if source.step is not None), default=None)
 
 
-def _interpolated(spec: MergeSpec, sources: Sequence[Source], wanted: Sequence[int]) -> list[PlannedLayer]:
-    shares = interpolation_weights(spec)
-    for layer in wanted:
-        lacking = next((source for source in sources if layer not in source.layers), None)
-        having = next(source for source in sources if layer in source.layers)
-        if lacking is not None:
-            raise CheckpointError(
-                f"{lacking.path}: has no layer {layer}, which {having.path} has; merge={spec.rule} needs the same "
-                "layers in all sources"
-            )
-    return [_combined(layer, spec.rule, sources, shares) for layer in wanted]
+def differing_dtypes(tensors: Sequence[MergedTensor]) -> list[str]:
+    """What should be said of layers that are stored in several dtypes, and of dtypes that differ between layers."""
+    said: dict[str, None] = {}
+    for tensor in tensors:
+        pairs = zip(tensor.sources, tensor.names, strict=True)
+        found = {dtype_name(source.checkpoint.weights.infos[name].dtype) for source, name in pairs}
+        if len(found) > 1:
+            written = dtype_name(tensor.tensor.dtype)
+            said[f"layer {tensor.layer} is stored as {' and '.join(sorted(found))}: it is written as {written}"] = None
+    dtypes = sorted({dtype_name(tensor.tensor.dtype) for tensor in tensors})
+    return [*said, *([f"layers differ in dtype: {', '.join(dtypes)}"] if len(dtypes) > 1 else [])]
 
 
 def interpolation_weights(spec: MergeSpec) -> tuple[float, ...]:
@@ -167,97 +174,102 @@ def interpolation_weights(spec: MergeSpec) -> tuple[float, ...]:
     return 1 - spec.t, spec.t
 
 
-def _copy(layer: int, source: Source) -> PlannedLayer:
-    return PlannedLayer(layer=source.layers[layer], how="copy", sources=(source,), weights=(1.0,))
+def base_written(sources: Sequence[Source], base: str | None, output: Path) -> tuple[str | None, list[str]]:
+    """The base's name as a checkpoint at `output` has to write it: the first source's; `base` where no source has one.
+
+    Beside it what should be said of it. A name that leads to no directory here (a hub name) stays as it is, and so does
+    an absolute path.
+    """
+    named = next((source.checkpoint for source in sources if source.checkpoint.base_name), None)
+    place = os.path.realpath(output)
+    if named is None:
+        return (base if base is None or not Path(base).is_dir() else os.path.relpath(os.path.realpath(base), place)), []
+    name, found = str(named.base_name), named.local_base()
+    if found is None or Path(name).is_absolute():
+        return name, []
+    for start in (output, output.parent):
+        # `output` does not exist yet, so `..` after it is taken off by name.
+        there = Path(os.path.normpath(os.path.realpath(start) / Path(name)))
+        if there.is_dir():
+            if there.samefile(found):
+                return name, []
+            break
+    moved = os.path.relpath(os.path.realpath(found), place)
+    return moved, [f"config.json names the base as {moved}, which leads there from {output}"] if moved != name else []
 
 
-def _combined(layer: int, how: str, sources: Sequence[Source], weights: Sequence[float]) -> PlannedLayer:
-    """A layer computed from several, which must be of one kind. Raises CheckpointError."""
-    first, *others = sources
-    for source in others:
-        a, b = (_kind(each.layers[layer]) for each in (first, source))
-        if a != b:
+def check_bases(sources: Sequence[S], base: str | None, check_fit: Callable[[S, Path, JsonObject], None]) -> list[str]:
+    """What should be said of the sources' bases. Raises CheckpointError where one does not fit its own, or two differ.
+
+    `check_fit(source, base, config)` raises where they do not fit, by the base's config.json. `base` is the user's own
+    answer for all sources. Bases under different names are compared by their weights where both are at hand; else their
+    names are only said.
+    """
+
+    def fit(source: S, place: Path) -> None:
+        if (place / model_directory.CONFIG).is_file():
+            check_fit(source, place, model_directory.read_config(place))
+
+    if base is not None:
+        path = Path(base).expanduser()
+        given = path if path.is_dir() else _in_hub_cache(base)
+        if given is None:
+            from runner.evaluation.base_models import is_hub_name
+
+            if not is_hub_name(base):
+                raise CheckpointError(f"base={base}: no such directory")
+            return [f"base={base} is not at hand: whether the sources stand on it was not checked"]
+        for source in sources:
+            fit(source, given)
+        return []
+    groups: dict[str, list[Source]] = {}
+    places: dict[str, Path | None] = {}
+    for source in sources:
+        name = source.checkpoint.base_name
+        place = (source.checkpoint.local_base() or _in_hub_cache(name)) if name else None
+        if place is not None:
+            fit(source, place)
+        if name:
+            # One relative name leads to different places from different checkpoints.
+            key = name if place is None else os.path.realpath(place)
+            groups.setdefault(key, []).append(source)
+            places[key] = place
+    return _compared([(places[key], group) for key, group in groups.items()])
+
+
+def _compared(groups: Sequence[tuple[Path | None, Sequence[Source]]]) -> list[str]:
+    """What should be said of the first base and each other one. Raises CheckpointError where weights differ."""
+
+    def named(group: Sequence[Source]) -> str:
+        return f"{group[0].checkpoint.base_name} ({', '.join(str(source.path) for source in group)})"
+
+    def hashes(place: Path) -> list[str]:
+        return [sha256_of(file) for file in model_directory.open_model_weights(place).files]
+
+    findings = []
+    for place, group in groups[1:]:
+        there, first = groups[0]
+        names = f"the sources name different base models, {named(first)} and {named(group)}"
+        if there is None or place is None:
+            if first[0].checkpoint.base_name != group[0].checkpoint.base_name:
+                findings.append(f"{names}; they are not both at hand, so only the sizes of layers were compared")
+        elif hashes(there) == hashes(place):
+            findings.append(f"{names}, which hold the same weights")
+        else:
             raise CheckpointError(
-                f"layer {layer} is {a} in {first.path} and {b} in {source.path}: {how} needs the same kind, rank and "
-                "number of ranks"
+                f"{names}, whose weights differ: layers of different bases cannot be merged; if this is wrong, name "
+                "the one base as base="
             )
-    return PlannedLayer(layer=first.layers[layer], how=how, sources=tuple(sources), weights=tuple(weights))
+    return findings
 
 
-def _kind(layer: NptLayer) -> str:
-    return f"{layer.modulation}, r {layer.np_rank}, k {layer.num_ranks}"
+def _in_hub_cache(name: str) -> Path | None:
+    """Where the hub's cache has the model `name`."""
+    from runner.evaluation.base_models import is_hub_name, snapshot
 
-
-def _tensors(planned: PlannedLayer, t: float) -> list[PlannedTensor]:
-    """The layer's tensors, in the order in which its parameters are declared, under the names that are written."""
-    layer = planned.layer
-    tensors = []
-    for projection, matrices in layer.keys.items():
-        for matrix in npt_delta.MATRICES:
-            for rank in range(len(matrices[matrix])):
-                names = tuple(source.layers[layer.layer].keys[projection][matrix][rank] for source in planned.sources)
-                name = npt_delta.key(layer.layer, layer.modulation, projection, matrix, rank, layer.num_ranks)
-                piece = _piece(planned, names, t)
-                tensors.append(PlannedTensor(name=name, names=names, layer=planned, piece=piece))
-    return tensors
-
-
-def _piece(planned: PlannedLayer, names: Sequence[str], t: float) -> Piece:
-    sources = [source.checkpoint.weights for source in planned.sources]
-    found = [pieces.from_source(source, source.infos[name]) for source, name in zip(sources, names, strict=True)]
-    if planned.how == "copy":
-        return found[0]
-    if planned.how == "average":
-        return pieces.average(found, planned.weights)
-    first, second = found
-    return pieces.linear(first, second, t) if planned.how == "linear" else pieces.slerp(first, second, t)
-
-
-def _said(conflicts: Sequence[Conflict]) -> list[str]:
-    return [f"layer {c.layer} is in {' and '.join(map(str, c.sources))}: {c.resolution}" for c in conflicts]
-
-
-def _dtypes(tensors: Sequence[PlannedTensor]) -> list[str]:
-    """What is said of layers that are computed from other dtypes than they are stored in, and of several dtypes."""
-    said: dict[str, None] = {}
-    for tensor in tensors:
-        found = {
-            str(source.checkpoint.weights.infos[name].dtype).removeprefix("torch.")
-            for source, name in zip(tensor.layer.sources, tensor.names, strict=True)
-        }
-        if len(found) > 1:
-            written = str(tensor.piece.dtype).removeprefix("torch.")
-            layer = tensor.layer.layer.layer
-            said[f"layer {layer} is stored as {' and '.join(sorted(found))}: it is written as {written}"] = None
-    dtypes = sorted({str(tensor.piece.dtype).removeprefix("torch.") for tensor in tensors})
-    if len(dtypes) > 1:
-        said[f"layers differ in dtype: {', '.join(dtypes)}"] = None
-    return list(said)
-
-
-def _paths(sources: Sequence[Source]) -> str:
-    return " and ".join(str(source.path) for source in sources)
-
-
-def layer_sources(plan: Plan) -> Mapping[int, Any]:
-    """Layer → the checkpoint that it comes from, through earlier merges; a list where it comes from several."""
-    return {
-        planned.layer.layer: planned.origins[0] if len(planned.origins) == 1 else planned.origins
-        for planned in plan.layers
-    }
-
-
-def layer_steps(plan: Plan) -> dict[int, int]:
-    """Layer → the step to which it was trained, the largest where it comes from several; without those unknown."""
-    found = {}
-    for planned in plan.layers:
-        layer = planned.layer.layer
-        known = [step for source in planned.sources if (step := source.layer_step(layer)) is not None]
-        if known:
-            found[layer] = max(known)
-    return found
-
-
-def merged_from(plan: Plan) -> list[str]:
-    """The checkpoints that were merged, each once, through earlier merges."""
-    return list(dict.fromkeys(path for source in plan.sources for path in source.merged_from()))
+    if not is_hub_name(name):
+        return None
+    try:
+        return snapshot("base", name, download=False)
+    except CheckpointError:
+        return None

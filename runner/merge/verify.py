@@ -8,28 +8,26 @@ from typing import Any
 import numpy as np
 import torch
 
+from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
 from runner.errors import RunnerError
-from runner.families.npt import checkpoint as npt_delta
 from runner.files.safetensors_header import read_header
 from runner.files.tensors import file_offset, load_pickle
-from runner.merge.execute import Content, TensorFile
-from runner.merge.lazy_tensor import Piece, as_bytes
+from runner.merge.lazy_tensor import LazyTensor, as_bytes
+from runner.merge.plan import MergeOutput, TensorFile
 
 
-def check_structure(written: Path, content: Content) -> list[int]:
-    """The layers that a reader finds in `written`. Raises RunnerError unless they are those that were planned."""
-    checkpoint = open_checkpoint(written, npt_delta.NAME)
+def check_structure(written: Path, output: MergeOutput) -> Checkpoint:
+    """The checkpoint that a reader finds in `written`.
+
+    Raises RunnerError unless names, dtypes, shapes and order of its tensors are as planned.
+    """
+    checkpoint = open_checkpoint(written, output.format)
     checkpoint.require_complete()
-    planned = [layer.layer.summary() for layer in content.plan.layers]
-    found = [layer.summary() for layer in checkpoint.layers]
-    if found != planned:
-        raise RunnerError(f"{written}: verification failed: its layers read back as {found} instead of {planned}")
-    wanted = {name: (piece.dtype, piece.shape) for name, piece in content.weights.items()}
-    infos = {name: (info.dtype, info.shape) for name, info in checkpoint.weights.infos.items()}
-    if list(infos.items()) != list(wanted.items()):
+    wanted = [(name, tensor.dtype, tensor.shape) for name, tensor in output.weights.items()]
+    if [(name, info.dtype, info.shape) for name, info in checkpoint.weights.infos.items()] != wanted:
         raise RunnerError(f"{written}: verification failed: names, shapes or order of its tensors are not as planned")
-    return [layer["layer"] for layer in found]
+    return checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +41,11 @@ class Placed:
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What should stand at a place of a file: the bytes of the tensor `piece`, which `name` is the way to."""
+    """What should stand at a place of a file: the bytes of `tensor`, which `name` is the way to."""
 
     name: str
     offset: int
-    piece: Piece
+    tensor: LazyTensor
 
 
 def comparisons(
@@ -80,15 +78,15 @@ def _safetensors(path: Path) -> dict[str, Placed]:
 
 
 def expected(file: Path, at: str, wanted: Any, found: Any) -> Iterator[Expected]:
-    """The tensors of `wanted`, a value with pieces in it, at their places in `file`, as whose content `found` was read.
+    """The tensors inside `wanted`, at their places in `file`, as whose content `found` was read.
 
     `at` is the way to this value. Raises RunnerError where they differ in anything but the bytes of tensors.
     """
-    if isinstance(wanted, Piece):
+    if isinstance(wanted, LazyTensor):
         place = _placed(found) if isinstance(found, torch.Tensor) else found
         if not isinstance(place, Placed) or (place.dtype, place.shape) != (wanted.dtype, wanted.shape):
             raise _differs(file, at)
-        yield Expected(name=at, offset=place.offset, piece=wanted)
+        yield Expected(name=at, offset=place.offset, tensor=wanted)
     elif isinstance(wanted, Mapping):
         if not isinstance(found, Mapping) or list(found) != list(wanted):
             raise _differs(file, at)
@@ -116,10 +114,10 @@ class Comparison:
     Calling it raises RunnerError for the first tensor of which another byte, or none, is found.
     """
 
-    def __init__(self, file: Path, tensors: Iterable[Expected], on_bytes: Callable[[int], None]) -> None:
+    def __init__(self, file: Path, places: Iterable[Expected], on_bytes: Callable[[int], None]) -> None:
         self._file = file
         self._on_bytes = on_bytes
-        self._parts = _parts(file, sorted(tensors, key=lambda tensor: tensor.offset))
+        self._parts = _parts(file, sorted(places, key=lambda place: place.offset))
         self._part = next(self._parts, None)
 
     def __call__(self, offset: int, content: memoryview) -> None:
@@ -138,20 +136,20 @@ class Comparison:
             self._part = next(self._parts, None)
 
 
-def _parts(file: Path, tensors: Iterable[Expected]) -> Iterator[tuple[str, int, memoryview]]:
+def _parts(file: Path, places: Iterable[Expected]) -> Iterator[tuple[str, int, memoryview]]:
     """Name, place and bytes of every part. Raises RunnerError where tensors overlap or give too few or many parts."""
     at = 0
-    for tensor in tensors:
-        begin = tensor.offset if tensor.piece.numel else at
+    for place in places:
+        begin = place.offset if place.tensor.numel else at
         if begin < at:
-            raise _differs(file, tensor.name)
+            raise _differs(file, place.name)
         at = begin
-        for part in tensor.piece.parts():
+        for part in place.tensor.parts():
             wanted = as_bytes(part)
-            yield tensor.name, at, wanted
+            yield place.name, at, wanted
             at += len(wanted)
-        if at != begin + tensor.piece.nbytes:
-            raise _differs(file, tensor.name)
+        if at != begin + place.tensor.nbytes:
+            raise _differs(file, place.name)
 
 
 def _equal(first: memoryview, second: memoryview) -> bool:

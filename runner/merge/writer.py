@@ -1,11 +1,8 @@
-"""torch.save's file format, written piece by piece: the same values give the same bytes, whatever wrote them.
+"""Writes the files of a merge from tensors that never are in memory at once: each file is only appended to.
 
-A zip archive of stored records: `data.pkl`, in which each storage is a persistent id, then a record for each storage,
-its bytes at a multiple of 64 so that it can be mapped. `torch.load(weights_only=True, mmap=True)` reads it.
-
-Output files that are only appended to, so that they can be written from tensors that never are in memory at once.
-
-A safetensors file, written piece by piece; the order of its header is that of the pieces.
+torch.save's format is a zip archive of stored records: `data.pkl`, in which each storage is a persistent id, then a
+record for each storage, its bytes at a multiple of 64 so that it can be mapped. The same values give the same bytes,
+whatever wrote them, and `torch.load(weights_only=True, mmap=True)` reads it.
 """
 
 import codecs
@@ -16,10 +13,11 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any
@@ -30,12 +28,18 @@ from torch import _utils
 from runner.errors import CheckpointError
 from runner.files.readback import forget
 from runner.files.safetensors_header import DTYPES, MAX_HEADER_BYTES
-from runner.merge.lazy_tensor import Piece, as_bytes
+from runner.files.tensors import is_finite
+from runner.merge.lazy_tensor import LazyTensor, as_bytes, replaced
+from runner.merge.plan import MergeOutput, TensorFile
 
 # Smaller writes are gathered up to this many bytes.
 BUFFER = 1 << 18
 # Writes that may wait for the hash: each holds at most one part of a tensor.
 _WAITING = 8
+# Bytes allowed for config.json, merge_summary.json, MANIFEST.json and the like, each.
+SMALL_FILE = 1 << 16
+# What a record costs beside its bytes: local header and padding, data descriptor, directory entry, and its pickle.
+RECORD_BYTES = 512
 # After so many bytes the disk is told to begin, and the system to let go of what the disk has.
 _BEHIND = 1 << 23
 
@@ -110,6 +114,59 @@ def new_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -
         os.close(descriptor)
 
 
+def expected_bytes(output: MergeOutput) -> int:
+    """About how much space `output` takes, never less."""
+    tensors = [tensor for file in output.tensor_files for tensor in file.tensors]
+    small = len(output.texts) + 2  # the summary, the manifest
+    return sum(tensor.nbytes + RECORD_BYTES for tensor in tensors) + SMALL_FILE * small
+
+
+def write_tensors(
+    directory: Path,
+    files: Iterable[TensorFile],
+    on_bytes: Callable[[int], None] = lambda count: None,
+    hashes: dict[str, str] | None = None,
+) -> list[str]:
+    """Write `files` into `directory`; `on_bytes` hears how many bytes each write took.
+
+    `hashes` receives the SHA-256 of each file by its name. Returns what the user should know of tensors that are not
+    finite. Raises CheckpointError where such a tensor is refused, OSError where the disk fails.
+    """
+    hashes = {} if hashes is None else hashes
+    bad: dict[str, None] = {}
+
+    def note(tensor: LazyTensor) -> None:
+        bad[tensor.origin] = None
+
+    for file in files:
+        value = replaced(dict(file.value), partial(_watched, on_bad=_refuse if file.finite else note))
+        path = directory / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path, on_bytes) as sink:
+            if file.is_safetensors:
+                write_safetensors(sink, value, file.metadata)
+            else:
+                write_torch_file(sink, path.stem, value)
+            hashes[file.name] = sink.sha256()
+    return [f"{origin}: NaN or Inf, written as it is" for origin in bad]
+
+
+def _refuse(tensor: LazyTensor) -> None:
+    raise CheckpointError(f"{tensor.origin}: NaN or Inf; such weights are not merged")
+
+
+def _watched(tensor: LazyTensor, on_bad: Callable[[LazyTensor], None]) -> LazyTensor:
+    """The same tensor, which calls `on_bad` for a part with NaN or Inf."""
+
+    def parts() -> Iterator[torch.Tensor]:
+        for part in tensor.parts():
+            if not is_finite(part):
+                on_bad(tensor)
+            yield part
+
+    return replace(tensor, parts=parts)
+
+
 def write_json_files(directory: Path, texts: Mapping[str, Mapping[str, Any]]) -> None:
     """Write new JSON files into `directory` by their names. Raises OSError where the disk fails."""
     for name, values in texts.items():
@@ -120,8 +177,6 @@ def write_json_files(directory: Path, texts: Mapping[str, Mapping[str, Any]]) ->
 
 
 ALIGNMENT = 64
-# What a record costs beside its bytes: local header and padding, data descriptor, directory entry, and its pickle.
-RECORD_BYTES = 512
 _LIMIT = zipfile.ZIP64_LIMIT
 _STORAGES = {
     torch.float64: torch.DoubleStorage, torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage,
@@ -136,23 +191,23 @@ _FUNCTIONS = (_utils._rebuild_tensor_v2, _utils._rebuild_tensor_v3, codecs.encod
 
 
 def write_torch_file(sink: Sink, folder: str, value: Any) -> None:
-    """Write `value`, plain containers of plain values and `Piece`s, as torch.save would; `folder` is the archive's.
+    """Write `value`, plain containers of plain values and `LazyTensor`s, as torch.save would.
 
-    Raises OSError, TypeError for other values, and what the pieces raise.
+    `folder` is that of the archive. Raises OSError, TypeError for other values, and what the tensors raise.
     """
-    pieces: list[Piece] = []
+    tensors: list[LazyTensor] = []
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in _records(value, pieces):
+        for name, content in _records(value, tensors):
             _write_bytes(archive, f"{folder}/{name}", content)
-        for number, piece in enumerate(pieces):
-            _write_piece(archive, f"{folder}/data/{number}", piece)
+        for number, tensor in enumerate(tensors):
+            _write_tensor(archive, f"{folder}/data/{number}", tensor)
         _write_bytes(archive, f"{folder}/version", b"3\n")
 
 
-def _records(value: Any, pieces: list[Piece]) -> Iterator[tuple[str, bytes]]:
-    """The records before the storages; `pieces` receives what the pickle refers to, in order."""
+def _records(value: Any, tensors: list[LazyTensor]) -> Iterator[tuple[str, bytes]]:
+    """The records before the storages; `tensors` receives what the pickle refers to, in order."""
     pickled = io.BytesIO()
-    _Pickler(pickled, pieces).dump(value)
+    _Pickler(pickled, tensors).dump(value)
     yield "data.pkl", pickled.getvalue()
     # No `.format_version`, which promises that records follow each other as miniz lays them out: zipfile's are larger
     # by some bytes where one is empty or lies beyond 2 or 4 GB, and torch would calculate offsets instead of reading.
@@ -161,40 +216,40 @@ def _records(value: Any, pieces: list[Piece]) -> Iterator[tuple[str, bytes]]:
 
 @dataclass(frozen=True)
 class _Storage:
-    """The storage of one piece, which the pickle names and does not hold."""
+    """The storage of one tensor, which the pickle names and does not hold."""
 
     identity: tuple[Any, ...]
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles a `Piece` as torch pickles a tensor over a storage of its own."""
+    """Pickles a `LazyTensor` as torch pickles a tensor over a storage of its own."""
 
-    def __init__(self, file: io.BytesIO, pieces: list[Piece]) -> None:
+    def __init__(self, file: io.BytesIO, tensors: list[LazyTensor]) -> None:
         super().__init__(file, protocol=2)
         # Without it the bytes would depend on which equal strings happen to be one object.
         self.fast = True
-        self._pieces = pieces
+        self._tensors = tensors
 
     def persistent_id(self, value: Any) -> Any:
         return value.identity if isinstance(value, _Storage) else None
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, Piece):
-            return self._reduce_piece(value)
+        if isinstance(value, LazyTensor):
+            return self._reduce_tensor(value)
         if isinstance(value, (type, torch.dtype, OrderedDict, complex)) or value in _FUNCTIONS:
             return NotImplemented
         raise TypeError(f"a {type(value).__name__} cannot be written into a checkpoint")
 
-    def _reduce_piece(self, piece: Piece) -> Any:
-        key = str(len(self._pieces))
-        self._pieces.append(piece)
-        kind = _STORAGES.get(piece.dtype)
-        count = piece.numel if kind else piece.nbytes
+    def _reduce_tensor(self, tensor: LazyTensor) -> Any:
+        key = str(len(self._tensors))
+        self._tensors.append(tensor)
+        kind = _STORAGES.get(tensor.dtype)
+        count = tensor.numel if kind else tensor.nbytes
         storage = _Storage(("storage", kind or torch.UntypedStorage, key, "cpu", count))
-        arguments: tuple[Any, ...] = (storage, 0, piece.shape, _strides(piece.shape), False, OrderedDict())
+        arguments: tuple[Any, ...] = (storage, 0, tensor.shape, _strides(tensor.shape), False, OrderedDict())
         if kind:
             return _utils._rebuild_tensor_v2, arguments
-        return _utils._rebuild_tensor_v3, (*arguments, piece.dtype)
+        return _utils._rebuild_tensor_v3, (*arguments, tensor.dtype)
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -209,12 +264,12 @@ def _write_bytes(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
         record.write(content)
 
 
-def _write_piece(archive: zipfile.ZipFile, name: str, piece: Piece) -> None:
-    entry = _entry(archive, name, piece.nbytes)
-    with archive.open(entry, "w", force_zip64=_is_large(piece.nbytes)) as record:
-        for part in piece.parts():
+def _write_tensor(archive: zipfile.ZipFile, name: str, tensor: LazyTensor) -> None:
+    entry = _entry(archive, name, tensor.nbytes)
+    with archive.open(entry, "w", force_zip64=_is_large(tensor.nbytes)) as record:
+        for part in tensor.parts():
             record.write(as_bytes(part))
-    assert entry.file_size == piece.nbytes, f"{piece.origin}: {entry.file_size} bytes instead of {piece.nbytes}"
+    assert entry.file_size == tensor.nbytes, f"{tensor.origin}: {entry.file_size} bytes instead of {tensor.nbytes}"
 
 
 def _entry(archive: zipfile.ZipFile, name: str, size: int) -> zipfile.ZipInfo:
@@ -248,37 +303,39 @@ class _Entry(zipfile.ZipInfo):
 _NAMES = {getattr(torch, in_torch): name for name, (in_torch, _) in DTYPES.items()}
 
 
-def write_safetensors(sink: Sink, pieces: Mapping[str, Piece], metadata: Mapping[str, str] | None = None) -> None:
-    """Write `pieces` under their names, with `metadata` in the header.
+def write_safetensors(sink: Sink, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write `tensors` under their names, with `metadata` in the header.
 
     Raises OSError, CheckpointError for a dtype that safetensors does not have.
     """
-    header, order = _header(pieces, metadata or {})
+    header, order = _header(tensors, metadata or {})
     sink.write(len(header).to_bytes(8, "little") + header)
     for name in order:
-        for part in pieces[name].parts():
+        for part in tensors[name].parts():
             sink.write(as_bytes(part))
 
 
-def _header(pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+def _header(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
     """The header, padded to a multiple of 8, and the names in the order of their bytes."""
-    for name, piece in pieces.items():
-        if piece.dtype not in _NAMES:
-            raise CheckpointError(f"{piece.origin}: safetensors has no {piece.dtype}; give merge.format=pt for {name}")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise CheckpointError(
+                f"{tensor.origin}: safetensors has no {tensor.dtype}; give merge.format=pt for {name}"
+            )
     # Wide elements first, so that each tensor starts at a multiple of its element's size.
-    order = sorted(pieces, key=lambda name: -pieces[name].dtype.itemsize)
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     begin, offsets = 0, {}
     for name in order:
-        offsets[name] = [begin, begin + pieces[name].nbytes]
-        begin += pieces[name].nbytes
+        offsets[name] = [begin, begin + tensors[name].nbytes]
+        begin += tensors[name].nbytes
     entries = {
-        name: {"dtype": _NAMES[piece.dtype], "shape": list(piece.shape), "data_offsets": offsets[name]}
-        for name, piece in pieces.items()
+        name: {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets[name]}
+        for name, tensor in tensors.items()
     }
     text = json.dumps({"__metadata__": {"format": "pt", **metadata}, **entries}, separators=(",", ":")).encode()
     padded = text + b" " * (-len(text) % 8)
     if len(padded) > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{len(pieces)} tensors need a safetensors header of {len(padded)} bytes; the limit is 16 MB"
+            f"{len(tensors)} tensors need a safetensors header of {len(padded)} bytes; the limit is 16 MB"
         )
     return padded, order

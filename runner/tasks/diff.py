@@ -2,14 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.runs import resolve
 from runner.config import DiffConfig
 from runner.errors import CheckpointError, ConfigError
-from runner.merge.difference import differences, match
+from runner.families.family import Auto
+from runner.merge.difference import Row, differences, match
 from runner.results import Result, versions
 from runner.tasks.context import Context
 from runner.tasks.naming import check_family, checkpoint_path
@@ -26,7 +26,7 @@ def run(config: DiffConfig, context: Context) -> Result:
         first = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module)
         check_family(config, first)
         second = open_checkpoint(resolve(path, by_step=False))
-    names = match(first, second)
+    names = match(*(Auto().of(each).canonical_names(each) for each in (first, second)))
     with context.timed("compare"):
         tracked = context.track(differences(first, second, names), "comparing", total=len(names.common))
         tensors = list(tracked)
@@ -52,7 +52,7 @@ def run(config: DiffConfig, context: Context) -> Result:
     )
 
 
-def _totals(tensors: list[dict[str, Any]]) -> dict[str, Any]:
+def _totals(tensors: list[Row]) -> Row:
     """Over all elements of the tensors that have one shape in both."""
     rows = [row for row in tensors if "mse" in row]
     counts = [math.prod(row["shape"]) for row in rows]
@@ -62,7 +62,7 @@ def _totals(tensors: list[dict[str, Any]]) -> dict[str, Any]:
     return {"elements": sum(counts), "mse": mse, "max_abs": max(row["max_abs"] for row in rows)}
 
 
-def _findings(tensors: list[dict[str, Any]]) -> list[str]:
+def _findings(tensors: list[Row]) -> list[str]:
     bad = [row["name"] for row in tensors if "mse" in row and not math.isfinite(row["mse"])]
     shown = f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}"
     return [f"NaN or Inf in one of the two: no figures for {shown}"] if bad else []

@@ -1,12 +1,22 @@
 """`task=verify`: is a checkpoint still what was written, at any later time."""
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
 from runner.config import VerifyConfig
 from runner.errors import CheckpointError
-from runner.merge.soundness import check_checkpoint
+from runner.files import manifest, staging
+from runner.files.archive import verify_crc
+from runner.files.file_type import Kind, kind_of
+from runner.files.tensors import non_finite
 from runner.results import Result, versions
 from runner.tasks.context import Context
 from runner.tasks.naming import check_family, checkpoint_path
+
+Check = dict[str, str]
+PICKLES = (".pt", ".pth", ".bin")
 
 
 def run(config: VerifyConfig, context: Context) -> Result:
@@ -18,10 +28,10 @@ def run(config: VerifyConfig, context: Context) -> Result:
     path = checkpoint_path(config)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
-    checks = []
+    opened: list[Checkpoint] = []
     with context.timed("verify"):
-        for check in context.track(check_checkpoint(path, config.format.name, config.format.module), "verifying"):
-            checks.append(check)
+        steps = check_checkpoint(path, config.format.name, config.format.module, opened)
+        checks = list(context.track(steps, "verifying"))
     failed = any(check["status"] == "fail" for check in checks)
     proved = checks[0]["status"] == "pass"
     result = Result(
@@ -32,10 +42,83 @@ def run(config: VerifyConfig, context: Context) -> Result:
         versions=versions(),
         exit_code=int(failed or (config.strict and not proved)),
     )
-    if checks[1]["status"] == "pass":
-        checkpoint = open_checkpoint(path, config.format.name, config.format.module)
+    for checkpoint in opened:
         check_family(config, checkpoint)
         result.step, result.family, result.format = checkpoint.step, checkpoint.family, checkpoint.format
         result.findings = list(checkpoint.findings)
     result.details = {"verified": False if failed else True if proved else None, "strict": config.strict}
     return result
+
+
+def check_checkpoint(
+    path: Path, format_name: str = "auto", module: str | None = None, opened: list[Checkpoint] | None = None
+) -> Iterator[Check]:
+    """One row {name, status, details} a check, as each is done; after a failure the later ones are `skipped`.
+
+    Without a manifest nothing proves that these are the files that were written: what can be checked is, and the first
+    row, which is `skipped`, says so. `opened` receives the checkpoint where its structure is sound.
+    """
+    opened = [] if opened is None else opened
+
+    def structure() -> str:
+        checkpoint = open_checkpoint(path, format_name, module)
+        checkpoint.require_complete()
+        opened.append(checkpoint)
+        return f"{checkpoint.format}: {checkpoint.evidence}"
+
+    steps: dict[str, Callable[[], str | None]] = {
+        "manifest": lambda: _manifest(path),
+        "structure": structure,
+        "crc": lambda: _crc(path, opened[0]),
+        "finite": lambda: _finite(opened[0]),
+    }
+    failed = False
+    for name, step in steps.items():
+        if failed:
+            yield {"name": name, "status": "skipped", "details": "an earlier check failed"}
+            continue
+        try:
+            details = step()
+        except CheckpointError as error:
+            failed = True
+            yield {"name": name, "status": "fail", "details": str(error)}
+        else:
+            absent = (
+                "no MANIFEST.json: not written by this runner, or removed; nothing proves that these are the files "
+                "that were written, and what follows is all that can be checked"
+            )
+            yield {"name": name, "status": "skipped" if details is None else "pass", "details": details or absent}
+
+
+def _manifest(path: Path) -> str | None:
+    """Every file's size and SHA-256. Raises CheckpointError with all that is wrong; None without a manifest.
+
+    A weights file that is named itself is checked with the output that it belongs to.
+    """
+    output = path if path.is_dir() else path.parent
+    if not (output / manifest.FILE_NAME).is_file():
+        return None
+    if problems := staging.verify(output):
+        raise CheckpointError("; ".join(problems))
+    if path.is_file() and path.name not in manifest.read(output)["files"]:
+        raise CheckpointError(f"{path}: is not in the {manifest.FILE_NAME} beside it")
+    return f"{len(manifest.list_files(output)) - 1} files as they were written, by size and SHA-256"
+
+
+def _crc(path: Path, checkpoint: Checkpoint) -> str:
+    """The CRC of every record of the torch.save files of a directory, and of the weights wherever they lie."""
+    beside = path.rglob("*") if path.is_dir() else [path]
+    files = {file for file in (*beside, *checkpoint.weights.files) if file.is_file() and file.suffix in PICKLES}
+    with_crcs = sorted(file for file in files if kind_of(file) is Kind.ZIP)
+    for file in with_crcs:
+        verify_crc(file)
+    without = sorted({file.name for file in checkpoint.weights.files} - {file.name for file in with_crcs})
+    words = f"{', '.join(file.name for file in with_crcs)}: every record" if with_crcs else ""
+    return "; ".join(filter(None, [words, f"{', '.join(without)}: a layout without CRCs" if without else ""]))
+
+
+def _finite(checkpoint: Checkpoint) -> str:
+    bad = non_finite(checkpoint.weights)
+    if bad:
+        raise CheckpointError(f"{checkpoint.path}: NaN or Inf in {', '.join(bad[:5])}{' …' if len(bad) > 5 else ''}")
+    return f"no NaN or Inf in {len(checkpoint.weights.infos)} tensors"

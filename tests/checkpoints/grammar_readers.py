@@ -19,8 +19,8 @@ from runner.evaluation.placement import Placement
 from runner.families.npt.save import train_run
 from runner.families.npt.settings import EquivalenceSettings
 from runner.files.tensors import load_pickle
-from runner.merge.gather import gather
 from runner.merge.spec import MergeSpec
+from runner.tasks.merge import plan
 from tests.checkpoints import hostile
 from tests.checkpoints.pickle_grammar import RECORD, TENSOR, Grammar
 from tests.checks.benches import write_npt_full
@@ -49,7 +49,7 @@ def merged(path: Path) -> None:
     for rule in ("layers", "average"):
         other = path.parent / "other"
         spec = MergeSpec(name="test", rule=rule, sources=[str(path), str(other)])
-        gather(spec, [path, other], None, path.parent / "out")
+        plan(spec, [path, other], None, path.parent / "out")
 
 
 def resumed(path: Path) -> None:

@@ -171,3 +171,16 @@ def test_what_a_family_lacks_it_says(words, run):
 def test_without_its_yaml_it_is_unknown(words, run):
     refused = run("ckpt=one", "reference=other")
     assert (refused.code, "any other known format" in refused.err) == (2, True)
+
+
+def test_the_tiers_of_the_test(words, run):
+    """The checks of every model run on it; what only other families have is left out."""
+    quick = run(*words, "task=test", "tier=quick")
+    assert quick.code == 0, quick.out + quick.err
+    full = run(*words, "task=test", "tier=full")
+    assert full.code == 0, full.out + full.err
+    assert (full.result["family"], full.result["format"]) == ("bigram", "bigram")
+    statuses = {row["name"]: row["status"] for row in full.result["checks"]}
+    assert {name: statuses.get(name) for name in ("loading", "finite", "model", "forward", "batch")} == dict.fromkeys(
+        ("loading", "finite", "model", "forward", "batch"), "pass"
+    )

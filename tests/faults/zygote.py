@@ -14,14 +14,10 @@ from pathlib import Path
 import torch
 
 from runner import cli
+from runner.families.npt import merge as npt_merge  # noqa: F401
 from runner.files import staging as commit  # noqa: F401 - imported here so that no child has to
 from runner.files import staging as leftovers  # noqa: F401 - imported here so that no child has to
-from runner.merge import (
-    functional,  # noqa: F401
-    gather,  # noqa: F401
-    inputs,  # noqa: F401
-    verify,  # noqa: F401
-)
+from runner.merge import inputs, verify  # noqa: F401
 from runner.merge import writer as sinks
 from runner.tasks import merge  # noqa: F401
 

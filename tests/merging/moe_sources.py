@@ -6,9 +6,9 @@ import torch
 
 from runner.families.lora.adapter import adapter_config
 from runner.families.lora_moe import save as lora_moe_save
-from runner.merge.files import Files
-from runner.merge.gather import gather
+from runner.merge.plan import MergeOutput
 from runner.merge.spec import MergeSpec
+from runner.tasks.merge import plan
 from tests.lora_files import TARGETS, adapter_tensors, router_of
 
 
@@ -35,7 +35,7 @@ def write_moe(directory, base, *, experts=2, seed=1, step=120, rank=3, skills=No
     return directory
 
 
-def gathered(sources, **options) -> Files:
+def gathered(sources, **options) -> MergeOutput:
     """The plan of a merge, or its refusal, which comes before anything is written."""
     spec = MergeSpec(name="test", sources=sources, **options)
-    return gather(spec, [Path(source.path) for source in spec.sources], None, Path("out"))
+    return plan(spec, [Path(source.path) for source in spec.sources], None, Path("out"))[1]

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import torch
 
+from runner.checkpoints.detect import open_checkpoint
+from runner.families.npt.merge import LayerPlan, open_source, plan_layers
+from runner.merge.spec import MergeSpec
+
 HIDDEN, INNER = 16, 24
 SUFFIXES = {"single": [""], "dual": ["_gate", "_up"], "triple": ["_gate", "_up", "_down"]}
 Layers = dict[int, tuple[str, int, int]]
@@ -92,6 +96,14 @@ def write_source(
     if base is not None:
         (directory / "config.json").write_text(json.dumps({"model_name": base, "learning_rate": 1e-3, "seed": seed}))
     return directory
+
+
+def layer_plan(spec: MergeSpec, paths: list[Path]) -> LayerPlan:
+    """Which layer comes from where, or the refusal."""
+    opened = [
+        open_source(source, path, open_checkpoint(path)) for source, path in zip(spec.sources, paths, strict=True)
+    ]
+    return plan_layers(spec, opened)
 
 
 def state_of(directory: Path) -> dict:

@@ -9,9 +9,10 @@ import torch
 from runner.errors import RunnerError
 from runner.files.tensors import file_offset, load_pickle
 from runner.merge import writer as torch_file
-from runner.merge.execute import TensorFile, write_tensors
-from runner.merge.lazy_tensor import Piece, from_tensor, split
+from runner.merge.lazy_tensor import LazyTensor, from_tensor, split
+from runner.merge.plan import TensorFile
 from runner.merge.verify import Comparison, Expected, comparisons
+from runner.merge.writer import write_tensors
 
 VALUE = {
     "one": torch.arange(5, dtype=torch.float32),
@@ -87,7 +88,7 @@ def expected(name: str, offset: int, tensor: torch.Tensor, parts=None) -> Expect
     return Expected(
         name=name,
         offset=offset,
-        piece=Piece(origin=name, dtype=tensor.dtype, shape=tuple(tensor.shape), parts=given),
+        tensor=LazyTensor(origin=name, dtype=tensor.dtype, shape=tuple(tensor.shape), parts=given),
     )
 
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from runner.merge.gather import gather
 from runner.merge.spec import MergeSpec
+from runner.merge.training_state import merge_training_states
 from tests.merging.sources import (
     ONE,
     THREE,
     adamw,
+    layer_plan,
     parameters,
     random_like,
     same,
@@ -24,9 +25,9 @@ from tests.merging.sources import (
 def merged(tmp_path, *paths, **options):
     """The merged training state with its tensors read, and what is said."""
     spec = MergeSpec(name="test", sources=[str(path) for path in paths], **options)
-    content = gather(spec, list(paths), None, tmp_path / "out")
-    state = content.training_state
-    weights = {name: values(piece) for name, piece in content.weights.items()}
+    plan = layer_plan(spec, list(paths))
+    state = merge_training_states(plan.sources, plan.tensors, "training_state.pt", plan.merge_info())
+    weights = {tensor.name: values(tensor.tensor) for tensor in plan.tensors}
     return weights, values(state.content), state
 
 

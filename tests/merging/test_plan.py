@@ -2,20 +2,20 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from runner.errors import CheckpointError, ConfigError, RunnerError
-from runner.merge.gather import gather
 from runner.merge.spec import MergeSpec
-from tests.merging.sources import ONE, THREE, write_source
+from tests.merging.sources import ONE, THREE, layer_plan, write_source
 
 
 def plan(tmp_path, *sources, **options):
     spec = MergeSpec(name="test", sources=list(sources), **options)
     paths = [tmp_path / source.path for source in spec.sources]
-    return gather(spec, paths, None, tmp_path / "out").plan
+    return layer_plan(spec, paths)
 
 
 def taken(found):
@@ -39,7 +39,7 @@ def test_conflicts(on_conflict, layer_2, three):
     found = plan(three, "b", "a", "c", on_conflict=on_conflict)
     assert taken(found) == {1: ["a"], 2: layer_2, 3: ["b"]}
     (conflict,) = found.conflicts
-    assert (conflict.layer, [path.name for path in conflict.sources]) == (2, ["b", "a", "c"])
+    assert (conflict["layer"], [Path(path).name for path in conflict["sources"]]) == (2, ["b", "a", "c"])
     assert f"layer 2 is in {three}/b and {three}/a and {three}/c: " in found.findings[0]
 
 
@@ -58,7 +58,7 @@ def test_names_are_canonical_and_ascending(three):
     assert names[:3] == ["layer_1_np.W_down", "layer_1_np.W_a_up", "layer_1_np.W_b_up"]
     assert names[3:6] == ["layer_2_np.W_down_gate.0", "layer_2_np.W_down_gate.1", "layer_2_np.W_a_up_gate.0"]
     assert names[-1] == "layer_3_np.W_b_up_down"
-    assert found.parameters == sum(tensor.piece.numel for tensor in found.tensors)
+    assert sum(layer.layer.parameters for layer in found.layers) == sum(t.tensor.numel for t in found.tensors)
 
 
 REFUSED = {

@@ -11,7 +11,7 @@ import torch
 from runner.files.archive import check_archive, verify_crc
 from runner.files.tensors import load_pickle
 from runner.merge import writer as torch_file
-from runner.merge.lazy_tensor import Piece, from_tensor, replaced
+from runner.merge.lazy_tensor import LazyTensor, from_tensor, replaced
 from runner.merge.writer import new_file, write_torch_file
 from tests.merging.sources import same
 
@@ -34,20 +34,20 @@ TENSORS = {
 PLAIN = {1: [1, 2.5, None, True, "é", (1, 2), -5, 1 << 70], "o": OrderedDict(a=1, b=[]), "d": torch.float32, "": {}}
 
 
-def pieces(value: object) -> object:
-    """Tensors inside plain containers as pieces."""
+def lazy(value: object) -> object:
+    """Tensors inside plain containers as lazy_tensor."""
     if isinstance(value, torch.Tensor):
         return from_tensor(value, "test")
     if isinstance(value, OrderedDict):
-        return OrderedDict((k, pieces(v)) for k, v in value.items())
+        return OrderedDict((k, lazy(v)) for k, v in value.items())
     if isinstance(value, dict):
-        return {k: pieces(v) for k, v in value.items()}
+        return {k: lazy(v) for k, v in value.items()}
     return value
 
 
 def write(path: Path, value: object) -> bytes:
     with new_file(path) as sink:
-        write_torch_file(sink, path.stem, pieces(value))
+        write_torch_file(sink, path.stem, lazy(value))
     return path.read_bytes()
 
 
@@ -128,16 +128,16 @@ def test_foreign_objects_are_not_written(tmp_path):
         write_torch_file(sink, "x", {"path": Path("a"), "io": io.BytesIO()})
 
 
-def test_a_piece_that_gives_too_little_is_caught(tmp_path):
-    piece = Piece(origin="short", dtype=torch.float32, shape=(4,), parts=lambda: iter([torch.zeros(3)]))
+def test_a_tensor_that_gives_too_little_is_caught(tmp_path):
+    piece = LazyTensor(origin="short", dtype=torch.float32, shape=(4,), parts=lambda: iter([torch.zeros(3)]))
     with pytest.raises(AssertionError, match="short"), new_file(tmp_path / "x.pt") as sink:
         write_torch_file(sink, "x", {"a": piece})
 
 
-def test_pieces_are_found_wherever_they_are():
-    tree = {"a": [pieces(torch.ones(2)), (pieces(torch.ones(3)), 1)], "b": OrderedDict(c=pieces(torch.ones(4)))}
+def test_tensors_are_found_wherever_they_are():
+    tree = {"a": [lazy(torch.ones(2)), (lazy(torch.ones(3)), 1)], "b": OrderedDict(c=lazy(torch.ones(4)))}
     doubled = replaced(
-        tree, lambda piece: Piece(origin="", dtype=piece.dtype, shape=(*piece.shape, 1), parts=piece.parts)
+        tree, lambda piece: LazyTensor(origin="", dtype=piece.dtype, shape=(*piece.shape, 1), parts=piece.parts)
     )
     assert type(doubled["b"]) is OrderedDict
     assert [doubled["a"][0].shape, doubled["a"][1][0].shape, doubled["b"]["c"].shape] == [(2, 1), (3, 1), (4, 1)]

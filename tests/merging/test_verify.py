@@ -6,12 +6,10 @@ import torch
 from runner.errors import CheckpointError, RunnerError
 from runner.families.npt.checkpoint import MERGE_SUMMARY
 from runner.files.readback import read_back
-from runner.merge.execute import write_tensors
-from runner.merge.gather import gather
 from runner.merge.spec import MergeSpec
-from runner.merge.training_state import summary
 from runner.merge.verify import check_structure, comparisons
-from runner.merge.writer import write_json_files
+from runner.merge.writer import write_json_files, write_tensors
+from runner.tasks.merge import plan
 from tests.merging.sources import ONE, THREE, state_of, weights_in, write_source
 
 
@@ -19,11 +17,11 @@ from tests.merging.sources import ONE, THREE, state_of, weights_in, write_source
 def written(tmp_path):
     """A directory as a merge writes it, and what it was written from."""
     a, b = write_source(tmp_path / "a", ONE), write_source(tmp_path / "b", THREE, seed=1)
-    content = gather(MergeSpec(name="x", sources=[str(a), str(b)]), [a, b], None, tmp_path / "out")
+    content = plan(MergeSpec(name="x", sources=[str(a), str(b)]), [a, b], None, tmp_path / "out")[1]
     out = tmp_path / "out"
     out.mkdir()
     assert write_tensors(out, content.tensor_files) == []
-    write_json_files(out, {**content.texts, MERGE_SUMMARY: summary(content.plan, {}, [])})
+    write_json_files(out, {**content.texts, MERGE_SUMMARY: content.summary})
     return out, content
 
 
@@ -41,7 +39,7 @@ def change_weights(out, change):
 
 def test_sound_output_passes(written):
     out, content = written
-    assert check_structure(out, content) == [1, 3]
+    assert content.read_back(check_structure(out, content))[0] == {"found_layers": [1, 3]}
     check_bytes(out, content)
 
 
@@ -65,7 +63,7 @@ def test_the_sign_of_zero_is_a_difference(tmp_path):
         },
         trained=0,
     )
-    content = gather(MergeSpec(name="x", sources=[str(a)]), [a], None, tmp_path / "out")
+    content = plan(MergeSpec(name="x", sources=[str(a)]), [a], None, tmp_path / "out")[1]
     (tmp_path / "out").mkdir()
     write_tensors(tmp_path / "out", content.tensor_files)
     write_json_files(tmp_path / "out", {**content.texts, MERGE_SUMMARY: {}})

@@ -251,22 +251,22 @@ def test_the_base_is_found_from_the_output(run, base, tmp_path):
 
 def test_functional_verification_finds_a_layer_that_computes_something_else(run, base, tmp_path, monkeypatch):
     """The byte comparison is switched off, and a wrong layer slips in: its logits give it away."""
-    from runner.merge import lazy_tensor as pieces
+    from runner.merge import lazy_tensor
 
     for name, layer in (("a", 1), ("b", 2)):
         write_npt(tmp_path / name, npt_tensors(base, {layer: ("dual", 2, 2)}, seed=layer), base=base)
-    original = pieces.from_source
+    original = lazy_tensor.from_source
 
     def wrong(source, info):
         piece = original(source, info)
         if "layer_2_np.W_b_up_up.1" not in info.name:
             return piece
-        return pieces.Piece(
+        return lazy_tensor.LazyTensor(
             origin="", dtype=piece.dtype, shape=piece.shape, parts=lambda: (p * 1.01 for p in piece.parts())
         )
 
-    monkeypatch.setattr(pieces, "from_source", wrong)
-    monkeypatch.setattr("runner.tasks.merge.comparisons", lambda *_: {})
+    monkeypatch.setattr(lazy_tensor, "from_source", wrong)
+    monkeypatch.setattr("runner.merge.verify.comparisons", lambda *_: {})
     outcome = merge(run, "a", "b", verify="functional")
     assert outcome.code == 1
     assert re.search("layer 2 alone gives other logits than in b", outcome.err), outcome.err

@@ -176,18 +176,20 @@ def test_refusals(run, pair):
 
 def test_another_byte_is_found(run, pair, monkeypatch):
     """One element of what is computed for the file differs from what is computed for the comparison."""
-    from runner.merge import execute
+    from runner.merge import writer
 
-    original = execute.write_torch_file
+    original = writer.write_torch_file
 
     def wrong(sink, folder, value):
-        from runner.merge.lazy_tensor import Piece
+        from runner.merge.lazy_tensor import LazyTensor
 
         piece = value["model"]["scalars"]
-        other = Piece(origin="", dtype=piece.dtype, shape=piece.shape, parts=lambda: (p + 1e-3 for p in piece.parts()))
+        other = LazyTensor(
+            origin="", dtype=piece.dtype, shape=piece.shape, parts=lambda: (p + 1e-3 for p in piece.parts())
+        )
         original(sink, folder, {**value, "model": {**value["model"], "scalars": other}})
 
-    monkeypatch.setattr(execute, "write_torch_file", wrong)
+    monkeypatch.setattr(writer, "write_torch_file", wrong)
     outcome = merge(run, "a.pt", "b.pt")
     assert outcome.code == 1
     assert re.search(r"model.pt: verification failed: model.scalars", outcome.err), outcome.err

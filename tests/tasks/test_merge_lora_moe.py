@@ -233,29 +233,29 @@ def test_dry_run_writes_nothing(run, pair):
 
 def test_another_byte_is_found(run, pair, monkeypatch):
     """What is written differs from what was read: by the comparison of bytes, and where that is off by the logits."""
-    from runner.merge import execute
+    from runner.merge import writer
 
-    original = execute.write_safetensors
+    original = writer.write_safetensors
 
     def wrong(sink, value, metadata):
-        from runner.merge.lazy_tensor import Piece
+        from runner.merge.lazy_tensor import LazyTensor
 
         name = next((name for name in value if "layers.1" in name and "lora_B" in name), None)
         if name is not None and value[name].origin.startswith("b: experts.expert_1"):
             piece = value[name]
             value = {
                 **value,
-                name: Piece(
+                name: LazyTensor(
                     origin="", dtype=piece.dtype, shape=piece.shape, parts=lambda: (p * 1.01 for p in piece.parts())
                 ),
             }
         original(sink, value, metadata)
 
-    monkeypatch.setattr(execute, "write_safetensors", wrong)
+    monkeypatch.setattr(writer, "write_safetensors", wrong)
     outcome = merge(run, "a", "b")
     assert outcome.code == 1
     assert re.search("expert_4/adapter_model.safetensors: verification failed: .*lora_B", outcome.err), outcome.err
-    monkeypatch.setattr("runner.tasks.merge.comparisons", lambda *_: {})
+    monkeypatch.setattr("runner.merge.verify.comparisons", lambda *_: {})
     outcome = merge(run, "a", "b", verify="functional")
     assert outcome.code == 1
     assert re.search("expert 4 alone gives other logits than in b", outcome.err), outcome.err

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner.merge.soundness import check_checkpoint
+from runner.tasks.verify import check_checkpoint
 from tests.merging.sources import ONE, THREE, state_of, weights_in, weights_of, write_source
 
 

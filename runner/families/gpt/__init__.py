@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from runner.config import Conversion
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
-    from runner.merge.files import Files
+    from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
 
 
@@ -57,11 +57,11 @@ class Gpt(Family):
 
     def plan_merge(
         self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path
-    ) -> "Files":
+    ) -> "MergeOutput":
         """As `Family.plan_merge`: a mean of weights."""
-        from runner.families.gpt.merge import gather_gpt, open_gpt_source
+        from runner.families.gpt.merge import plan_merge
 
-        return gather_gpt(spec, [open_gpt_source(*each) for each in zip(spec.sources, paths, opened, strict=True)])
+        return plan_merge(spec, paths, opened, base, output)
 
     def checks(self) -> "Mapping[str, Check]":
         """As `Family.checks`."""

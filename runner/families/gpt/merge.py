@@ -5,51 +5,52 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.checkpoint import Checkpoint
+from runner.checkpoints.checkpoint import Checkpoint, dtype_name
 from runner.errors import CheckpointError, ConfigError
 from runner.families.gpt.checkpoint import FAMILY, STATE, Provenance, metadata, provenance
 from runner.families.gpt.layouts import SCALARS, GptDetails
 from runner.families.gpt.save import WEIGHT_FILES
-from runner.merge import lazy_tensor as pieces
-from runner.merge.execute import TensorFile
-from runner.merge.files import Files, OpenedSource
-from runner.merge.lazy_tensor import Piece
-from runner.merge.plan import interpolation_weights
-from runner.merge.sources import check_distinct
+from runner.merge import lazy_tensor
+from runner.merge.lazy_tensor import LazyTensor
+from runner.merge.plan import (
+    JsonObject,
+    MergeOutput,
+    Source,
+    TensorFile,
+    check_distinct,
+    furthest,
+    interpolation_weights,
+)
 from runner.merge.spec import MergeSpec, SourceSpec
 
 _SIZES = ("num_layers", "model_dim", "vocab_size", "head_rows")
 
 
-def open_gpt_source(spec: SourceSpec, path: Path, checkpoint: Checkpoint) -> OpenedSource:
-    """A GPT as a source: all of it. Raises ConfigError where layers or experts of it are asked for."""
-    for key in ("layers", "experts"):
-        if getattr(spec, key) is not None:
-            raise ConfigError(f"{path}: a GPT checkpoint is averaged as a whole; leave {key}: […] out")
-    checkpoint.require_complete()
-    return OpenedSource(spec=spec, path=path, checkpoint=checkpoint, files=checkpoint.weights.files)
+def plan_merge(
+    spec: MergeSpec, paths: Sequence[Path], checkpoints: Sequence[Checkpoint], base: str | None, output: Path
+) -> MergeOutput:
+    """Plan the average of `checkpoints` from `paths`; a GPT is complete, so `base` and `output` change nothing.
 
-
-def gather_gpt(spec: MergeSpec, sources: Sequence[OpenedSource]) -> Files:
-    """Plan the average. Raises ConfigError or CheckpointError where it is impossible or not allowed."""
+    Raises ConfigError or CheckpointError where it is impossible or not allowed.
+    """
+    sources = [_open_source(*each) for each in zip(spec.sources, paths, checkpoints, strict=True)]
     if spec.layers is not None or spec.drop:
         raise ConfigError("merge.layers and merge.drop are for NPT layers; GPT checkpoints are averaged as a whole")
     how, shares, findings = _rule(spec)
     check_distinct(sources)
     for source in sources[1:]:
         _check_same(sources[0], source)
-    leader = max(sources, key=lambda source: -1 if source.step is None else source.step)
+    leader = furthest(sources)
     details: GptDetails = leader.checkpoint.details
     weights = {name: _combined(how, sources, name, shares, spec.t) for name in details.keys}
     origins = [provenance(source.checkpoint.weights) for source in sources]
     origin = Provenance(step=leader.step, code=origins[sources.index(leader)].code)
-    paths = [str(source.path) for source in sources]
-    parameters = sum(piece.numel for piece in weights.values())
+    names = [str(source.path) for source in sources]
     rows = [
-        {"source": path, "weight": share, "step": source.step, "val_loss": each.val_loss}
-        for path, share, source, each in zip(paths, shares, sources, origins, strict=True)
+        {"source": name, "weight": share, "step": source.step, "val_loss": each.val_loss}
+        for name, share, source, each in zip(names, shares, sources, origins, strict=True)
     ]
-    return Files(
+    return MergeOutput(
         format=leader.checkpoint.format,
         family=FAMILY,
         sources=tuple(sources),
@@ -57,23 +58,39 @@ def gather_gpt(spec: MergeSpec, sources: Sequence[OpenedSource]) -> Files:
         tensor_files=(_file(spec.format, weights, origin),),
         texts={},
         summary={
-            "merged_from": paths,
+            "merged_from": names,
             "how": how,
             "averaged": rows,
-            "total_parameters": parameters,
+            "total_parameters": sum(tensor.numel for tensor in weights.values()),
             "checkpoint_keys": len(weights),
             "global_step": leader.step,
+            "conflicts": [],
         },
         details={
             "expected_layers": list(range(details.num_layers)),
             "how": how,
             "averaged": rows,
-            "sources": {str(layer): paths for layer in range(details.num_layers)},
+            "sources": {str(layer): names for layer in range(details.num_layers)},
         },
         step=leader.step,
         findings=(*findings, *_said(sources, weights)),
-        computed=True,
+        content=f"the {how} of what the sources hold",
+        read_back=_read_back,
     )
+
+
+def _open_source(spec: SourceSpec, path: Path, checkpoint: Checkpoint) -> Source:
+    """A GPT as a source: all of it. Raises ConfigError where layers or experts of it are asked for."""
+    for key in ("layers", "experts"):
+        if getattr(spec, key) is not None:
+            raise ConfigError(f"{path}: a GPT checkpoint is averaged as a whole; leave {key}: […] out")
+    checkpoint.require_complete()
+    return Source(spec=spec, path=path, checkpoint=checkpoint, files=checkpoint.weights.files)
+
+
+def _read_back(written: Checkpoint) -> tuple[JsonObject, str]:
+    found = list(range(written.details.num_layers))
+    return {"found_layers": found}, f"reads back as planned: {written.evidence}"
 
 
 def _rule(spec: MergeSpec) -> tuple[str, tuple[float, ...], list[str]]:
@@ -91,7 +108,7 @@ def _rule(spec: MergeSpec) -> tuple[str, tuple[float, ...], list[str]]:
     return "average", spec.shares, [said]
 
 
-def _check_same(first: OpenedSource, other: OpenedSource) -> None:
+def _check_same(first: Source, other: Source) -> None:
     """Raise CheckpointError where two sources are not of one dialect and size."""
     a: GptDetails = first.checkpoint.details
     b: GptDetails = other.checkpoint.details
@@ -108,20 +125,17 @@ def _check_same(first: OpenedSource, other: OpenedSource) -> None:
         )
 
 
-def _combined(how: str, sources: Sequence[OpenedSource], name: str, shares: Sequence[float], t: float) -> Piece:
+def _combined(how: str, sources: Sequence[Source], name: str, shares: Sequence[float], t: float) -> LazyTensor:
     weights = [source.checkpoint.weights for source in sources]
-    found = [pieces.from_source(each, each.infos[name]) for each in weights]
+    found = [lazy_tensor.from_source(each, each.infos[name]) for each in weights]
     if name == SCALARS and len({piece.shape for piece in found}) > 1:
         # Padded for different numbers of training processes: padding has no meaning.
         used = range(sources[0].checkpoint.details.used_scalars)
-        found = [pieces.rows([(piece, used)]) for piece in found]
-    if how == "average":
-        return pieces.average(found, shares)
-    first, second = found
-    return pieces.slerp(first, second, t) if how == "slerp" else pieces.linear(first, second, t)
+        found = [lazy_tensor.rows([(tensor, used)]) for tensor in found]
+    return lazy_tensor.combined(how, found, shares, t)
 
 
-def _file(layout: str, weights: dict[str, Piece], origin: Provenance) -> TensorFile:
+def _file(layout: str, weights: dict[str, LazyTensor], origin: Provenance) -> TensorFile:
     name = WEIGHT_FILES[layout == "safetensors"]
     if layout == "safetensors":
         return TensorFile(name=name, value=weights, metadata=metadata(origin))
@@ -129,16 +143,16 @@ def _file(layout: str, weights: dict[str, Piece], origin: Provenance) -> TensorF
     return TensorFile(name=name, value={**beside, STATE: weights})
 
 
-def _said(sources: Sequence[OpenedSource], weights: dict[str, Piece]) -> list[str]:
+def _said(sources: Sequence[Source], weights: dict[str, LazyTensor]) -> list[str]:
     """What happens to precision, optimizers and validation losses."""
-    dtypes = sorted({str(piece.dtype).removeprefix("torch.") for piece in weights.values()})
+    dtypes = sorted({dtype_name(tensor.dtype) for tensor in weights.values()})
     said = [f"computed in float64 and rounded to the dtypes in which the weights are stored: {', '.join(dtypes)}"]
     differing: dict[str, None] = {}
-    for name, piece in weights.items():
-        found = {str(s.checkpoint.weights.infos[name].dtype).removeprefix("torch.") for s in sources}
+    for name, tensor in weights.items():
+        found = {dtype_name(source.checkpoint.weights.infos[name].dtype) for source in sources}
         if len(found) > 1:
-            written = str(piece.dtype).removeprefix("torch.")
-            differing[f"some weights are stored as {' and '.join(sorted(found))}: written as {written}"] = None
+            stored = " and ".join(sorted(found))
+            differing[f"some weights are stored as {stored}: written as {dtype_name(tensor.dtype)}"] = None
     said += differing
     padded = {source.checkpoint.weights.infos[SCALARS].numel: None for source in sources}
     if len(padded) > 1:

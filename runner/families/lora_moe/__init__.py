@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
     from runner.families.lora_moe.model import LoraMoeForCausalLM
-    from runner.merge.files import Files
+    from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
 
 
@@ -66,12 +66,11 @@ class LoraMoe(Family):
 
     def plan_merge(
         self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path
-    ) -> "Files":
+    ) -> "MergeOutput":
         """As `Family.plan_merge`: experts of several checkpoints, or their mean."""
-        from runner.families.lora_moe.merge import gather_moe, open_moe_source
+        from runner.families.lora_moe.merge import plan_merge
 
-        experts = [open_moe_source(*each) for each in zip(spec.sources, paths, opened, strict=True)]
-        return gather_moe(spec, experts, base, output)
+        return plan_merge(spec, paths, opened, base, output)
 
     def checks(self) -> "Mapping[str, Check]":
         """As `Family.checks`."""

@@ -1,23 +1,18 @@
 """Merging lora_moe checkpoints: all experts in the order of the sources, and their rows of the routers alike.
 
-config.json of merged lora_moe checkpoints: the first one's, with the number of experts and where they come from.
-
-Uniting skill libraries: numbers continue from one source to the next, names that collide are a conflict.
-
-Whether each expert of a merged lora_moe gives, alone over the base, the logits of its source: bit for bit.
+config.json is the first source's. Skill libraries are joined: numbers continue from one source to the next, names that
+collide are a conflict. Each expert of the output gives, alone over the base, the logits of its source.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from runner.checkpoints import model_directory as hf
-from runner.checkpoints.checkpoint import Checkpoint
-from runner.checkpoints.detect import open_checkpoint
+from runner.checkpoints.checkpoint import Checkpoint, dtype_name
 from runner.errors import CheckpointError, ConfigError, RunnerError
 from runner.evaluation.base_models import Base
 from runner.families.lora.adapter import WEIGHT_FILES, Factors
@@ -38,6 +33,7 @@ from runner.families.lora_moe.checkpoint import (
 from runner.families.lora_moe.model import LoraForCausalLM
 from runner.families.lora_moe.state import (
     CONFIG,
+    GATE,
     MODEL_TYPE,
     OLDER,
     ROUTERS,
@@ -47,194 +43,30 @@ from runner.families.lora_moe.state import (
     read_skills,
 )
 from runner.files.file_type import sha256_of
-from runner.merge.execute import TensorFile
-from runner.merge.files import Files, OpenedSource
-from runner.merge.lazy_tensor import Piece, from_source, from_tensor, mean, rows
-from runner.merge.sources import check_bases, check_distinct, rebased
+from runner.merge.lazy_tensor import LazyTensor, from_source, from_tensor, mean, rows
+from runner.merge.plan import (
+    JsonObject,
+    MergeOutput,
+    Source,
+    TensorFile,
+    base_written,
+    check_bases,
+    check_distinct,
+    latest_step,
+)
 from runner.merge.spec import MergeSpec, SourceSpec
 
-# An expert of the output: its source, and its name there.
-Chosen = tuple[OpenedSource, str]
 STEP = "_dylora_checkpoint_step"
-
-
-def base_written(sources: Sequence[OpenedSource], base: str | None, output: Path) -> tuple[str | None, list[str]]:
-    """The base's name as the output writes it: that of the first source, made to lead there from `output`."""
-    named = next((source for source in sources if source.checkpoint.base_name), None)
-    if named is not None:
-        name = rebased(named, output)
-        moved = f"config.json names the base as {name}, which leads there from {output}"
-        return name, [moved] if name != named.checkpoint.base_name else []
-    if base is None:
-        return None, []
-    there = os.path.realpath(base)
-    return (os.path.relpath(there, os.path.realpath(output)) if Path(there).is_dir() else base), []
-
-
-def merged_config(
-    sources: Sequence[OpenedSource], experts: Sequence[Chosen], base_name: str | None, step: int | None
-) -> tuple[dict[str, Any], list[str]]:
-    """config.json, and what should be said of settings on which the sources differ."""
-    details: list[MoeDetails] = [source.checkpoint.details for source in sources]
-    dropped = ("merge_info", "model_name", "lora_r", "lora_alpha")  # of the older layout: adapters say it of themselves
-    config = {name: value for name, value in details[0].config.items() if name not in dropped}
-    config |= {"model_type": MODEL_TYPE, "num_experts": len(experts)}
-    config |= {} if base_name is None else {"base_model_name_or_path": base_name}
-    config |= {} if step is None else {STEP: step}
-    findings = []
-    for name, default in (("top_k", TOP_K), ("temperature", TEMPERATURE)):
-        kept = getattr(details[0], name)
-        for source, each in zip(sources, details, strict=True):
-            value = getattr(each, name)
-            if value != kept:
-                findings.append(f"{source.path}: {name} is {value}; {kept} of {sources[0].path}, the first, is kept")
-        if name == "top_k" and kept > len(experts):
-            findings.append(f"top_k is {kept} in {sources[0].path}; with {len(experts)} experts, {len(experts)} is")
-            kept = len(experts)
-        if kept != default or name in config:
-            config[name] = kept
-    return config | {"merge_info": merge_info(sources, experts)}, findings
-
-
-def merge_info(sources: Sequence[OpenedSource], experts: Sequence[Chosen]) -> dict[str, Any]:
-    """Where the experts come from, through earlier merges."""
-    origins = [_origin(source, name) for source, name in experts]
-    merged_from = [path for source in sources for path in _merged_from(source)]
-    return {
-        "merged_from": list(dict.fromkeys(merged_from)),
-        "expert_sources": {expert_name(i): origin for i, origin in enumerate(origins)},
-    }
-
-
-def _merged_from(source: OpenedSource) -> list[str]:
-    found = _info(source).get("merged_from")
-    return [str(path) for path in found] if isinstance(found, list) and found else [str(source.path)]
-
-
-def _origin(source: OpenedSource, name: str) -> dict[str, str]:
-    known = _info(source).get("expert_sources")
-    found = known.get(name) if isinstance(known, Mapping) else None
-    if isinstance(found, Mapping) and set(found) == {"path", "expert"}:
-        return {key: str(value) for key, value in found.items()}
-    return {"path": str(source.path), "expert": name}
-
-
-def _info(source: OpenedSource) -> Mapping[str, Any]:
-    """What an earlier merge left in it; {} where it is none."""
-    info = source.checkpoint.details.config.get("merge_info")
-    return info if isinstance(info, Mapping) else {}
-
-
-SkillId = int | str
-_Entry = tuple[OpenedSource, SkillId, Piece]  # a skill of one source, its id there, its embedding
-
-
-@dataclass(frozen=True, kw_only=True)
-class United:
-    """The merged library; `file` is None where no source has one. `sources`: skill id → {path, skill} it was."""
-
-    file: TensorFile | None
-    sources: Mapping[str, Any]
-    findings: tuple[str, ...]
-    conflicts: tuple[dict[str, Any], ...]
-
-
-def unite_skills(spec: MergeSpec, sources: Sequence[OpenedSource]) -> United:
-    """Every skill of every source. Raises CheckpointError where sizes differ, or names collide under error."""
-    having = [source for source in sources if _skills(source) is not None]
-    _check_sizes_moe_skills(having)
-    found: dict[SkillId, list[_Entry]] = {}
-    findings, number = [], 0
-    for source in having:
-        kept, said = _kept(source)
-        findings += said
-        offset = number
-        for own, piece in kept.items():
-            new = own + offset if isinstance(own, int) else own
-            number = max(number, new + 1) if isinstance(new, int) else number
-            found.setdefault(new, []).append((source, own, piece))
-    findings += [f"{source.path}: has no {SKILLS}" for source in sources if having and source not in having]
-    library: dict[SkillId, Piece] = {}
-    origins: dict[str, Any] = {}
-    conflicts = []
-    for name, entries in found.items():
-        chosen, how = _resolved(spec.on_conflict, name, entries)
-        library[name] = mean([piece for _, _, piece in chosen]) if len(chosen) > 1 else chosen[0][2]
-        where = [{"path": str(source.path), "skill": own} for source, own, _ in chosen]
-        origins[str(name)] = where[0] if len(where) == 1 else where
-        if len(entries) > 1:
-            paths = [str(source.path) for source, _, _ in entries]
-            conflicts.append({"skill": name, "sources": paths, "resolution": how})
-            findings.append(f"skill {name} is in {' and '.join(paths)}: {how}")
-    file = TensorFile(name=SKILLS, value=library) if having else None
-    return United(file=file, sources=origins, findings=tuple(findings), conflicts=tuple(conflicts))
-
-
-def _skills(source: OpenedSource) -> Skills | None:
-    found: Skills | None = source.checkpoint.details.skills
-    return found
-
-
-def _check_sizes_moe_skills(having: Sequence[OpenedSource]) -> None:
-    first: tuple[OpenedSource, int] | None = None
-    for source in having:
-        skills = _skills(source)
-        size = skills.size if skills else None
-        if size is None:
-            continue
-        first = first or (source, size)
-        if size != first[1]:
-            raise CheckpointError(
-                f"{source.path}: its skills are embeddings of size {size}, those of {first[0].path} of {first[1]}; "
-                "they cannot be compared in one library"
-            )
-
-
-def _kept(source: OpenedSource) -> tuple[dict[SkillId, Piece], list[str]]:
-    """The skills to take, renumbered from 0 where experts were chosen and each expert has its skill by number."""
-    skills = _skills(source)
-    assert skills is not None
-    read = {name: from_tensor(t, f"{skills.file}: skill {name}") for name, t in read_skills(skills).items()}
-    chosen = source.spec.experts
-    if chosen is None:
-        return read, []
-    if set(read) == set(range(source.checkpoint.details.num_experts)):
-        return {number: read[index] for number, index in enumerate(chosen)}, []
-    return read, [f"{source.path}: its skills do not name its experts one by one, so all of them are taken"]
-
-
-def _resolved(on_conflict: str, name: SkillId, entries: Sequence[_Entry]) -> tuple[list[_Entry], str]:
-    """The entries that make the skill, and how that was decided."""
-    if len(entries) == 1:
-        return list(entries), ""
-    paths = " and ".join(str(source.path) for source, _, _ in entries)
-    rule = f"(merge.on_conflict={on_conflict})"
-    if on_conflict == "error":
-        raise CheckpointError(f"skill {name} is in {paths}; rename one of them, or choose merge.on_conflict=first")
-    if on_conflict == "average":
-        return list(entries), f"the mean of their embeddings {rule}"
-    if on_conflict == "newest":
-        unknown = next((source for source, _, _ in entries if source.step is None), None)
-        if unknown:
-            raise CheckpointError(
-                f"{unknown.path}: reports no step, so merge.on_conflict=newest cannot compare its skill {name} with "
-                "others; choose first or last"
-            )
-        chosen = max(entries, key=lambda entry: entry[0].step or 0)
-    else:
-        chosen = entries[0 if on_conflict == "first" else -1]
-    return [chosen], f"that of {chosen[0].path} is taken {rule}"
-
-
-_GATE = ("gate.weight", "gate.bias")
 _TRAINERS = ("optimizer.pt", "scheduler.pt")
+SkillId = int | str
+_Skill = tuple[Source, SkillId, LazyTensor]  # a skill of one source, its id there, its embedding
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenExpert:
     """One expert of the output: number `index` of `source`."""
 
-    source: OpenedSource
+    source: Source
     index: int
     expert: Expert
 
@@ -243,26 +75,37 @@ class ChosenExpert:
         """Its name in its source, for messages."""
         return f"{self.expert.name} of {self.source.path}"
 
+    def tensors(self) -> dict[str, LazyTensor]:
+        """Its tensors under the keys of its file."""
+        prefix, weights = weight_name(self.expert, ""), self.source.checkpoint.weights
+        return {
+            name.removeprefix(prefix): from_source(weights, info)
+            for name, info in weights.infos.items()
+            if name.startswith(prefix)
+        }
 
-def open_moe_source(spec: SourceSpec, path: Path, checkpoint: Checkpoint) -> OpenedSource:
-    """A lora_moe as a source. Raises ConfigError for an expert that it lacks, CheckpointError for missing keys."""
-    details: MoeDetails = checkpoint.details
-    checkpoint.require_complete()
-    if spec.layers is not None:
-        raise ConfigError(f"{path}: a lora_moe is merged by experts, not by layers; choose experts: […] of it")
-    for index in spec.experts or ():
-        if index >= details.num_experts:
-            raise ConfigError(f"{path}: has no expert {index}; it has 0 to {details.num_experts - 1}")
-    places = (checkpoint.path, checkpoint.path / OLDER)
-    beside = [place / name for place in places for name in (CONFIG, TRAINER_STATE)]
-    configs = [expert.adapter.directory / ADAPTER_CONFIG for expert in details.experts]
-    skills = [details.skills.file] if details.skills else []
-    files = (*checkpoint.weights.files, *configs, *skills, *(file for file in beside if file.is_file()))
-    return OpenedSource(spec=spec, path=path, checkpoint=checkpoint, files=files)
+    def row(self, number: int) -> dict[str, Any]:
+        """What is said of it as expert `number` of the output."""
+        adapter = self.expert.adapter
+        return {
+            "expert": number,
+            "source": str(self.source.path),
+            "source_expert": self.index,
+            "ranks": sorted({module.r for module in adapter.modules}),
+            "lora_alpha": adapter.settings.alpha,
+            "modules": len(adapter.modules),
+            "parameters": adapter.parameters,
+        }
 
 
-def gather_moe(spec: MergeSpec, sources: Sequence[OpenedSource], base: str | None, output: Path) -> Files:
-    """Plan the union. Raises ConfigError or CheckpointError where it is impossible or not allowed."""
+def plan_merge(
+    spec: MergeSpec, paths: Sequence[Path], checkpoints: Sequence[Checkpoint], base: str | None, output: Path
+) -> MergeOutput:
+    """Plan the union of `checkpoints` from `paths` in `output`, which stand on `base` or on the bases that they name.
+
+    Raises ConfigError or CheckpointError where it is impossible or not allowed.
+    """
+    sources = [_open_source(*each) for each in zip(spec.sources, paths, checkpoints, strict=True)]
     if spec.rule != "layers":
         raise ConfigError(
             f"merge={spec.rule}: the experts of lora_moe checkpoints are united (merge=layers); a mean of their "
@@ -278,43 +121,42 @@ def gather_moe(spec: MergeSpec, sources: Sequence[OpenedSource], base: str | Non
     ]
     _check_sizes(sources, experts)
     said = check_bases(sources, base, _check_fit)
-    conflicts = _duplicates(spec, experts)
-    skills = unite_skills(spec, sources)
-    steps = [source.step for source in sources if source.step is not None]
-    step = max(steps, default=None)
-    name, base_findings = base_written(sources, base, output)
-    pairs = [(chosen.source, chosen.expert.name) for chosen in experts]
-    config, config_findings = merged_config(sources, pairs, name, step)
-    adapters = [_tensors(chosen) for chosen in experts]
-    router = {gate: rows([_rows(source, experts, gate) for source in sources]) for gate in _GATE}
+    duplicates = _duplicates(spec, experts)
+    skills = merge_skills(spec, sources)
+    step = latest_step(sources)
+    base_name, base_findings = base_written(sources, base, output)
+    info = _merge_info(sources, experts)
+    config, config_findings = _config(sources, len(experts), base_name, step)
+    adapters = [chosen.tensors() for chosen in experts]
+    router = {gate: rows([_rows(source, experts, gate) for source in sources]) for gate in GATE}
     places = [f"{ADAPTERS}/{expert_name(i)}/{expert_name(i)}" for i in range(len(experts))]
-    tensor_files = [
-        *(
-            TensorFile(name=f"{p}/{WEIGHT_FILES[0]}", value=tensors)
-            for p, tensors in zip(places, adapters, strict=True)
-        ),
-        TensorFile(name=ROUTERS[0], value=router),
-        *([skills.file] if skills.file else []),
-    ]
-    weights = {f"experts.{expert_name(i)}.{key}": p for i, each in enumerate(adapters) for key, p in each.items()}
-    weights |= {f"router.{gate}": piece for gate, piece in router.items()}
-    texts = {f"{place}/{ADAPTER_CONFIG}": _adapter_config(e, name) for place, e in zip(places, experts, strict=True)}
-    table = [_row(i, chosen) for i, chosen in enumerate(experts)]
-    info = merge_info(sources, pairs)
-    return Files(
+    files = dict(zip(places, adapters, strict=True))
+    weights = {f"experts.{expert_name(i)}.{key}": t for i, each in enumerate(adapters) for key, t in each.items()}
+    weights |= {f"router.{gate}": tensor for gate, tensor in router.items()}
+    table = [chosen.row(number) for number, chosen in enumerate(experts)]
+    conflicts = (*duplicates, *skills.conflicts)
+    return MergeOutput(
         format=lora_moe.NAME,
         family=lora_moe.FAMILY,
         sources=tuple(sources),
         weights=weights,
-        tensor_files=tuple(tensor_files),
-        texts={**texts, CONFIG: config},
+        tensor_files=(
+            *(TensorFile(name=f"{place}/{WEIGHT_FILES[0]}", value=tensors) for place, tensors in files.items()),
+            TensorFile(name=ROUTERS[0], value=router),
+            *([TensorFile(name=SKILLS, value=skills.library)] if skills.library is not None else []),
+        ),
+        texts={
+            **{f"{p}/{ADAPTER_CONFIG}": _adapter_config(e, base_name) for p, e in zip(places, experts, strict=True)},
+            CONFIG: {**config, "merge_info": info},
+        },
         summary={
             **info,
             "experts": table,
             "skills": skills.sources,
-            "total_parameters": sum(piece.numel for piece in weights.values()),
+            "total_parameters": sum(tensor.numel for tensor in weights.values()),
             "checkpoint_keys": len(weights),
             "global_step": step,
+            "conflicts": conflicts,
         },
         details={
             "expected_experts": list(range(len(experts))),
@@ -323,12 +165,31 @@ def gather_moe(spec: MergeSpec, sources: Sequence[OpenedSource], base: str | Non
             "sources": {str(i): str(chosen.source.path) for i, chosen in enumerate(experts)},
         },
         step=step,
-        findings=(*said, *base_findings, *config_findings, *skills.findings, *_said(sources, conflicts)),
-        conflicts=(*conflicts, *skills.conflicts),
+        findings=(*said, *base_findings, *config_findings, *skills.findings, *_said(sources, duplicates)),
+        conflicts=conflicts,
+        read_back=_read_back,
+        check_functions=partial(check_experts, experts),
     )
 
 
-def _check_sizes(sources: Sequence[OpenedSource], experts: Sequence[ChosenExpert]) -> None:
+def _open_source(spec: SourceSpec, path: Path, checkpoint: Checkpoint) -> Source:
+    """A lora_moe as a source. Raises ConfigError for an expert that it lacks, CheckpointError for missing keys."""
+    details: MoeDetails = checkpoint.details
+    checkpoint.require_complete()
+    if spec.layers is not None:
+        raise ConfigError(f"{path}: a lora_moe is merged by experts, not by layers; choose experts: […] of it")
+    for index in spec.experts or ():
+        if index >= details.num_experts:
+            raise ConfigError(f"{path}: has no expert {index}; it has 0 to {details.num_experts - 1}")
+    places = (checkpoint.path, checkpoint.path / OLDER)
+    beside = [place / name for place in places for name in (CONFIG, TRAINER_STATE)]
+    configs = [expert.adapter.directory / ADAPTER_CONFIG for expert in details.experts]
+    skills = [details.skills.file] if details.skills else []
+    files = (*checkpoint.weights.files, *configs, *skills, *(file for file in beside if file.is_file()))
+    return Source(spec=spec, path=path, checkpoint=checkpoint, files=files)
+
+
+def _check_sizes(sources: Sequence[Source], experts: Sequence[ChosenExpert]) -> None:
     """Raise CheckpointError where routers or adapters are made for different sizes."""
     first = sources[0]
     for source in sources[1:]:
@@ -350,11 +211,9 @@ def _check_sizes(sources: Sequence[OpenedSource], experts: Sequence[ChosenExpert
                 )
 
 
-def _check_fit(source: OpenedSource, base: Path) -> None:
+def _check_fit(source: Source, base: Path, config: JsonObject) -> None:
     """Raise CheckpointError where the base's config.json says that the checkpoint cannot stand on it."""
-    if not (base / hf.CONFIG).is_file():
-        return
-    size, found = source.checkpoint.details.hidden_size, hf.read_config(base).get("hidden_size")
+    size, found = source.checkpoint.details.hidden_size, config.get("hidden_size")
     if found not in (None, size):
         raise CheckpointError(
             f"{source.path}: its router reads a hidden size of {size}, but its base {base} has {found}; give the right "
@@ -362,10 +221,10 @@ def _check_fit(source: OpenedSource, base: Path) -> None:
         )
 
 
-def _duplicates(spec: MergeSpec, experts: Sequence[ChosenExpert]) -> list[dict[str, Any]]:
+def _duplicates(spec: MergeSpec, experts: Sequence[ChosenExpert]) -> list[JsonObject]:
     """Experts whose weights files are the same. Raises CheckpointError for them under merge.on_conflict=error."""
     seen: dict[tuple[int, str], int] = {}
-    conflicts = []
+    conflicts: list[JsonObject] = []
     for number, chosen in enumerate(experts):
         file = chosen.expert.adapter.weights_file
         other = seen.setdefault((file.stat().st_size, sha256_of(file)), number)
@@ -382,15 +241,15 @@ def _duplicates(spec: MergeSpec, experts: Sequence[ChosenExpert]) -> list[dict[s
     return conflicts
 
 
-def _said(sources: Sequence[OpenedSource], conflicts: Sequence[Mapping[str, Any]]) -> list[str]:
-    said = [f"expert {c['expert']} is in {' and '.join(c['sources'])}: {c['resolution']}" for c in conflicts]
+def _said(sources: Sequence[Source], duplicates: Sequence[JsonObject]) -> list[str]:
+    said = [f"expert {c['expert']} is in {' and '.join(c['sources'])}: {c['resolution']}" for c in duplicates]
     for source in sources:
         found = [name for name in _TRAINERS if (source.checkpoint.path / name).is_file()]
         if found:
             said.append(f"{source.path}: {', '.join(found)} not merged: training goes on with a fresh optimizer")
-    dtypes = {source.checkpoint.weights.infos[f"router.{_GATE[0]}"].dtype: None for source in sources}
+    dtypes = {source.checkpoint.weights.infos[f"router.{GATE[0]}"].dtype for source in sources}
     if len(dtypes) > 1:
-        stored = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        stored = " and ".join(sorted(map(dtype_name, dtypes)))
         said.append(f"the routers are stored as {stored}: the joint one is written in a dtype that holds both")
     if len(sources) > 1:
         said.append(
@@ -400,64 +259,187 @@ def _said(sources: Sequence[OpenedSource], conflicts: Sequence[Mapping[str, Any]
     return said
 
 
-def _tensors(chosen: ChosenExpert) -> dict[str, Piece]:
-    """The expert's tensors under the keys of its file."""
-    prefix, weights = weight_name(chosen.expert, ""), chosen.source.checkpoint.weights
-    return {
-        name.removeprefix(prefix): from_source(weights, info)
-        for name, info in weights.infos.items()
-        if name.startswith(prefix)
-    }
-
-
-def _rows(source: OpenedSource, experts: Sequence[ChosenExpert], gate: str) -> tuple[Piece, list[int]]:
+def _rows(source: Source, experts: Sequence[ChosenExpert], gate: str) -> tuple[LazyTensor, list[int]]:
     weights = source.checkpoint.weights
     chosen = [each.index for each in experts if each.source is source]
     return from_source(weights, weights.infos[f"router.{gate}"]), chosen
 
 
-def _adapter_config(chosen: ChosenExpert, base_name: str | None) -> dict[str, Any]:
+def _adapter_config(chosen: ChosenExpert, base_name: str | None) -> JsonObject:
     """The expert's own adapter_config.json, with the base as the merged checkpoint names it."""
     named = {} if base_name is None else {"base_model_name_or_path": base_name}
     return {**chosen.expert.adapter.settings.raw, **named}
 
 
-def _row(number: int, chosen: ChosenExpert) -> dict[str, Any]:
-    adapter = chosen.expert.adapter
+def _config(
+    sources: Sequence[Source], count: int, base_name: str | None, step: int | None
+) -> tuple[dict[str, Any], list[str]]:
+    """config.json for `count` experts, and what should be said of settings on which the sources differ."""
+    details: list[MoeDetails] = [source.checkpoint.details for source in sources]
+    dropped = ("merge_info", "model_name", "lora_r", "lora_alpha")  # of the older layout: adapters say it of themselves
+    config = {name: value for name, value in details[0].config.items() if name not in dropped}
+    config |= {"model_type": MODEL_TYPE, "num_experts": count}
+    config |= {} if base_name is None else {"base_model_name_or_path": base_name}
+    config |= {} if step is None else {STEP: step}
+    findings = []
+    for name, default in (("top_k", TOP_K), ("temperature", TEMPERATURE)):
+        kept = getattr(details[0], name)
+        for source, each in zip(sources, details, strict=True):
+            value = getattr(each, name)
+            if value != kept:
+                findings.append(f"{source.path}: {name} is {value}; {kept} of {sources[0].path}, the first, is kept")
+        if name == "top_k" and kept > count:
+            findings.append(f"top_k is {kept} in {sources[0].path}; with {count} experts, {count} is")
+            kept = count
+        if kept != default or name in config:
+            config[name] = kept
+    return config, findings
+
+
+def _merge_info(sources: Sequence[Source], experts: Sequence[ChosenExpert]) -> dict[str, Any]:
+    """Where the experts come from, through earlier merges."""
+    merged_from = [path for source in sources for path in _merged_from(source)]
     return {
-        "expert": number,
-        "source": str(chosen.source.path),
-        "source_expert": chosen.index,
-        "ranks": sorted({module.r for module in adapter.modules}),
-        "lora_alpha": adapter.settings.alpha,
-        "modules": len(adapter.modules),
-        "parameters": adapter.parameters,
+        "merged_from": list(dict.fromkeys(merged_from)),
+        "expert_sources": {expert_name(i): _origin(chosen) for i, chosen in enumerate(experts)},
     }
 
 
-def check_experts(written: Path, files: Files, base: Base, prompts: Mapping[str, torch.Tensor]) -> list[int]:
-    """The experts whose logits, alone and unweighted over the base, equal their source's on all `prompts`.
+def _merged_from(source: Source) -> list[str]:
+    found = _earlier(source).get("merged_from")
+    return [str(path) for path in found] if isinstance(found, list) and found else [str(source.path)]
 
-    `prompts`: text → token ids [T]. Raises RunnerError where a logit differs in a bit, ModelError or CheckpointError
-    where the merged checkpoint does not fit the base.
+
+def _origin(chosen: ChosenExpert) -> dict[str, str]:
+    known = _earlier(chosen.source).get("expert_sources")
+    found = known.get(chosen.expert.name) if isinstance(known, Mapping) else None
+    if isinstance(found, Mapping) and set(found) == {"path", "expert"}:
+        return {key: str(value) for key, value in found.items()}
+    return {"path": str(chosen.source.path), "expert": chosen.expert.name}
+
+
+def _earlier(source: Source) -> JsonObject:
+    """What an earlier merge left in it; {} where it is none."""
+    info = source.checkpoint.details.config.get("merge_info")
+    return info if isinstance(info, Mapping) else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedSkills:
+    """The merged library, None where no source has one. `sources`: skill id → the {path, skill} that it was."""
+
+    library: Mapping[SkillId, LazyTensor] | None
+    sources: JsonObject
+    findings: tuple[str, ...]
+    conflicts: tuple[JsonObject, ...]
+
+
+def merge_skills(spec: MergeSpec, sources: Sequence[Source]) -> MergedSkills:
+    """Every skill of every source. Raises CheckpointError where sizes differ, or names collide under error."""
+    libraries: dict[int, Skills] = {i: s.checkpoint.details.skills for i, s in enumerate(sources)}
+    having = [(source, skills) for i, source in enumerate(sources) if (skills := libraries[i]) is not None]
+    _check_skill_sizes(having)
+    found: dict[SkillId, list[_Skill]] = {}
+    findings, number = [], 0
+    for source, skills in having:
+        kept, said = _kept(source, skills)
+        findings += said
+        offset = number
+        for own, embedding in kept.items():
+            new = own + offset if isinstance(own, int) else own
+            number = max(number, new + 1) if isinstance(new, int) else number
+            found.setdefault(new, []).append((source, own, embedding))
+    lacking = [source for i, source in enumerate(sources) if libraries[i] is None] if having else []
+    findings += [f"{source.path}: has no {SKILLS}" for source in lacking]
+    library: dict[SkillId, LazyTensor] = {}
+    origins: dict[str, Any] = {}
+    conflicts = []
+    for name, entries in found.items():
+        chosen, how = _resolved(spec.on_conflict, name, entries)
+        library[name] = mean([embedding for _, _, embedding in chosen]) if len(chosen) > 1 else chosen[0][2]
+        where = [{"path": str(source.path), "skill": own} for source, own, _ in chosen]
+        origins[str(name)] = where[0] if len(where) == 1 else where
+        if len(entries) > 1:
+            paths = [str(source.path) for source, _, _ in entries]
+            conflicts.append({"skill": name, "sources": paths, "resolution": how})
+            findings.append(f"skill {name} is in {' and '.join(paths)}: {how}")
+    return MergedSkills(
+        library=library if having else None, sources=origins, findings=tuple(findings), conflicts=tuple(conflicts)
+    )
+
+
+def _check_skill_sizes(having: Sequence[tuple[Source, Skills]]) -> None:
+    sized = [(source, skills.size) for source, skills in having if skills.size is not None]
+    for source, size in sized:
+        if size != sized[0][1]:
+            raise CheckpointError(
+                f"{source.path}: its skills are embeddings of size {size}, those of {sized[0][0].path} of "
+                f"{sized[0][1]}; they cannot be compared in one library"
+            )
+
+
+def _kept(source: Source, skills: Skills) -> tuple[dict[SkillId, LazyTensor], list[str]]:
+    """The skills to take, renumbered from 0 where experts were chosen and each expert has its skill by number."""
+    read = {name: from_tensor(t, f"{skills.file}: skill {name}") for name, t in read_skills(skills).items()}
+    chosen = source.spec.experts
+    if chosen is None:
+        return read, []
+    if set(read) == set(range(source.checkpoint.details.num_experts)):
+        return {number: read[index] for number, index in enumerate(chosen)}, []
+    return read, [f"{source.path}: its skills do not name its experts one by one, so all of them are taken"]
+
+
+def _resolved(on_conflict: str, name: SkillId, entries: Sequence[_Skill]) -> tuple[list[_Skill], str]:
+    """The entries that make the skill, and how that was decided."""
+    if len(entries) == 1:
+        return list(entries), ""
+    rule = f"(merge.on_conflict={on_conflict})"
+    if on_conflict == "error":
+        paths = " and ".join(str(source.path) for source, _, _ in entries)
+        raise CheckpointError(f"skill {name} is in {paths}; rename one of them, or choose merge.on_conflict=first")
+    if on_conflict == "average":
+        return list(entries), f"the mean of their embeddings {rule}"
+    if on_conflict == "newest":
+        unknown = next((source for source, _, _ in entries if source.step is None), None)
+        if unknown:
+            raise CheckpointError(
+                f"{unknown.path}: reports no step, so merge.on_conflict=newest cannot compare its skill {name} with "
+                "others; choose first or last"
+            )
+        chosen = max(entries, key=lambda entry: entry[0].step or 0)
+    else:
+        chosen = entries[0 if on_conflict == "first" else -1]
+    return [chosen], f"that of {chosen[0].path} is taken {rule}"
+
+
+def _read_back(written: Checkpoint) -> tuple[JsonObject, str]:
+    found = list(range(written.details.num_experts))
+    return {"found_experts": found}, f"reads back as planned: {written.evidence}"
+
+
+def check_experts(
+    experts: Sequence[ChosenExpert], written: Checkpoint, base: Base, prompts: Mapping[str, torch.Tensor]
+) -> str:
+    """Whether each expert gives, alone and unweighted over the base, the logits of its source, bit for bit; in words.
+
+    `prompts`: text → token ids [T]. Raises RunnerError where a bit differs, ModelError or CheckpointError where the
+    merged checkpoint does not fit the base.
     """
-    merged = _experts(open_checkpoint(written), base)
-    sources = {str(source.path): source for source in files.sources}
-    known = {path: _experts(source.checkpoint, base) for path, source in sources.items()}
-    checked = []
-    for row, ours in zip(files.details["experts"], merged, strict=True):
-        theirs = known[row["source"]][row["source_expert"]]
+    merged = _factors(written, base)
+    known = {id(chosen.source): chosen.source.checkpoint for chosen in experts}
+    of_source = {key: _factors(checkpoint, base) for key, checkpoint in known.items()}
+    for number, (chosen, ours) in enumerate(zip(experts, merged, strict=True)):
+        theirs = of_source[id(chosen.source)][chosen.index]
         for text, token_ids in prompts.items():
             if not torch.equal(_alone(ours, base, token_ids), _alone(theirs, base, token_ids)):
                 raise RunnerError(
-                    f"{written}: verification failed: on {text!r}, expert {row['expert']} alone gives other logits "
-                    f"than in {row['source']}"
+                    f"{written.path}: verification failed: on {text!r}, expert {number} alone gives other logits than "
+                    f"in {chosen.source.path}"
                 )
-        checked.append(row["expert"])
-    return checked
+    return f"experts {', '.join(map(str, range(len(experts))))}, each alone: the logits of their sources, bit for bit"
 
 
-def _experts(checkpoint: Checkpoint, base: Base) -> tuple[Factors, ...]:
+def _factors(checkpoint: Checkpoint, base: Base) -> tuple[Factors, ...]:
     model = base.model
     check_base(checkpoint, linear_shapes(model), model.config.hidden_size, base.path)
     return read_experts(checkpoint, dtype=model.dtype, device=model.device)

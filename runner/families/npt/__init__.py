@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
     from runner.families.npt.model import NptLlamaForCausalLM
-    from runner.merge.execute import Content
+    from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
 
 DELTA, FULL = "npt_delta", "npt_full"
@@ -82,11 +82,26 @@ class Npt(Family):
 
     def plan_merge(
         self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path
-    ) -> "Content":
+    ) -> "MergeOutput":
         """As `Family.plan_merge`: layers of several npt_delta checkpoints."""
-        from runner.merge.gather import gather_npt
+        from runner.families.npt.merge import plan_merge
 
-        return gather_npt(spec, paths, opened, base, output)
+        return plan_merge(spec, paths, opened, base, output)
+
+    def canonical_names(self, checkpoint: "Checkpoint") -> dict[str, str]:
+        """As `Family.canonical_names`: npt_delta has two spellings."""
+        from runner.families.npt.checkpoint import key
+
+        names = super().canonical_names(checkpoint)
+        if checkpoint.format != DELTA:
+            return names
+        for layer in checkpoint.layers:
+            for projection, matrices in layer.keys.items():
+                for matrix, spelled in matrices.items():
+                    for rank, name in enumerate(spelled):
+                        del names[name]
+                        names[key(layer.layer, layer.modulation, projection, matrix, rank, layer.num_ranks)] = name
+        return names
 
     def checks(self) -> "Mapping[str, Check]":
         """As `Family.checks`."""

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from runner.merge import lazy_tensor as pieces
+from runner.merge import lazy_tensor
 from runner.merge.lazy_tensor import from_tensor, linear, mean, slerp, weighted
 
 
-def whole(piece):
-    return torch.cat(list(piece.parts())).reshape(piece.shape)
+def whole(tensor):
+    return torch.cat(list(tensor.parts())).reshape(tensor.shape)
 
 
 def of(*tensors):
@@ -19,15 +19,15 @@ def of(*tensors):
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(pieces, "PART", 7)
+    monkeypatch.setattr(lazy_tensor, "PART", 7)
 
 
 def test_parts_cover_a_tensor_in_order():
     tensor = torch.arange(40.0).reshape(5, 8)
-    (piece,) = of(tensor.T)
-    assert [len(part) for part in piece.parts()] == [7, 7, 7, 7, 7, 5]
-    assert torch.equal(whole(piece), tensor.T)
-    assert (piece.numel, piece.nbytes) == (40, 160)
+    (lazy,) = of(tensor.T)
+    assert [len(part) for part in lazy.parts()] == [7, 7, 7, 7, 7, 5]
+    assert torch.equal(whole(lazy), tensor.T)
+    assert (lazy.numel, lazy.nbytes) == (40, 160)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
