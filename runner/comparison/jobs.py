@@ -1,18 +1,16 @@
 """One job of a sweep as a row: what its folder holds, checked, whatever state the job ended in."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeGuard
 
 import yaml
 
 from runner.checkpoints.runs import step_in_name
 from runner.errors import printable
 from runner.files.atomic import read_json
-from runner.results import FILE_NAME, JsonObject
+from runner.results import FILE_NAME, JsonObject, finite, is_number
 
 # libyaml's reader where it is there: ten times as fast, which a sweep of hundreds of jobs feels.
 _LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -175,20 +173,6 @@ def flat(config: JsonObject, prefix: str = "") -> JsonObject:
     for key, value in config.items():
         rows |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return rows
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a number: JSON's true is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def finite(value: object) -> object:
-    """`value` with every number that is not finite as None (a file written by hand may hold NaN), and no tuples."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def as_list(value: object) -> list[object]:

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import TypeVar
 
-from runner.comparison.jobs import Job, is_number
+from runner.comparison.jobs import Job
 from runner.errors import CheckpointError
 from runner.files.strict_json import read_object
 from runner.metrics.verdict import thresholds
-from runner.results import JsonObject
+from runner.results import JsonObject, is_number
 
 _LARGEST_CONFIG = 1 << 20
 # A job with one of these is a point; an mse that is not finite is one, too: it is there, as None.

@@ -13,9 +13,9 @@ from runner.comparison.comparison import Comparison
 from runner.comparison.insights import headline, insights
 from runner.comparison.jobs import Job
 from runner.comparison.series import RemainingSteps, Series
-from runner.results import JsonObject
+from runner.results import JsonObject, is_number
 from runner.tracking.base import RunIdentity, Tracker
-from runner.tracking.rows import LAYER_FIGURES, STEP, Chart, LoggedTable, Record, cell, eval_row, is_number, numbers
+from runner.tracking.rows import LAYER_FIGURES, STEP, Chart, LoggedTable, Record, cell, eval_row, numbers
 
 # Of the estimate's curve, which goes on beyond the last checkpoint.
 FORECAST_STEP = "forecast/step"

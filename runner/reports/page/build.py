@@ -15,11 +15,11 @@ from markupsafe import Markup
 
 from runner.comparison.comparison import Comparison
 from runner.comparison.insights import headline, insights, leading
-from runner.comparison.jobs import Job, is_number
+from runner.comparison.jobs import Job
 from runner.comparison.series import spelled
 from runner.metrics.verdict import thresholds
 from runner.reports.page.charts import charts, shortened, tell_apart
-from runner.results import FILE_NAME, JsonObject
+from runner.results import FILE_NAME, JsonObject, is_number
 
 _PARTS = Path(__file__).parent
 _FAILURES_SHOWN = 8

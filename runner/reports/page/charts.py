@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from runner.comparison.comparison import Comparison
-from runner.comparison.jobs import Job, is_number
+from runner.comparison.jobs import Job
 from runner.comparison.series import Series
 from runner.metrics.verdict import thresholds
-from runner.results import JsonObject
+from runner.results import JsonObject, is_number
 
 # Lines that a legend and an eye can still tell apart.
 _MOST_LINES = 12
