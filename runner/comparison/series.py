@@ -18,9 +18,9 @@ _LARGEST_CONFIG = 1 << 20
 # A job with one of these is a point; an mse that is not finite is one, too: it is there, as None.
 _FIGURES = {"mse", "text"}
 _LONG_LABEL = 40
-# What a job is called and where it writes, not how it measures.
+# What a job is called and where it writes, not how it measures; and the thresholds, which a version of runner fixes.
 _NAMING = ("ckpt", "step", "output", "cache", "verbose", "task")
-_NAMING_GROUPS = ("tracker.", "tier.", "merge.output", "convert.output")
+_NAMING_GROUPS = ("tracker.", "tier.", "verdict.", "merge.output", "convert.output")
 Key = TypeVar("Key")
 Item = TypeVar("Item")
 

@@ -426,14 +426,14 @@ def without_step(jobs: Sequence[Job]) -> Figure | None:
         "hovertemplate": "%{y}: mse %{x:.4~g}<extra></extra>",
         "meta": {"colour": 0},
     }
-    upwards = {"type": "category", "autorange": "reversed", "automargin": True}
+    downwards = {"type": "category", "autorange": "reversed", "automargin": True}
     return Figure(
         name="without-step",
         title="Checkpoints without a step",
         note="Their mse; they stand in no curve.",
         data=[trace],
         height=max(220, 120 + 24 * len(rows)),
-        layout={"xaxis": _titled("mse", rangemode="tozero"), "yaxis": upwards},
+        layout={"xaxis": _titled("mse", rangemode="tozero"), "yaxis": downwards},
     )
 
 
