@@ -138,7 +138,9 @@ def ready(series: Series) -> Insight:
         words = "No verdict: readiness is defined for NPT checkpoints compared with their base."
         return Insight(level="unknown", short="no verdict on readiness", words=words)
     readiness, reason = str(verdict.get("readiness")), str(verdict.get("reason"))
-    since = _since(series.jobs, readiness)
+    since, last = _since(series.jobs, readiness), series.jobs[-1].step
+    if since != last:  # the reason's figures are those of the last step
+        reason = f"at step {last}, {reason}"
     if readiness == "production":
         words = f"Yes, for production since step {since}: {reason}."
         return Insight(level="good", short="ready for production", words=words)

@@ -39,7 +39,7 @@ def test_whether_training_works(tmp_path, mses, level, words):
 
 def test_readiness_repeats_the_verdict_and_says_since_when(tmp_path):
     found = insights(read(write_sweep(tmp_path / "s", curve(0.9, 0.09, 0.2, 0.08, 0.07))).series[0])
-    assert found.ready.words.startswith("For basic use since step 400: mse 0.07")
+    assert found.ready.words.startswith("For basic use since step 400: at step 500, mse 0.07")
     early = insights(read(write_sweep(tmp_path / "t", curve(0.9, 0.5))).series[0]).ready
     assert early.words.startswith("Not yet: mse 0.5.")
     assert early.more == (
