@@ -27,7 +27,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import runner
 from runner.errors import RunnerError
@@ -76,17 +76,22 @@ class Result:
         kept = {name: value for name, value in values.items() if value not in (None, {}, [])}
         if self.status == "ok" and self.task == "diagnose":
             kept.setdefault("verdict", None)
-        return _finite({**kept, **self.details})
+        return finite({**kept, **self.details})
 
 
-def _finite(value: Any) -> Any:
-    """`value` with every float that JSON cannot hold as None."""
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number: True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def finite(value: Any) -> Any:
+    """`value` as JSON holds it: lists for tuples, and None for every float that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

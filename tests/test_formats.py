@@ -40,9 +40,9 @@ def test_a_file_of_any_other_name_that_cannot_be_read_is_named(task, run, base, 
     assert "other.bin: a plain Python pickle, not written by torch.save" in outcome.err + outcome.out
 
 
-def test_shards_are_read_as_far_as_is_asked(run, golden, workdir):
+def test_shards_are_read_as_far_as_is_asked(run, gpts, workdir):
     write_shard(workdir / "a.bin", list(range(200)))
-    words = [f"ckpt={golden / 'gpt' / 'small'}", f"reference={golden / 'gpt' / 'small'}", "data=shards"]
+    words = [f"ckpt={gpts('small')}", f"reference={gpts('small')}", "data=shards"]
     outcome = run(*words, "data.path=a.bin", "data.max_tokens=100", "tier.sequence_length=64")
     text = outcome.result["metrics"]["text"]
     assert (text["documents"], text["tokens"], text["longest"]) == (2, 100, 64)

@@ -84,8 +84,11 @@ def save(
     """
     from safetensors.torch import save_file
 
+    from runner.files.archive import require_crc
+
     save_file(owned(tensors), directory / SINGLE[0], metadata={"format": "pt"})
     for file in beside:
+        require_crc(file)
         shutil.copyfile(file, directory / file.name)
     write_config(directory, config)
 

@@ -1,11 +1,11 @@
 """How close an NPT model comes to its base: what decides READY, PARTIALLY_READY or NOT_READY, and never fails a run.
 
-Words for one comparison (those of the field's own scripts): PASS where mse < 0.1 and cosine > 0.95, WARNING where
-mse < 0.5 and cosine > 0.8, else FAIL. A check's score is the mean over what it compares (prompts, layers, depths) of
+Words for one comparison (those of the field's own scripts): PASS, WARNING or FAIL by its mse and its cosine, by the
+bounds of conf/verdict.yaml. A check's score is the mean over what it compares (prompts, layers, depths) of
 1 for PASS, 0.5 for WARNING and 0 for FAIL; that of generation is the share of tokens that agree with the base's, times
-one minus what the model repeats more than the base does. The word of layers, progressive and generation is PASS for a
-score above 0.8, WARNING from 0.5 on (the score where each comparison is a WARNING), else FAIL. PASS is the status pass;
-both other words are the status warning.
+one minus what the model repeats more than the base does. The word of layers, progressive and generation follows from
+the score, WARNING from the score on where each comparison is a WARNING. PASS is the status pass; both other words are
+the status warning.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from runner.evaluation.evaluator import Evaluator
 from runner.evaluation.forward import limits
 from runner.metrics import layers as layer_measures
 from runner.metrics.fidelity import summarise
-from runner.metrics.verdict import judge
+from runner.metrics.verdict import judge, thresholds
 
 TEMPERATURES = (0.1, 0.7, 1.0)
 SCORES = {"PASS": 1.0, "WARNING": 0.5, "FAIL": 0.0}
@@ -27,14 +27,14 @@ def grade(mse: float | None, cosine: float | None) -> str:
     """PASS, WARNING or FAIL of one comparison; FAIL where a figure is not finite."""
     if mse is None or cosine is None:
         return "FAIL"
-    if mse < 0.1 and cosine > 0.95:
-        return "PASS"
-    return "WARNING" if mse < 0.5 and cosine > 0.8 else "FAIL"
+    bounds = thresholds().quality
+    return next((word for word, at in bounds.items() if mse < at["mse"] and cosine > at["cosine"]), "FAIL")
 
 
 def word_of(score: float) -> str:
     """PASS, WARNING or FAIL of several comparisons."""
-    return "PASS" if score > 0.8 else "WARNING" if score >= 0.5 else "FAIL"
+    bounds = thresholds().quality_score
+    return "PASS" if score > bounds["PASS"] else "WARNING" if score >= bounds["WARNING"] else "FAIL"
 
 
 def fidelity(context: CheckContext, evaluator: Evaluator) -> Outcome:

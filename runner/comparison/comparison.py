@@ -4,11 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from runner.comparison.differences import varying
-from runner.comparison.jobs import Job, read_job
-from runner.comparison.series import Series, display_names, make_series
+from runner.comparison.jobs import Job, as_list, read_job
+from runner.comparison.series import Series, display_names, make_series, varying
 from runner.errors import ConfigError
 from runner.files.atomic import read_json
 
@@ -27,7 +25,7 @@ class Comparison:
     directories: tuple[Path, ...]
     jobs: tuple[Job, ...]
     series: tuple[Series, ...]
-    differences: Mapping[str, tuple[Any, ...]]
+    differences: Mapping[str, tuple[object, ...]]
 
     @property
     def done(self) -> list[Job]:
@@ -78,15 +76,11 @@ def _planned(directory: Path) -> dict[str, tuple[tuple[str, ...], str | None]]:
         return {}
     rows = plan.get("jobs") if isinstance(plan, dict) else None
     return {
-        row["directory"]: (tuple(map(str, _list(row.get("overrides")))), row.get("reason"))
-        for row in _list(rows)
+        row["directory"]: (tuple(map(str, as_list(row.get("overrides")))), row.get("reason"))
+        for row in as_list(rows)
         if isinstance(row, dict) and isinstance(row.get("directory"), str) and _JOB_FOLDER.match(row["directory"])
         and Path(row["directory"]).name == row["directory"]
     }  # fmt: skip
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _number(name: str) -> tuple[int, str]:

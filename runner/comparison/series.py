@@ -1,22 +1,94 @@
-"""The curves of a comparison: one for each run and tier, over the checkpoints' steps.
+"""The curves of a comparison: one for each run and tier, over the checkpoints' steps; and what tells jobs apart."""
 
-The learning rate that a checkpoint was trained with, as its own config says.
-"""
-
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import TypeVar
 
-from runner.comparison.differences import variants
-from runner.comparison.estimate import Estimate, estimate
-from runner.comparison.jobs import Job, is_number
+from runner.comparison.jobs import Job
 from runner.errors import CheckpointError
 from runner.files.strict_json import read_object
+from runner.metrics.verdict import thresholds
+from runner.results import JsonObject, is_number
 
 _LARGEST_CONFIG = 1 << 20
+# A job with one of these is a point; an mse that is not finite is one, too: it is there, as None.
+_FIGURES = {"mse", "text"}
+_LONG_LABEL = 40
+# What a job is called and where it writes, not how it measures; and the thresholds, which a version of runner fixes.
+_NAMING = ("ckpt", "step", "output", "cache", "verbose", "task")
+_NAMING_GROUPS = ("tracker.", "tier.", "verdict.", "merge.output", "convert.output")
+Key = TypeVar("Key")
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemainingSteps:
+    """When the thresholds of the mse are reached.
+
+    `words`: for each threshold that is not reached yet, or why that cannot be said; `reached`: whether the last figure
+    is below all of them. `band`: (step, lower, median, upper) of the mse, empty where nothing was fitted.
+    `details`: the whole estimate (runner/metrics/forecast.py) as plain JSON values.
+    """
+
+    words: str
+    reached: bool = False
+    band: tuple[tuple[float, float, float, float], ...] = ()
+    details: JsonObject = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """The jobs of one run in one tier that have a step and figures, by step.
+
+    `variant`: what else tells them from another series of the same run and tier (`dtype=bfloat16`, a sweep's name).
+    `label`: the shortest name that tells it from the other series of the comparison.
+    """
+
+    run: str
+    tier: str
+    variant: str
+    jobs: tuple[Job, ...]
+    label: str = ""
+    estimate: RemainingSteps | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        """Ascending; a step that was measured twice is there twice."""
+        return [job.step for job in self.jobs if job.step is not None]
+
+    def values(self, metric: str) -> list[float | None]:
+        """The figure at each of `steps`."""
+        return [job.metric(metric) for job in self.jobs]
+
+
+def estimate(
+    steps: Sequence[int], mses: Sequence[float | None], rates: Sequence[float | None] | None = None
+) -> RemainingSteps:
+    """The estimate for a series of (step, mse), steps ascending; a mse that is not finite is None.
+
+    `rates`: the learning rate of each point where it is known; only the points since its last change are fitted.
+    """
+    # numpy, which only a comparison needs.
+    from runner.metrics.forecast import forecast, sentence
+
+    found = forecast(steps, mses, sorted(thresholds().mse.values(), reverse=True), learning_rates=rates)
+    open_targets = [target for target in found.targets if target.status != "reached"]
+    # Targets of which the same is said share the words: `mse < 0.1, mse < 0.05: too few points.`
+    groups: dict[str, list[str]] = {}
+    for target in open_targets or found.targets[-1:]:
+        name, _, rest = sentence(found, target).partition(": ")
+        groups.setdefault(rest, []).append(name)
+    band = found.band
+    return RemainingSteps(
+        words=" ".join(f"{', '.join(names)}: {rest}" for rest, names in groups.items()),
+        reached=not open_targets,
+        band=tuple(zip(band.steps, band.lower, band.median, band.upper, strict=True)) if band else (),
+        details=asdict(found),
+    )
 
 
 def learning_rate(job: Job) -> float | None:
@@ -38,38 +110,6 @@ def learning_rate(job: Job) -> float | None:
     return float(rate) if is_number(rate) and rate > 0 else None
 
 
-# A job with one of these is a point; an mse that is not finite is one, too: it is there, as None.
-_FIGURES = {"mse", "text"}
-_LONG_LABEL = 40
-Key = TypeVar("Key")
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """The jobs of one run in one tier that have a step and figures, by step.
-
-    `variant`: what else tells them from another series of the same run and tier (`dtype=bfloat16`, a sweep's name).
-    `label`: the shortest name that tells it from the other series of the comparison.
-    """
-
-    run: str
-    tier: str
-    variant: str
-    jobs: tuple[Job, ...]
-    label: str = ""
-    estimate: Estimate | None = None
-
-    @property
-    def steps(self) -> list[int]:
-        """Ascending; a step that was measured twice is there twice."""
-        return [job.step for job in self.jobs if job.step is not None]
-
-    def values(self, metric: str) -> list[float | None]:
-        """The figure at each of `steps`."""
-        return [job.metric(metric) for job in self.jobs]
-
-
 def make_series(jobs: Sequence[Job]) -> tuple[Series, ...]:
     """The series of `jobs`, in the order in which their first jobs stand."""
     usable = [job for job in jobs if job.status == "ok" and job.step is not None and _FIGURES & set(job.metrics)]
@@ -79,7 +119,8 @@ def make_series(jobs: Sequence[Job]) -> tuple[Series, ...]:
         for variant, members in _grouped(named, lambda pair: pair[0]).items():
             for sweep, rows in _by_sweep([job for _, job in members]).items():
                 full = ", ".join(part for part in (variant, sweep) if part)
-                made.append(_one(rows[0].run, tier, full, rows))
+                ordered = tuple(sorted(rows, key=lambda job: job.step or 0))
+                made.append(Series(run=rows[0].run, tier=tier, variant=full, jobs=ordered, estimate=_estimate(ordered)))
     return tuple(replace(one, label=label) for one, label in zip(made, _labels(made), strict=True))
 
 
@@ -110,13 +151,13 @@ def _shared(rows: Sequence[Sequence[str]]) -> int:
     return next((i for i in range(shortest) if len({row[i] for row in rows}) > 1), shortest)
 
 
-def _one(run: str, tier: str, variant: str, jobs: list[Job]) -> Series:
-    ordered = tuple(sorted(jobs, key=lambda job: job.step or 0))
-    made = Series(run=run, tier=tier, variant=variant, jobs=ordered)
-    # Progress and readiness exist where there are verdicts, and so do the thresholds that the estimate is about.
-    judged = any(job.verdict for job in ordered)
-    rates = [learning_rate(job) for job in ordered] if judged else []
-    return replace(made, estimate=estimate(made.steps, made.values("mse"), rates)) if judged else made
+def _estimate(jobs: Sequence[Job]) -> RemainingSteps | None:
+    """Progress and readiness exist where there are verdicts, and so do the thresholds that the estimate is about."""
+    if not any(job.verdict for job in jobs):
+        return None
+    return estimate(
+        [job.step or 0 for job in jobs], [job.metric("mse") for job in jobs], list(map(learning_rate, jobs))
+    )
 
 
 def _by_sweep(jobs: list[Job]) -> dict[str, list[Job]]:
@@ -145,3 +186,37 @@ def display_names(paths: Sequence[str]) -> dict[str, str]:
                 break
         names[path] = str(PurePath(*tail)) if parts else path
     return names
+
+
+def varying(jobs: Sequence[Job]) -> dict[str, tuple[object, ...]]:
+    """Config key → its value in each of `jobs`, where the values of the jobs that have a config are not all the same.
+
+    What follows from the choice of a group (tier.measures from tier.name) is left out.
+    """
+    known = [job.config for job in jobs if job.config]
+    keys = dict.fromkeys(key for config in known for key in config)
+    values = {key: [json.dumps(config.get(key), sort_keys=True, default=str) for config in known] for key in keys}
+    return {
+        key: tuple(job.config.get(key) for job in jobs)
+        for key in keys
+        if len(set(values[key])) > 1 and not _follows(key, values)
+    }
+
+
+def _follows(key: str, values: Mapping[str, Sequence[str]]) -> bool:
+    """Whether the group's name tells the value of its `key`."""
+    name = f"{key.partition('.')[0]}.name"
+    if key == name or name not in values:
+        return False
+    return len(set(zip(values[name], values[key], strict=True))) == len(set(values[name]))
+
+
+def variants(jobs: Sequence[Job]) -> list[str]:
+    """What tells each of `jobs` (of one run and tier) from the others beside the step: `dtype=bfloat16`, or ``."""
+    keys = [key for key in varying(jobs) if key not in _NAMING and not key.startswith(_NAMING_GROUPS)]
+    return [", ".join(f"{key}={spelled(job.config.get(key))}" for key in keys) for job in jobs]
+
+
+def spelled(value: object) -> str:
+    """A config value as it is written on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

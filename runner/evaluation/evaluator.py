@@ -27,7 +27,7 @@ from runner.evaluation.forward import (
 from runner.evaluation.reference import Reference
 from runner.evaluation.tokenizers import encode, seeded_ids
 from runner.metrics import generation, layers
-from runner.metrics.fidelity import Comparison
+from runner.metrics.fidelity import LogitComparison
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,7 +109,7 @@ class Evaluator:
         """The text of token ids."""
         return " ".join(map(str, token_ids)) if self.tokenizer is None else str(self.tokenizer.decode(token_ids))
 
-    def compare(self, token_ids: torch.Tensor) -> Comparison:
+    def compare(self, token_ids: torch.Tensor) -> LogitComparison:
         """The model's logits against the reference's on one sequence [T]."""
         known = self._reference.trace(token_ids, [self._shared_below])
         if self._shared_below:
@@ -134,14 +134,14 @@ class Evaluator:
         """Whether the reference can be run in another precision here."""
         return self.reference is not None and isinstance(self.reference.model, LlamaForCausalLM)
 
-    def compare_to_floor(self, token_ids: torch.Tensor) -> Comparison:
+    def compare_to_floor(self, token_ids: torch.Tensor) -> LogitComparison:
         """The reference in the other of float32 and bfloat16 against itself: what no model can beat."""
         model = self._reference.model
         assert isinstance(model, LlamaForCausalLM)
         head, final = in_other_precision(model, token_ids)
         return compare_finals(self._reference.logit_chunks(token_ids), head, final, token_ids, logit_count(self.model))
 
-    def control(self, token_ids: torch.Tensor) -> Comparison:
+    def control(self, token_ids: torch.Tensor) -> LogitComparison:
         """All layers off, through the model's own forward pass, against the plain model: must be equal."""
         assert self.plain is not None
         llama = self._llama
@@ -149,7 +149,7 @@ class Evaluator:
             output = llama.model(token_ids.to(llama.device).unsqueeze(0), use_cache=False)
         return self._compare(self.plain, self.model, output.last_hidden_state, token_ids)
 
-    def plain_against_reference(self, token_ids: torch.Tensor) -> Comparison:
+    def plain_against_reference(self, token_ids: torch.Tensor) -> LogitComparison:
         """The plain model against the reference: differs where a checkpoint brings base weights of its own."""
         assert self.plain is not None
         final = self.plain.trace(token_ids, []).final
@@ -205,7 +205,7 @@ class Evaluator:
 
     def _compare(
         self, reference: Reference, model: nn.Module, final: torch.Tensor, token_ids: torch.Tensor
-    ) -> Comparison:
+    ) -> LogitComparison:
         return compare_finals(
             reference.logit_chunks(token_ids), head_of(model), final, token_ids, logit_count(self.model)
         )

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from runner.metrics.fidelity import Comparison, compare
+from runner.metrics.fidelity import LogitComparison, compare
 
 # Entries of one chunk of logits: 16 MiB in float32, and a few times that in float64 while they are compared.
 CHUNK_ENTRIES = 1 << 22
@@ -133,7 +133,7 @@ def logits(model: nn.Module, final: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def compare_finals(
     reference: LogitChunks, head: Head, final: torch.Tensor, token_ids: torch.Tensor, vocab_size: int
-) -> Comparison:
+) -> LogitComparison:
     """Compare a reference's logits, in chunks of positions, with those that a head gives to its input [1, T, d]."""
     parts = final[0].split(chunk_size(vocab_size))
     return compare(((theirs, head(ours)) for theirs, ours in zip(reference, parts, strict=True)), token_ids)

@@ -1,4 +1,4 @@
-"""How close a subject's logits are to a reference's, on the same tokens (spec/measures.md, "Fidelity of logits").
+"""How close a subject's logits are to a reference's, on the same tokens (formulas: README.md).
 
 Logits come in chunks of positions, so that no caller has to hold two full [T, V] tensors. Per-entry differences are
 taken in float32, sums and probabilities in float64: the KL of two close distributions is a small difference of
@@ -8,7 +8,6 @@ large numbers.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ QUANTILES = {"p999": 0.999, "p99": 0.99, "p95": 0.95, "p90": 0.9, "p50": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class LogitComparison:
     """Subject against reference on one sequence of T tokens over a vocabulary of V.
 
     `squared_difference`, `reference_square`, `subject_square` and `product` are sums over all T·V entries;
@@ -49,7 +48,7 @@ class Comparison:
         norms = math.sqrt(self.reference_square * self.subject_square)
         return self.product / norms if norms > 0 else None
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, float | None]:
         """The figures of this one sequence, by the names of the result contract; {} where a logit is not finite."""
         if not self.finite:
             return {"mse": None, "cosine": None, "kl": None}
@@ -68,57 +67,54 @@ class Comparison:
         return self.next_logprob.exp() - self.next_logprob_reference.exp()
 
 
-def compare(chunks: Iterable[tuple[torch.Tensor, torch.Tensor]], token_ids: torch.Tensor) -> Comparison:
+def compare(chunks: Iterable[tuple[torch.Tensor, torch.Tensor]], token_ids: torch.Tensor) -> LogitComparison:
     """Compare logits given as (reference, subject) chunks [t, V] that together cover the positions of `token_ids` [T].
 
     Position p predicts token p + 1; the last position has no known next token. Raises ValueError where shapes differ.
     """
     sums = [0.0] * 4
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name in ("kl", "kl_reverse", "top1", "top5", "sub", "ref")}
-    position, entries, finite = 0, 0, True
+    parts: dict[str, list[torch.Tensor]] = {}
+    position, entries = 0, 0
     for reference, subject in chunks:
         if reference.shape != subject.shape:
             raise ValueError(f"reference logits {list(reference.shape)}, subject logits {list(subject.shape)}")
         reference, subject = reference.float(), subject.float()
         entries += reference.numel()
-        squares = [_square(each) for each in (subject - reference, reference, subject)]
-        finite = finite and all(map(math.isfinite, squares))
-        for i, value in enumerate((*squares, float((subject * reference).sum(dtype=torch.float64)))):
-            sums[i] += value
-        best = [each.topk(min(5, each.shape[-1]), dim=-1).indices for each in (reference, subject)]
-        parts["top1"].append((best[0][:, 0] == best[1][:, 0]).double().cpu())
-        parts["top5"].append((best[0].unsqueeze(-1) == best[1].unsqueeze(-2)).any(-1).double().mean(-1).cpu())
+        squares = [each.square().sum(dtype=torch.float64) for each in (subject - reference, reference, subject)]
+        found = [float(value) for value in (*squares, (subject * reference).sum(dtype=torch.float64))]
+        sums = [total + value for total, value in zip(sums, found, strict=True)]
+        best, other = (each.topk(min(5, each.shape[-1]), dim=-1).indices for each in (reference, subject))
         log_p, log_q = reference.double().log_softmax(-1), subject.double().log_softmax(-1)
         known = token_ids[position + 1 : position + 1 + len(reference)].to(log_p.device)
         rows = torch.arange(len(known), device=log_p.device)
-        parts["sub"].append(log_q[rows, known].cpu())
-        parts["ref"].append(log_p[rows, known].cpu())
-        # In place from here: fresh memory of this size costs more than the arithmetic.
+        values = {
+            "top1": (best[:, 0] == other[:, 0]).double(),
+            "top5": (best.unsqueeze(-1) == other.unsqueeze(-2)).any(-1).double().mean(-1),
+            "next_logprob": log_q[rows, known],
+            "next_logprob_reference": log_p[rows, known],
+        }
+        # In place from here: fresh memory of this size costs more than the arithmetic. Rounding can leave -1e-17.
         difference = log_p - log_q
-        parts["kl"].append(log_p.exp_().mul_(difference).sum(-1).cpu())
-        parts["kl_reverse"].append(log_q.exp_().mul_(difference).sum(-1).neg().cpu())
+        values["kl"] = log_p.exp_().mul_(difference).sum(-1).clamp_min(0)
+        values["kl_reverse"] = log_q.exp_().mul_(difference).sum(-1).neg().clamp_min(0)
+        for name, value in values.items():
+            parts.setdefault(name, []).append(value.cpu())
         position += len(reference)
     if position != len(token_ids):
         raise ValueError(f"logits of {position} positions for {len(token_ids)} tokens")
-    joined = {name: torch.cat(values) for name, values in parts.items()}
-    return Comparison(
+    return LogitComparison(
         tokens=position,
         entries=entries,
-        finite=finite,
+        finite=all(map(math.isfinite, sums[:3])),
         squared_difference=sums[0],
         reference_square=sums[1],
         subject_square=sums[2],
         product=sums[3],
-        kl=joined["kl"].clamp_min(0),  # rounding can leave -1e-17
-        kl_reverse=joined["kl_reverse"].clamp_min(0),
-        top1=joined["top1"],
-        top5=joined["top5"],
-        next_logprob=joined["sub"],
-        next_logprob_reference=joined["ref"],
+        **{name: torch.cat(values) for name, values in parts.items()},
     )
 
 
-def summarise(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def summarise(comparisons: Sequence[LogitComparison]) -> dict[str, float | None]:
     """The report's figures over several sequences, each of them one independent unit.
 
     A mean is the mean over sequences of the sequence's own mean; `_se` is its standard error over sequences
@@ -127,7 +123,7 @@ def summarise(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """
     if not all(comparison.finite for comparison in comparisons):
         return {"mse": None, "cosine": None, "kl": None}
-    figures: dict[str, Any] = {"mse": _mean([c.mse for c in comparisons])}
+    figures: dict[str, float | None] = {"mse": _mean([c.mse for c in comparisons])}
     cosines = [c.cosine for c in comparisons if c.cosine is not None]
     figures["cosine"] = _mean(cosines) if len(cosines) == len(comparisons) else None
     for name in ("kl", "kl_reverse"):
@@ -148,20 +144,14 @@ def summarise(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     return figures | _scale(*totals)
 
 
-def perplexities(comparisons: Sequence[Comparison]) -> dict[str, float | None]:
+def perplexities(comparisons: Sequence[LogitComparison]) -> dict[str, float | None]:
     """`loss` (nats a token) and `ppl` of subject and reference over all known next tokens. None where undefined."""
-    known = [c for c in comparisons if len(c.next_logprob)]
-    if not known or not all(c.finite for c in known):
+    if not all(c.finite for c in comparisons) or not any(len(c.next_logprob) for c in comparisons):
         return dict.fromkeys(("loss", "loss_reference", "ppl", "ppl_reference", "ppl_ratio"))
-    subject = -float(torch.cat([c.next_logprob for c in known]).mean())
-    reference = -float(torch.cat([c.next_logprob_reference for c in known]).mean())
-    return {
-        "loss": subject,
-        "loss_reference": reference,
-        "ppl": _exp(subject),
-        "ppl_reference": _exp(reference),
-        "ppl_ratio": _exp(subject - reference),
-    }
+    subject = -float(torch.cat([c.next_logprob for c in comparisons]).mean())
+    reference = -float(torch.cat([c.next_logprob_reference for c in comparisons]).mean())
+    losses = {"loss": subject, "loss_reference": reference}
+    return {**losses, "ppl": _exp(subject), "ppl_reference": _exp(reference), "ppl_ratio": _exp(subject - reference)}
 
 
 def perplexity(logprobs: Sequence[torch.Tensor]) -> dict[str, float | None]:
@@ -181,7 +171,9 @@ def standard_error(values: Sequence[float]) -> float | None:
     return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
-def _scale(product: float, subject_square: float, squared_difference: float, reference_square: float) -> dict[str, Any]:
+def _scale(
+    product: float, subject_square: float, squared_difference: float, reference_square: float
+) -> dict[str, float | None]:
     """The scalar s that minimises ‖s·subject - reference‖², and the share of the squared difference it removes."""
     if subject_square == 0:
         return {"scale": None, "magnitude_share": None}
@@ -189,11 +181,6 @@ def _scale(product: float, subject_square: float, squared_difference: float, ref
     left = reference_square - product * scale
     share = None if squared_difference == 0 else min(1.0, max(0.0, 1 - left / squared_difference))
     return {"scale": scale, "magnitude_share": share}
-
-
-def _square(values: torch.Tensor) -> float:
-    """Sum of the squares of float32 `values`, added up in float64; not finite where one of them is not."""
-    return float(values.square().sum(dtype=torch.float64))
 
 
 def _root_mean_square(values: torch.Tensor) -> float | None:

@@ -1,4 +1,4 @@
-"""The estimate of remaining steps: when a falling mse reaches a target, as an interval (spec/measures.md).
+"""The estimate of remaining steps: when a falling mse reaches a target, as an interval, in words, and back-tested.
 
 A power law and an exponential, each with a floor, are fitted to log mse (forecast_fit.py). A family that misses the
 points by far more than they scatter is rejected; the interval is the union of those of the families that are left.
@@ -10,27 +10,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runner.metrics.forecast_fit import (
-    FAMILIES,
-    LEAST_NOISE,
-    PARAMETERS,
-    Array,
-    Region,
-    coordinate,
-    curve_band,
-    f_quantile,
-    fit,
-    log_floor,
-    reach,
-    step_at,
-)
-from runner.metrics.forecast_series import Series, local_noise, reached, rejection_ratio, series_of
+from runner.metrics import forecast_fit as curves
+from runner.metrics.forecast_fit import Array, MeasuredPoints, Region
 
 LEAST_POINTS = 6
 # An upper end beyond this many times the last step is none.
 HORIZON = 100.0
 _BAND_POINTS = 80
 _MOST_LOG = 700.0
+_LEAST_HELD = 2
+_REFUSAL_WORDS = {
+    "not_falling": "not estimated: the mse is not falling (no falling curve describes it better than a constant)",
+    "no_fit": "not estimated: neither a power law nor an exponential with a floor fits these points",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +96,7 @@ def forecast(
 ) -> Forecast:
     """Fit the series, and say for each target when it is reached.
 
-    `learning_rates`, `changes`: see series_of; only the points since the last change are fitted. `band_steps`: where
+    `learning_rates`, `changes`: see points_of; only the points since the last change are fitted. `band_steps`: where
     the band is wanted (positive); by default from the first point to a little beyond the latest finite estimate.
     The scatter of the figures is taken as independent from step to step: where it is not, intervals are too narrow.
     Raises ValueError for lengths that differ, a confidence outside (0, 1) and a target that is not positive.
@@ -113,16 +105,16 @@ def forecast(
         raise ValueError(f"confidence={confidence} must lie between 0 and 1")
     if any(not target > 0 for target in targets):
         raise ValueError(f"targets={list(targets)} must be positive")
-    series = series_of(steps, mses, learning_rates, changes)
+    series = curves.points_of(steps, mses, learning_rates, changes)
     at, y = np.array(series.steps), np.log(np.array(series.mses))
     regions: dict[str, Region] = {}
     noise, refusal, most = None, None, 0.0
     if len(at) < LEAST_POINTS:
         refusal = "too_few_points"
     else:
-        noise = float(local_noise(at, y[None])[0])
-        most = max(rejection_ratio(at) * noise, LEAST_NOISE)
-        regions = {name: fit(y[None], coordinate(name, at, at), confidence) for name in FAMILIES}
+        noise = float(curves.local_noise(at, y[None])[0])
+        most = max(curves.rejection_ratio(at) * noise, curves.LEAST_NOISE)
+        regions = {name: curves.fit(y[None], curves.coordinate(name, at, at), confidence) for name in curves.FAMILIES}
         refusal = _refusal(y, regions, most, confidence)
     kept = {} if refusal else {name: region for name, region in regions.items() if _accepted(region, most)}
     found = tuple(_estimate(series, kept, target, refusal) for target in targets)
@@ -148,39 +140,33 @@ def _accepted(region: Region, most: float) -> bool:
 
 def _refusal(y: Array, regions: dict[str, Region], most: float, confidence: float) -> str | None:
     """Why no step is named: a constant describes the points as well, or no family describes them."""
-    free = len(y) - PARAMETERS
+    free = len(y) - curves.PARAMETERS
     best = min(float(region.rss[0]) for region in regions.values())
     gain = float(((y - y.mean()) ** 2).sum()) - best
-    if gain <= 2 * f_quantile(2, free, confidence) * max(best / free, LEAST_NOISE**2):
+    if gain <= 2 * curves.f_quantile(2, free, confidence) * max(best / free, curves.LEAST_NOISE**2):
         return "not_falling"
     return None if any(_accepted(region, most) for region in regions.values()) else "no_fit"
 
 
 def _family(name: str, region: Region, most: float) -> FamilyFit:
-    lower, best, upper = (_exp(value[0]) for value in log_floor(region))
-    return FamilyFit(
-        name=name,
-        accepted=_accepted(region, most),
-        noise=float(region.noise[0]),
-        floor=best,
-        floor_lower=lower,
-        floor_upper=upper,
-    )
+    lower, best, upper = (_exp(value[0]) for value in curves.log_floor(region))
+    noise, accepted = float(region.noise[0]), _accepted(region, most)
+    return FamilyFit(name=name, accepted=accepted, noise=noise, floor=best, floor_lower=lower, floor_upper=upper)
 
 
 def _best(regions: dict[str, Region]) -> str:
     return min(regions, key=lambda name: float(regions[name].rss[0]))
 
 
-def _estimate(series: Series, regions: dict[str, Region], target: float, refusal: str | None) -> TargetEstimate:
-    step = reached(series, target)
+def _estimate(series: MeasuredPoints, regions: dict[str, Region], target: float, refusal: str | None) -> TargetEstimate:
+    step = curves.reached(series, target)
     if step is not None:
         return TargetEstimate(target=target, status="reached", lower=step, best=step, upper=step)
     if refusal:
         return TargetEstimate(target=target, status=refusal)
     at = np.array(series.steps)
     bounds = {
-        name: [float(step_at(name, at, x)[0]) for x in reach(region, math.log(target))]
+        name: [float(curves.step_at(name, at, x)[0]) for x in curves.reach(region, math.log(target))]
         for name, region in regions.items()
     }
     most = HORIZON * series.steps[-1]
@@ -199,12 +185,12 @@ def _band_steps(at: Array, found: Sequence[TargetEstimate]) -> Sequence[float]:
 
 
 def _band(at: Array, regions: dict[str, Region], steps: Array) -> Band:
-    curves = {name: curve_band(region, coordinate(name, at, steps)) for name, region in regions.items()}
+    bands = {name: curves.curve_band(region, curves.coordinate(name, at, steps)) for name, region in regions.items()}
     return Band(
         steps=tuple(float(step) for step in steps),
-        lower=_figures(np.min([curve[0][0] for curve in curves.values()], axis=0)),
-        median=_figures(curves[_best(regions)][1][0]),
-        upper=_figures(np.max([curve[2][0] for curve in curves.values()], axis=0)),
+        lower=_figures(np.min([band[0][0] for band in bands.values()], axis=0)),
+        median=_figures(bands[_best(regions)][1][0]),
+        upper=_figures(np.max([band[2][0] for band in bands.values()], axis=0)),
     )
 
 
@@ -215,3 +201,187 @@ def _figures(logs: Array) -> tuple[float, ...]:
 def _exp(log: float) -> float:
     """A positive finite figure, or the 0 of a floor that is not there."""
     return 0.0 if log == -math.inf else math.exp(min(max(log, -_MOST_LOG), _MOST_LOG))
+
+
+def sentence(forecast: Forecast, estimate: TargetEstimate) -> str:
+    """What is known about when the mse falls below one target: "mse < 0.1: between steps 34,000 and 46,000, …"."""
+    return f"mse < {estimate.target:g}: {_answer(forecast, estimate)}."
+
+
+def _answer(forecast: Forecast, estimate: TargetEstimate) -> str:
+    if estimate.status == "reached":
+        return f"reached at step {estimate.best:,.0f}"
+    if estimate.status == "too_few_points":
+        where = f" since the training changed before step {forecast.since:,.0f}" if forecast.since is not None else ""
+        return f"too few points ({forecast.points}{where}; an estimate needs {LEAST_POINTS})"
+    if estimate.status in _REFUSAL_WORDS:
+        return _REFUSAL_WORDS[estimate.status]
+    if estimate.status == "not_reached":
+        return _not_reached(forecast, estimate)
+    now = forecast.last_step or 0.0
+    lower = estimate.lower or 0.0
+    guess = f"best fit at step {_rounded(estimate.best)}, {forecast.confidence:.0%} interval"
+    if estimate.upper is None:
+        if lower <= now:
+            return f"no bound on the remaining steps: soon, late or never ({guess} without ends)"
+        more = _down(lower - now)
+        return f"≥ {_more_steps(more)}, not before step {now + more:,.0f} ({guess} without an upper end)"
+    if estimate.upper <= now:
+        return f"met by step {_up(estimate.upper):,.0f} on this fit, though the last figure is not below it ({guess})"
+    # The remainder is rounded, and the step follows from it: people subtract one from the other.
+    most = _up(estimate.upper - now)
+    if lower <= now:
+        return f"at most {_more_steps(most)}, by step {now + most:,.0f} ({guess})"
+    least = _down(lower - now)
+    return f"between steps {now + least:,.0f} and {now + most:,.0f}, {least:,.0f} to {most:,.0f} more ({guess})"
+
+
+def _not_reached(forecast: Forecast, estimate: TargetEstimate) -> str:
+    best = min((family for family in forecast.families if family.accepted), key=lambda family: family.noise)
+    words = f"not reached on this fit, which levels off at {best.floor:.3g}"
+    if best.floor < estimate.target:
+        words = "not reached on this fit, which falls too slowly"
+    now = forecast.last_step or 0.0
+    if estimate.lower is None:
+        return words
+    if estimate.lower <= now:
+        return f"{words}, though the points allow it at any step"
+    return f"{words}; if at all, ≥ {_more_steps(_down(estimate.lower - now))}"
+
+
+def _rounded(value: float | None) -> str:
+    return "?" if value is None else f"{float(f'{value:.3g}'):,.0f}"
+
+
+def _more_steps(more: float) -> str:
+    return f"{more:,.0f} more step{'' if more == 1 else 's'}"
+
+
+def _down(value: float) -> float:
+    unit = _unit(value)
+    return math.floor(value / unit) * unit
+
+
+def _up(value: float) -> float:
+    unit = _unit(value)
+    return math.ceil(value / unit) * unit
+
+
+def _unit(value: float) -> float:
+    """The place of the third digit: steps are whole, and an interval has no more digits than that."""
+    return 10.0 ** max(math.floor(math.log10(value)) - 2, 0) if value > 0 else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldPoint:
+    """One point that the fit did not see; `lower` to `upper` is where a measured mse was expected."""
+
+    step: float
+    mse: float
+    lower: float
+    predicted: float
+    upper: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldTarget:
+    """A target that the fitted part had not reached. `seen`: the step at which the series did, or None.
+
+    `held`: whether the interval agrees with that; where it was not seen, whether the interval goes on to or beyond the
+    last step.
+    """
+
+    estimate: TargetEstimate
+    seen: float | None
+    held: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backtest:
+    """The score. `refusal`: why there is none, else None.
+
+    `inside`: share of the held points within their bounds; `typical_error`: the mean of |log(measured/predicted)| as a
+    ratio less one (0.1 is 10 %); `bias`: measured over predicted, as a geometric mean (above 1: it promised too much).
+    """
+
+    refusal: str | None = None
+    fitted_points: int = 0
+    fitted_until: float | None = None
+    points: tuple[HeldPoint, ...] = ()
+    inside: float | None = None
+    typical_error: float | None = None
+    bias: float | None = None
+    targets: tuple[HeldTarget, ...] = ()
+
+
+def backtest(
+    steps: Sequence[float | None],
+    mses: Sequence[float | None],
+    targets: Sequence[float],
+    *,
+    share: float = 0.6,
+    learning_rates: Sequence[float | None] | None = None,
+    changes: Sequence[float] = (),
+    confidence: float = 0.9,
+) -> Backtest:
+    """Fit the first `share` of the points (at least six), hold the others (at least two) against the prediction.
+
+    The other arguments are those of `forecast`. Raises ValueError as it does, and for a share outside (0, 1).
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share={share} must lie between 0 and 1")
+    series = curves.points_of(steps, mses, learning_rates, changes)
+    first = max(LEAST_POINTS, math.ceil(share * len(series.steps)))
+    rest = len(series.steps) - first
+    if rest < _LEAST_HELD:
+        needed = LEAST_POINTS + _LEAST_HELD
+        return Backtest(refusal=f"too few points ({len(series.steps)}; a back-test needs {needed})")
+    known = forecast(
+        series.steps[:first], series.mses[:first], targets, confidence=confidence, band_steps=series.steps[first:]
+    )
+    if known.refusal is not None:
+        why = "is not falling" if known.refusal == "not_falling" else "fits neither family"
+        return Backtest(refusal=f"the first part {why}", fitted_points=first, fitted_until=series.steps[first - 1])
+    points = _held_points(series, first, known)
+    errors = np.array([math.log(point.mse / point.predicted) for point in points])
+    return Backtest(
+        fitted_points=first,
+        fitted_until=series.steps[first - 1],
+        points=points,
+        inside=float(np.mean([point.lower <= point.mse <= point.upper for point in points])),
+        typical_error=float(np.expm1(np.abs(errors).mean())),
+        bias=float(np.exp(errors.mean())),
+        targets=tuple(_held_target(series, e) for e in known.targets if e.status != "reached"),
+    )
+
+
+def _held_points(series: MeasuredPoints, first: int, known: Forecast) -> tuple[HeldPoint, ...]:
+    """The band holds the curve; a measured point also scatters around it, so the two widths add as squares."""
+    assert known.band is not None
+    scatter = min(family.noise for family in known.families if family.accepted)
+    scatter *= math.sqrt(curves.f_quantile(1, first - curves.PARAMETERS, known.confidence))
+    band = known.band
+    rows = zip(band.steps, series.mses[first:], band.lower, band.median, band.upper, strict=True)
+    return tuple(
+        HeldPoint(
+            step=step,
+            mse=mse,
+            lower=middle * math.exp(-math.hypot(math.log(middle / lower), scatter)),
+            predicted=middle,
+            upper=middle * math.exp(math.hypot(math.log(upper / middle), scatter)),
+        )
+        for step, mse, lower, middle, upper in rows
+    )
+
+
+def _held_target(series: MeasuredPoints, estimate: TargetEstimate) -> HeldTarget:
+    """The curve meets its target after the last step before any figure below it, and by the first that stays below."""
+    lower = math.inf if estimate.lower is None else estimate.lower
+    upper = math.inf if estimate.upper is None else estimate.upper
+    seen = curves.reached(series, estimate.target)
+    if seen is None:
+        return HeldTarget(estimate=estimate, seen=None, held=upper >= series.steps[-1])
+    points = list(zip(series.seen_steps, series.seen, strict=True))
+    first_below = next(step for step, mse in points if mse < estimate.target)
+    before = max((step for step, _ in points if step < first_below), default=0.0)
+    return HeldTarget(estimate=estimate, seen=seen, held=lower <= seen and upper >= before)

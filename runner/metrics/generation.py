@@ -1,7 +1,6 @@
 """Continuations of a prompt, and where two of them part."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +35,7 @@ def generate(
     return tokens[0, len(prompt) :].tolist()
 
 
-def agreement(subject: Sequence[int], reference: Sequence[int]) -> dict[str, Any]:
+def agreement(subject: Sequence[int], reference: Sequence[int]) -> dict[str, float | None]:
     """Share of equal tokens by position, and the first position where they differ (None where none does)."""
     same = [a == b for a, b in zip(subject, reference, strict=True)]
     return {

@@ -1,4 +1,4 @@
-"""NPT layers by themselves and together (spec/measures.md, "Per-layer tests").
+"""NPT layers by themselves and together (formulas: README.md).
 
 `run(active)` gives the logits [T, V] with exactly the NPT layers in `active` modulating and all others standard.
 """

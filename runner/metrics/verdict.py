@@ -1,34 +1,50 @@
-"""From figures to words: status, progress, readiness (spec/measures.md, "Verdicts").
+"""From figures to words: status, progress, readiness; every threshold behind them stands in conf/verdict.yaml.
 
-The thresholds stand in conf/verdict.yaml. Progress and remaining work are a rule of thumb from the field; an
-estimate from a series of steps is another thing.
-
-The thresholds behind the verdicts, as conf/verdict.yaml has them.
+Progress and remaining work are a rule of thumb from the field; the estimate from a series of steps is another thing.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 
 from runner.installation import config_directory
 
 
+class ProgressRow(TypedDict):
+    """From this mse on: so much is done, and so much remains."""
+
+    mse: float
+    percent: int
+    remaining: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """Upper bounds of mse, lower bounds of cosine, and mse → (percent, words), in the order they are tried."""
+    """conf/verdict.yaml, which says what each is; names stand in the order in which they are tried."""
 
     mse: Mapping[str, float]
     cosine: Mapping[str, float]
-    progress: Sequence[Mapping[str, Any]]
+    progress: Sequence[ProgressRow]
     layer_mse: float
     layer_share: float
     close_mse: float
     close_cosine: float
     generation_agreement: float
     generation_repetition: float
+    trend: Mapping[str, float]
+    quality: Mapping[str, Mapping[str, float]]
+    quality_score: Mapping[str, float]
+    overall: Mapping[str, float]
+
+
+@cache
+def thresholds() -> Thresholds:
+    """Those of conf/verdict.yaml, for what runs without a composed config."""
+    values = yaml.safe_load((config_directory() / "verdict.yaml").read_text(encoding="utf-8"))
+    return Thresholds(**{key: value for key, value in values.items() if key != "_target_"})
 
 
 def mse_status(mse: float | None, thresholds: Thresholds) -> str:
@@ -71,42 +87,58 @@ def judge(
     at most basic. `generations`: greedy continuations with `agreement` and `repetition`, part of the reason.
     """
     percent, remaining = progress(mse, thresholds)
-    readiness, reason = _readiness(mse, cosine, thresholds, layer_mses)
-    said = _generation_words(generations, thresholds)
+    readiness, reason, recommendation = _readiness(mse, cosine, thresholds, layer_mses)
     return {
         "status": mse_status(mse, thresholds),
         "cosine_status": cosine_status(cosine, thresholds),
         "progress": percent,
         "remaining": remaining,
         "readiness": readiness,
-        "reason": "; ".join([reason, *said]),
-        "recommendation": _recommendation(mse, cosine, readiness, thresholds, layer_mses),
+        "reason": "; ".join([reason, *_generation_words(generations, thresholds)]),
+        "recommendation": recommendation,
     }
 
 
 def _readiness(
     mse: float | None, cosine: float | None, thresholds: Thresholds, layer_mses: Sequence[float | None] | None
-) -> tuple[str, str]:
+) -> tuple[str, str, str]:
+    """Readiness, the reason for it, and what to do."""
     if mse is None or cosine is None:
-        return "early", "the logits are not finite"
+        advice = (
+            "Look at the first layer with a value that is not finite (see the findings), and at the training before."
+        )
+        return "early", "the logits are not finite", advice
     figures = f"mse {mse:.4g}, cosine {cosine:.4f}"
-    excellent = mse < thresholds.mse["excellent"] and cosine > thresholds.cosine["excellent"]
-    if excellent and layer_mses is None:
-        return "basic", f"{figures}: both excellent, the layers by themselves not measured: run tier=full"
-    if excellent and layer_mses:
-        good = sum(value is not None and value < thresholds.layer_mse for value in layer_mses)
-        share = f"{good} of {len(layer_mses)} layers good by themselves (mse < {thresholds.layer_mse:g})"
-        if good / len(layer_mses) > thresholds.layer_share:
-            return "production", f"{figures}, and {share}"
-        return "basic", f"{figures}, but only {share}: production needs more than {thresholds.layer_share:.0%}"
-    if mse < thresholds.mse["good"] and cosine > thresholds.cosine["good"]:
-        return "basic", f"{figures}: under {thresholds.mse['good']:g} and over {thresholds.cosine['good']:g}"
+    low, high = thresholds.mse, thresholds.cosine
+    usable = "Usable with minor limitations; fine-tuning can still bring it closer."
+    if layer_mses is None and mse < low["excellent"]:
+        usable = "Run tier=full to see each layer by itself."
+    if mse < low["excellent"] and cosine > high["excellent"]:
+        if layer_mses is None:
+            return "basic", f"{figures}: both excellent, the layers by themselves not measured: run tier=full", usable
+        if layer_mses:
+            good = sum(value is not None and value < thresholds.layer_mse for value in layer_mses)
+            share = f"{good} of {len(layer_mses)} layers good by themselves (mse < {thresholds.layer_mse:g})"
+            if good / len(layer_mses) > thresholds.layer_share:
+                return "production", f"{figures}, and {share}", "Ready for use."
+            needed = f"production needs more than {thresholds.layer_share:.0%}"
+            return "basic", f"{figures}, but only {share}: {needed}", usable
+    if mse < low["good"] and cosine > high["good"]:
+        return "basic", f"{figures}: under {low['good']:g} and over {high['good']:g}", usable
+    magnitude = mse >= thresholds.close_mse and cosine > high["good"]
+    if cosine < high["moderate"]:
+        advice = "Check the initialisation and the architecture: the outputs point in another direction."
+    elif magnitude:
+        advice = "Direction right, magnitude wrong: more steps, and look at the learning rate."
+    else:
+        advice = "Continue training."
     if mse < thresholds.close_mse and cosine > thresholds.close_cosine:
-        return "continue", f"{figures}: close, not there yet"
-    high_cosine = cosine > thresholds.cosine["good"]
-    if mse >= thresholds.close_mse and high_cosine:
-        return "early", f"{figures}: direction right, magnitude wrong"
-    return "early", f"{figures}: far from the base model"
+        return "continue", f"{figures}: close, not there yet", advice
+    return (
+        "early",
+        f"{figures}: {'direction right, magnitude wrong' if magnitude else 'far from the base model'}",
+        advice,
+    )
 
 
 def _generation_words(generations: Sequence[Mapping[str, Any]], thresholds: Thresholds) -> list[str]:
@@ -117,40 +149,8 @@ def _generation_words(generations: Sequence[Mapping[str, Any]], thresholds: Thre
     words = [f"greedy continuations agree with the base's in {mean:.0%} of the tokens"]
     if mean < thresholds.generation_agreement:
         words[0] += f" (under {thresholds.generation_agreement:.0%})"
-    extra = [
-        g["repetition"] - g["reference_repetition"]
-        for g in generations
-        if g.get("repetition") is not None and g.get("reference_repetition") is not None
-    ]
+    pairs = [(g.get("repetition"), g.get("reference_repetition")) for g in generations]
+    extra = [own - other for own, other in pairs if own is not None and other is not None]
     if extra and max(extra) > thresholds.generation_repetition:
         words.append(f"they repeat themselves more than the base's (by up to {max(extra):.0%} of the 3-grams)")
     return words
-
-
-def _recommendation(
-    mse: float | None,
-    cosine: float | None,
-    readiness: str,
-    thresholds: Thresholds,
-    layer_mses: Sequence[float | None] | None,
-) -> str:
-    if mse is None or cosine is None:
-        return "Look at the first layer with a value that is not finite (see the findings), and at the training before."
-    if readiness == "production":
-        return "Ready for use."
-    if readiness == "basic":
-        if mse < thresholds.mse["excellent"] and layer_mses is None:
-            return "Run tier=full to see each layer by itself."
-        return "Usable with minor limitations; fine-tuning can still bring it closer."
-    if cosine < thresholds.cosine["moderate"]:
-        return "Check the initialisation and the architecture: the outputs point in another direction."
-    if mse >= thresholds.close_mse and cosine > thresholds.cosine["good"]:
-        return "Direction right, magnitude wrong: more steps, and look at the learning rate."
-    return "Continue training."
-
-
-@cache
-def thresholds() -> Thresholds:
-    """The bounds of mse and cosine and the other fixed numbers."""
-    values = yaml.safe_load((config_directory() / "verdict.yaml").read_text(encoding="utf-8"))
-    return Thresholds(**{key: value for key, value in values.items() if key != "_target_"})

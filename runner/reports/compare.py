@@ -1,7 +1,4 @@
-"""The report of `task=compare`, and what a sweep prints when its jobs are done.
-
-What a comparison leaves: the page, a table, everything as JSON, and the main plot as pictures.
-"""
+"""What a comparison leaves: its files, the report of `task=compare`, and what a sweep prints when its jobs are done."""
 
 import json
 import shutil
@@ -9,32 +6,45 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from runner.comparison.comparison import Comparison
 from runner.comparison.export import to_csv, to_dict
-from runner.comparison.insights import Answers, answers, headline, leading
+from runner.comparison.insights import headline, insights, leading
 from runner.comparison.jobs import Job
-from runner.comparison.points import checkpoint_name
 from runner.comparison.series import without_shared_ends
 from runner.errors import printable
 from runner.files.atomic import write_whole
-from runner.reports.console import Fact, Rows, known, percent, print_rows, short
+from runner.reports.console import Fact, Rows, Tables, known, number, percent, print_rows
 from runner.reports.page.build import page
 from runner.reports.picture import pictures
+from runner.results import JsonObject
+
+_LEVEL_WORDS = {"good": "good", "warn": "fair", "bad": "poor"}
+_QUESTIONS = {"working": "Training", "ready": "Readiness", "layer": "Layers", "best": "Best Checkpoint"}
+# What a narrow terminal does without, first to last.
+_SPARED = ("top1", "kl", "status", "progress", "readiness", "run")
+# A run's name beyond this loses what all runs' names share.
+_LONG_RUN = 16
+# What tells rows of one checkpoint apart.
+_TELLING = ("run", "tier", "variant")
+# A panel's frame and padding.
+_FRAME = 6
+# Jobs with one reason that get a line each.
+_OWN_LINES = 3
+_CHECK_WORDS = ("pass", "warning", "fail", "skipped")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class ComparisonFiles:
     """`files`: those that were written, by kind (html, csv, json, png, svg); `problem`: why not all, in one line."""
 
     files: dict[str, Path]
     problem: str | None = None
 
 
-def write_files(comparison: Comparison, directory: Path) -> Written:
+def write_files(comparison: Comparison, directory: Path) -> ComparisonFiles:
     """Write `comparison.*` into `directory`, each file whole or not at all; the first that fails ends it.
 
     Nothing that a job left is touched.
@@ -54,82 +64,58 @@ def write_files(comparison: Comparison, directory: Path) -> Written:
         try:
             write_whole(path, content())
         except OSError as error:
-            return Written(files=files, problem=f"{path}: cannot be written: {error.strerror or error}")
+            return ComparisonFiles(files=files, problem=f"{path}: cannot be written: {error.strerror or error}")
         files[kind] = path
-    return Written(files=files)
+    return ComparisonFiles(files=files)
 
 
-_LEVEL_WORDS = {"good": "good", "warn": "fair", "bad": "poor"}
-_QUESTIONS = {"working": "Training", "ready": "Readiness", "layer": "Layers", "best": "Best Checkpoint"}
-# What a narrow terminal does without, first to last.
-_SPARED = ("top1", "kl", "status", "progress", "readiness", "run")
-# A run's name beyond this loses what all runs' names share.
-_LONG_RUN = 16
-# What tells rows of one checkpoint apart.
-_TELLING = ("run", "tier", "variant")
-# A panel's frame and padding.
-_FRAME = 6
-# Jobs with one reason that get a line each.
-_OWN_LINES = 3
-
-
-def summary(comparison: Comparison) -> dict[str, Any]:
+def summary(comparison: Comparison) -> JsonObject:
     """What the report shows, as JSON values: the sentence, the answers for the closest curve, jobs, failures."""
     said = headline(comparison)
-    found: Answers | None = answers(leading(comparison)) if comparison.series else None
+    found = vars(insights(leading(comparison))) if comparison.series else {}
+    # A curve's variant tells it from others of the same run and tier.
+    variants = {(job.sweep, job.name): series.variant for series in comparison.series for job in series.jobs}
+    shown = [job for job in comparison.done if job.metric("mse") is not None or job.verdict]
     return {
         "headline": {"level": said.level, "words": said.words},
-        "answers": {
-            name: {"level": getattr(found, name).level, "words": getattr(found, name).text} for name in _QUESTIONS
-        }
-        if found
-        else {},
+        "answers": {name: {"level": found[name].level, "words": found[name].text} for name in _QUESTIONS if found},
         "jobs": {"all": len(comparison.jobs), "ok": len(comparison.done)},
-        "failures": [
-            {"job": job.name, "status": job.status, "message": (job.error or {}).get("message")}
-            for job in comparison.failures
-        ],
-        "checkpoints": _rows(comparison),
+        "failures": [{"job": job.name, "status": job.status, "message": job.message} for job in comparison.failures],
+        "checkpoints": [_row(job, variants.get((job.sweep, job.name), "")) for job in shown],
         "tests": [_test_row(job) for job in comparison.done if job.task == "test"],
     }
 
 
-def _rows(comparison: Comparison) -> list[dict[str, Any]]:
-    """A row for each job with figures; `variant`: what tells its curve from others of the same run and tier."""
-    variants = {(job.sweep, job.name): series.variant for series in comparison.series for job in series.jobs}
-    shown = [job for job in comparison.done if job.metric("mse") is not None or job.verdict]
-    return [_row(job, variants.get((job.sweep, job.name), "")) for job in shown]
-
-
-def _row(job: Job, variant: str) -> dict[str, Any]:
-    verdict = job.verdict or {}
+def _row(job: Job, variant: str) -> JsonObject:
     return {
-        "checkpoint": checkpoint_name(job),
+        "checkpoint": job.checkpoint,
         "run": job.run,
         "tier": job.tier,
         "variant": variant,
         "step": job.step,
         **{name: job.metric(name) for name in ("mse", "cosine", "kl", "top1")},
-        **{name: verdict.get(name) for name in ("status", "progress", "readiness")},
+        **{name: job.judged(name) for name in ("status", "progress", "readiness")},
     }
 
 
-def _test_row(job: Job) -> dict[str, Any]:
+def _test_row(job: Job) -> JsonObject:
     statuses = [row.get("status") for row in job.checks]
     return {
-        "checkpoint": checkpoint_name(job),
+        "checkpoint": job.checkpoint,
         "tier": job.tier,
         "step": job.step,
-        **{word: statuses.count(word) for word in ("pass", "warning", "fail", "skipped")},
+        **{word: statuses.count(word) for word in _CHECK_WORDS},
         "overall": job.overall,
-        "failed": [str(row.get("name")) for row in job.checks if row.get("status") == "fail"],
+        "failed": job.failed_checks,
     }
 
 
-def compare_facts(result: Mapping[str, Any]) -> list[Fact]:
+def compare_facts(result: JsonObject) -> list[Fact]:
     """Every line of the report, in order; failures first."""
     said, jobs = result["headline"], result["jobs"]
-    rows: list[tuple[str, Any, str]] = [(status.title(), text, "poor") for status, text in failures(result["failures"])]
+    rows: list[tuple[str, object, str]] = [
+        (status.title(), text, "poor") for status, text in failures(result["failures"])
+    ]
     rows.append(("Comparison", said["words"], _LEVEL_WORDS.get(said["level"], "")))
     rows += _answer_lines(result["answers"])
     rows.append(("Jobs", f"{jobs['ok']} of {jobs['all']} ok", ""))
@@ -151,7 +137,7 @@ def failures(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
     return lines
 
 
-def _answer_lines(said: Mapping[str, Mapping[str, str]]) -> list[tuple[str, Any, str]]:
+def _answer_lines(said: Mapping[str, Mapping[str, str]]) -> list[tuple[str, object, str]]:
     return [
         (label, said[name]["words"], _LEVEL_WORDS.get(said[name]["level"], ""))
         for name, label in _QUESTIONS.items()
@@ -159,20 +145,20 @@ def _answer_lines(said: Mapping[str, Mapping[str, str]]) -> list[tuple[str, Any,
     ]
 
 
-def compare_tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Rows]]:
+def compare_tables(result: JsonObject, verbose: bool) -> Tables:
     """The checkpoints as rows of finished cells, as many columns as the terminal has room for."""
     width = shutil.get_terminal_size().columns - _FRAME if sys.stdout.isatty() and not verbose else None
     rows = fitting(checkpoint_rows(result["checkpoints"], drawn=sys.stdout.isatty()), width, gap=2)
     return [(title, rows) for title, rows in (("checkpoints", rows), ("tests", test_rows(result["tests"]))) if rows]
 
 
-def test_rows(tests: Sequence[Mapping[str, Any]]) -> Rows:
+def test_rows(tests: Sequence[JsonObject]) -> Rows:
     """Finished cells: how many checks of each checkpoint ended how, and which failed."""
     return [
         {
             "checkpoint": printable(row["checkpoint"]),
             "tier": printable(row["tier"] or "–"),
-            **{word: row[word] for word in ("pass", "warning", "fail", "skipped")},
+            **{word: row[word] for word in _CHECK_WORDS},
             "overall": printable(row["overall"] or "–"),
             "details": printable(", ".join(row["failed"])),
         }
@@ -180,7 +166,7 @@ def test_rows(tests: Sequence[Mapping[str, Any]]) -> Rows:
     ]
 
 
-def checkpoint_rows(checkpoints: Sequence[Mapping[str, Any]], *, drawn: bool) -> Rows:
+def checkpoint_rows(checkpoints: Sequence[JsonObject], *, drawn: bool) -> Rows:
     """Finished cells; run, tier and variant where they differ, a verdict's columns only where one was given."""
     several = {name for name in _TELLING if len({row[name] for row in checkpoints}) > 1}
     judged = any(row["status"] for row in checkpoints)
@@ -192,23 +178,20 @@ def checkpoint_rows(checkpoints: Sequence[Mapping[str, Any]], *, drawn: bool) ->
             "checkpoint": printable(row["checkpoint"]),
             **{name: printable(row[name] or "–") for name in _TELLING if name in several},
             "step": "–" if row["step"] is None else row["step"],
-            **{name: short(row[name]) for name in ("mse", "cosine", "kl")},
+            **{name: number(row[name]) for name in ("mse", "cosine", "kl")},
             "top1": percent(row["top1"]),
-            **(
-                {
-                    "status": printable(row["status"] or "–"),
-                    "progress": _bar(row["progress"], drawn),
-                    "readiness": printable(row["readiness"] or "–"),
-                }
-                if judged
-                else {}
-            ),
+            **(_verdict_cells(row, drawn) if judged else {}),
         }
         for row in checkpoints
     ]
 
 
-def _bar(percent: Any, drawn: bool) -> str:
+def _verdict_cells(row: JsonObject, drawn: bool) -> JsonObject:
+    bar = _bar(row["progress"], drawn)
+    return {"status": printable(row["status"] or "–"), "progress": bar, "readiness": printable(row["readiness"] or "–")}
+
+
+def _bar(percent: object, drawn: bool) -> str:
     if not isinstance(percent, (int, float)):
         return "–"
     filled = max(0, min(5, (int(percent) + 10) // 20))
@@ -229,7 +212,7 @@ def _width(rows: Rows, gap: int) -> int:
     return sum(widest) + gap * len(widest)
 
 
-def print_comparison(comparison: Comparison, written: Written, console: Console) -> None:
+def print_comparison(comparison: Comparison, written: ComparisonFiles, console: Console) -> None:
     """What a sweep prints at its end: failures (to stderr), the learning curve, what it says, where the page lies."""
     found = summary(comparison)
     for status, text in failures(found["failures"]):

@@ -1,40 +1,35 @@
-"""What a person reads in a terminal, and what grep reads in a pipe.
-
-Figures as people read them.
-"""
+"""What a person reads in a terminal, and what grep reads in a pipe; figures as people read them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from runner.errors import printable
+from runner.results import JsonObject
 
 # (label, value, word that decides the colour)
 Fact = tuple[str, str, str]
-# A title and rows of finished cells, all with the same names.
-Rows = list[dict[str, Any]]
+# Rows of finished cells, all with the same names; and titles with such rows.
+Rows = Sequence[Mapping[str, object]]
+Tables = list[tuple[str, Rows]]
 
 
-def number(value: Any, digits: int = 4) -> str:
+def number(value: object, digits: int = 4) -> str:
     """A figure for reading: `–` where there is none."""
     if value is None:
         return "–"
     if isinstance(value, float):
-        return (
-            f"{value:.{digits}g}"
-            if value != 0 and (abs(value) < 0.001 or abs(value) >= 10000)
-            else f"{value:.{digits}f}"
-        )
+        exponent = value != 0 and not 0.001 <= abs(value) < 10000
+        return f"{value:.{digits}{'g' if exponent else 'f'}}"
     return str(value)
 
 
-def cell(name: str, value: Any) -> str:
+def cell(name: str, value: object) -> str:
     """One finished cell of the column `name`."""
     if name in ("top1", "top5", "agreement", "repetition"):
         return percent(value)
@@ -42,25 +37,20 @@ def cell(name: str, value: Any) -> str:
         return printable(str(value).replace("\n", " "))
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return short(value)
+    return number(value)
 
 
-def short(value: Any) -> str:
-    """A figure with four digits."""
-    return number(value, 4)
-
-
-def percent(value: float | None) -> str:
+def percent(value: object) -> str:
     """A share as a percentage."""
     return "–" if value is None else f"{value:.1%}"
 
 
-def chosen(items: Iterable[Mapping[str, Any]], names: Sequence[str]) -> Rows:
+def chosen(items: Iterable[JsonObject], names: Sequence[str]) -> Rows:
     """Rows of finished cells: those of `names` that an item has."""
     return [{name: cell(name, item[name]) for name in names if name in item} for item in items]
 
 
-def known(rows: Iterable[tuple[str, Any, str]]) -> list[Fact]:
+def known(rows: Iterable[tuple[str, object, str]]) -> list[Fact]:
     """The facts that have a value, as harmless text."""
     return [(label, printable(value), word) for label, value, word in rows if value is not None]
 
@@ -86,22 +76,13 @@ COLOURS = {
 }  # fmt: skip
 # Columns that are text: left-aligned, and folded where they do not fit.
 _TEXTS = (
-    "checkpoint",
-    "prompt",
-    "text",
-    "reference_text",
-    "details",
-    "component",
-    "name",
-    "file",
-    "figure",
-    "phase",
+    "checkpoint", "prompt", "text", "reference_text", "details", "component", "name", "file", "figure", "phase",
     "check",
-)
+)  # fmt: skip
 
 
 def print_result(
-    result: Mapping[str, Any], console: Console, *, verbose: bool, directory: Path, tracked: str | None = None
+    result: JsonObject, console: Console, *, verbose: bool, directory: Path, tracked: str | None = None
 ) -> None:
     """The whole report: a panel in a terminal, plain unwrapped lines in a pipe; last, where it lies."""
     facts, tables = _report(result["task"])
@@ -115,7 +96,7 @@ def print_result(
     grid.add_column(overflow="fold")
     for label, value, word in facts(result):
         grid.add_row(label, Text(value, style=COLOURS.get(word, "")))
-    parts: list[Any] = [grid]
+    parts: list[RenderableType] = [grid]
     for title, rows in tables(result, verbose):
         parts += ["", _table(title, rows)]
     if result.get("findings"):
@@ -126,20 +107,20 @@ def print_result(
     console.print(Text("\n".join(left), style="dim"), soft_wrap=True)
 
 
-def print_line(result: Mapping[str, Any], console: Console, *, number: int, job: str = "?") -> None:
+def print_line(result: JsonObject, console: Console, *, number: int, job: str = "?") -> None:
     """One job of a sweep in one line, as it ends; where it has no checkpoint it is called `job`."""
     name = printable(Path(result.get("ckpt") or job).name)
     if result["status"] != "ok":
         text = f"#{number} {name}: FAILED"
     else:
         metrics, verdict = result.get("metrics", {}), result.get("verdict") or {}
-        words = [f"{key} {short(metrics[key])}" for key in ("mse", "cosine", "kl") if metrics.get(key) is not None]
+        words = [f"{key} {cell(key, metrics[key])}" for key in ("mse", "cosine", "kl") if metrics.get(key) is not None]
         words += _failed_checks(result.get("checks", [])) + ([verdict["status"]] if verdict else [])
         text = f"#{number} {name}: {', '.join(words) or 'done'}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _failed_checks(checks: Sequence[Mapping[str, Any]]) -> list[str]:
+def _failed_checks(checks: Sequence[JsonObject]) -> list[str]:
     """`1 check failed: model (why)`: the names, and of a single one what it says; [] where all passed."""
     failed = [check for check in checks if check["status"] == "fail"]
     if not failed:
@@ -149,7 +130,7 @@ def _failed_checks(checks: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{len(failed)} check{'s' if len(failed) > 1 else ''} failed: {names}{why}"]
 
 
-def print_rows(title: str, rows: Sequence[Mapping[str, Any]], console: Console, *, gap: int = 2) -> None:
+def print_rows(title: str, rows: Rows, console: Console, *, gap: int = 2) -> None:
     """Finished cells as a table in a terminal, as plain columns in a pipe; nothing where there are none."""
     if not rows:
         return
@@ -159,7 +140,7 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]], console: Console, 
         _print_columns(rows)
 
 
-def _table(title: str, rows: Sequence[Mapping[str, Any]], gap: int = 2) -> Table:
+def _table(title: str, rows: Rows, gap: int = 2) -> Table:
     table = Table(
         title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, gap, 0, 0)
     )
@@ -173,13 +154,13 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]], gap: int = 2) -> Table
     return table
 
 
-def _report(task: str) -> tuple[Callable[..., list[Fact]], Callable[..., list[tuple[str, Rows]]]]:
-    """The lines and the tables of a task's report, imported when it is printed."""
+def _report(task: str) -> tuple[Callable[..., list[Fact]], Callable[..., Tables]]:
+    """The lines and the tables (if any) of a task's report, imported when it is printed."""
     module = import_module(f"runner.reports.{'compare' if task == 'compare' else 'tasks'}")
-    return getattr(module, f"{task}_facts"), getattr(module, f"{task}_tables")
+    return getattr(module, f"{task}_facts"), getattr(module, f"{task}_tables", lambda result, verbose: [])
 
 
-def _print_plain(result: Mapping[str, Any], facts: list[Fact], tables: list[tuple[str, Rows]]) -> None:
+def _print_plain(result: JsonObject, facts: list[Fact], tables: Tables) -> None:
     for label, value, _ in facts:
         print(f"{label}: {value}")
     for title, rows in tables:
@@ -189,7 +170,7 @@ def _print_plain(result: Mapping[str, Any], facts: list[Fact], tables: list[tupl
         print(f"Finding: {printable(finding)}")
 
 
-def _print_columns(rows: Sequence[Mapping[str, Any]]) -> None:
+def _print_columns(rows: Rows) -> None:
     """Aligned columns, unwrapped however wide."""
     if not rows:
         return

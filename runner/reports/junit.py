@@ -1,19 +1,18 @@
 """The checks of a result as JUnit XML, which CI systems show: one test case a check."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 from runner.errors import ConfigError
 from runner.files.atomic import write_whole
+from runner.results import JsonObject
 
 # What XML 1.0 cannot hold; a tensor's name may.
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def junit(result: Mapping[str, Any], *, strict: bool) -> ElementTree.Element:
+def junit(result: JsonObject, *, strict: bool) -> ElementTree.Element:
     """`<testsuites>` with one suite: failures of integrity checks fail their case, with `strict` also warnings."""
     cases = [_case(row, result, strict) for row in result["checks"]]
     counts = {
@@ -49,7 +48,7 @@ def junit_path(given: str, tested: str, tier: str, job: str | None = None) -> Pa
     return path / f"TEST-{harmless}.xml"
 
 
-def write_junit(path: Path, result: Mapping[str, Any], *, strict: bool) -> None:
+def write_junit(path: Path, result: JsonObject, *, strict: bool) -> None:
     """Write the XML so that a reader sees the old file or the new one. Raises ConfigError where it cannot be."""
     text = ElementTree.tostring(junit(result, strict=strict), encoding="utf-8", xml_declaration=True)
     try:
@@ -58,15 +57,13 @@ def write_junit(path: Path, result: Mapping[str, Any], *, strict: bool) -> None:
         raise ConfigError(f"junit={path}: cannot be written: {error.strerror}") from error
 
 
-def _suite(result: Mapping[str, Any]) -> str:
+def _suite(result: JsonObject) -> str:
     return _clean(" ".join(filter(None, ["runner", result.get("tier"), result.get("family")])))
 
 
-def _case(row: Mapping[str, Any], result: Mapping[str, Any], strict: bool) -> ElementTree.Element:
-    case = ElementTree.Element(
-        "testcase",
-        {"classname": _suite(result).replace(" ", "."), "name": row["name"], "time": f"{row['seconds']:.3f}"},
-    )
+def _case(row: JsonObject, result: JsonObject, strict: bool) -> ElementTree.Element:
+    named = {"classname": _suite(result).replace(" ", "."), "name": row["name"], "time": f"{row['seconds']:.3f}"}
+    case = ElementTree.Element("testcase", named)
     details = _clean(row["details"])
     bad = (row["integrity"] and row["status"] == "fail") or (strict and row["status"] in ("fail", "warning"))
     if bad:

@@ -3,11 +3,16 @@
 import io
 import logging
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from runner.comparison.comparison import Comparison
 from runner.comparison.series import Series
 from runner.errors import printable
 from runner.metrics.verdict import thresholds
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _COLOURS = ("#2563c9", "#c2570c", "#12855f", "#8a3ffc", "#b8286a", "#0b7a94", "#7a6a00", "#596273")
 _BANDS = {"excellent": "#e2f0e8", "good": "#edf5e9", "fair": "#fbf4e4", "poor": "#fceeec"}
@@ -41,24 +46,25 @@ def pictures(comparison: Comparison) -> dict[str, bytes]:
     return {"png": png.getvalue(), "svg": svg.getvalue()}
 
 
-def _draw(axes, series: list[Series]) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001 - matplotlib's Axes
+def _draw(axes: "Axes", series: list[Series]) -> None:
     """The curves onto `axes`."""
     for number, one in enumerate(series):
         # A gap, as on the page, where there is no value that a logarithmic axis can show.
         values = [v if v is not None and v > 0 else math.nan for v in one.values("mse")]
         # Two tiers of one run have the same figures: dashes let the curve below shine through.
-        style = {"linestyle": "-" if number == 0 else (0, (4, 1 + number % 4)), "color": _colour(number)}
-        axes.plot(one.steps, values, marker="o", markersize=4, label=_text(one.label), **style)
+        style = "-" if number == 0 else (0, (4, 1 + number % 4))
+        label, colour = _text(one.label), _colour(number)
+        axes.plot(one.steps, values, marker="o", markersize=4, label=label, linestyle=style, color=colour)
     values = [v for one in series for v in one.values("mse") if v is not None and v > 0]
     low, high = 0.6 * min(values), 1.5 * max(values)
     if any(one.estimate is not None for one in series):
         bounds = thresholds().mse.values()
         low, high = min(low, 0.6 * min(bounds)), max(high, 1.2 * max(bounds))
         _draw_statuses(axes, low, high)
-    distinct = {one.estimate.band: n for n, one in reversed(list(enumerate(series))) if one.estimate is not None}
-    if len(series) <= _MOST_BANDS:
-        for number in distinct.values():
-            _draw_estimate(axes, series[number], _colour(number))
+    bands = {one.estimate.band: n for n, one in reversed(list(enumerate(series))) if one.estimate is not None}
+    for band, number in bands.items() if len(series) <= _MOST_BANDS else ():
+        if band:
+            _draw_estimate(axes, band, _colour(number))
     axes.set(xlabel="step", ylabel="mse", yscale="log", ylim=(low, high))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.margins(x=0.02)
@@ -72,15 +78,13 @@ def _colour(number: int) -> str:
     return _COLOURS[number % len(_COLOURS)]
 
 
-def _draw_estimate(axes, series: Series, colour: str) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
-    if series.estimate is None or not series.estimate.band:
-        return
-    steps, lower, median, upper = zip(*series.estimate.band, strict=True)
+def _draw_estimate(axes: "Axes", band: Sequence[tuple[float, ...]], colour: str) -> None:
+    steps, lower, median, upper = zip(*band, strict=True)
     axes.fill_between(steps, lower, upper, color=colour, alpha=0.13, linewidth=0)
     axes.plot(steps, median, color=colour, linestyle="--", linewidth=1)
 
 
-def _draw_statuses(axes, low: float, high: float) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _draw_statuses(axes: "Axes", low: float, high: float) -> None:
     start = low
     for name, bound in [*thresholds().mse.items(), ("poor", high)]:
         if min(bound, high) > start:

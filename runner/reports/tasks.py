@@ -1,30 +1,51 @@
 """The report of each task: its lines (facts) and its tables. `task=compare` has its own in compare.py."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from runner.errors import printable
-from runner.reports.console import Fact, Rows, cell, chosen, known, many, number, percent, size
+from runner.reports.console import Fact, Rows, Tables, cell, chosen, known, many, number, percent, size
+from runner.results import JsonObject
 
 _DETAILS = (
-    "kl_reverse",
-    "top5",
-    "dp_rms",
-    "scale",
-    "magnitude_share",
-    "control_mse",
-    "additivity",
-    "progressive_trend",
-)
+    "kl_reverse", "top5", "dp_rms", "scale", "magnitude_share", "control_mse", "additivity", "progressive_trend",
+)  # fmt: skip
+_OVERALL = {"READY": "excellent", "PARTIALLY_READY": "fair", "NOT_READY": "poor"}
+_CHECK_COLUMNS = ("name", "status", "details")
+# Changed tensors that are shown without verbose=true, those that changed most first.
+_TENSORS_SHOWN = 20
+# Lines of a diagnosis that a merge has lines of its own for.
+_OWN_IN_MERGE = ("Checkpoint", "Format", "Step", "Base", "NPT Layers")
+_NUMBERED = ("expected_layers", "found_layers", "expected_experts", "found_experts")
+# Fields of an inspection that have lines or tables of their own, or are for machines only.
+_OWN_IN_INSPECT = {
+    "task", "status", "ckpt", "base", "step", "family", "format", "layers", "findings", "timing", "versions",
+    "evidence", "keys", "parameters", "bytes", "dtypes", "files", "stripped_prefix", "missing_keys", "unknown_keys",
+    "components", "tensors", "checkpoints", "ignored", "steps",
+}  # fmt: skip
+# A line before it is made harmless: label, value (None: no line), and the word that decides the colour.
+Line = tuple[str, object, str]
 
 
-def diagnose_facts(result: Mapping[str, Any]) -> list[Fact]:
+def _fields(result: JsonObject, *names: str) -> list[Line]:
+    """A line for each of the fields: `format` as Format."""
+    return [("Checkpoint" if name == "ckpt" else _title(name), result.get(name), "") for name in names]
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ").title()
+
+
+def _some(*tables: tuple[str, Rows]) -> Tables:
+    """The tables that have rows."""
+    return [(title, rows) for title, rows in tables if rows]
+
+
+def diagnose_facts(result: JsonObject) -> list[Fact]:
     """Every line of the report, in order."""
     metrics, verdict = result.get("metrics", {}), result.get("verdict") or {}
-    rows = [("Checkpoint", result.get("ckpt"), ""), ("Format", result.get("format"), "")]
-    rows += [("Step", result.get("step"), ""), ("Base", result.get("base"), "")]
+    rows = _fields(result, "ckpt", "format", "step", "base")
     if result.get("reference") != result.get("base"):
-        rows.append(("Reference", result.get("reference"), ""))
+        rows += _fields(result, "reference")
     rows.append(("NPT Layers", "; ".join(map(describe_layer, result.get("layers", []))) or None, ""))
     if "mse" in metrics:
         rows += [
@@ -41,9 +62,8 @@ def diagnose_facts(result: Mapping[str, Any]) -> list[Fact]:
             figures += f", mse {number(text['mse'])}, kl {number(text['kl'])}"
         rows.append(("Text", f"{figures} on {text['tokens']} tokens", ""))
     if floor := metrics.get("floor"):
-        rows.append(
-            ("Floor", f"mse {number(floor['mse'], 6)}, kl {number(floor['kl'])} (reference in the other precision)", "")
-        )
+        figures = f"mse {number(floor['mse'], 6)}, kl {number(floor['kl'])} (reference in the other precision)"
+        rows.append(("Floor", figures, ""))
     if "greedy_agreement" in metrics:
         rows.append(("Greedy Agreement", percent(metrics["greedy_agreement"]), ""))
     if verdict:
@@ -58,62 +78,49 @@ def diagnose_facts(result: Mapping[str, Any]) -> list[Fact]:
     return known(rows)
 
 
-def describe_layer(layer: Mapping[str, Any]) -> str:
+def describe_layer(layer: JsonObject) -> str:
     """One NPT layer in a few characters: `11: triple, r 16, k 4`."""
     return f"{layer['layer']}: {layer['modulation']}, r {layer['np_rank']}, k {layer['num_ranks']}"
 
 
-def diagnose_tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Rows]]:
-    """The tables of the report as rows of finished cells."""
-    figures = ["mse", "cosine", "kl", "top1"] + (["kl_reverse", "top5", "dp_rms", "scale"] if verbose else [])
-    tables = [("per prompt", chosen(result.get("per_prompt", []), ["prompt", "tokens", *figures]))]
-    if any("mse" in layer for layer in result.get("layers", [])):
-        kinds = ["modulation", "np_rank", "num_ranks"] if verbose else []
-        tables.append(("each layer alone", chosen(result["layers"], ["layer", *kinds, "mse", "cosine", "kl"])))
-    tables.append(("layers together", chosen(result.get("progressive", []), ["layers", "mse", "cosine", "kl"])))
-    names = ["prompt", "temperature", "agreement", "first_divergence", "repetition"] + (
-        ["text", "reference_text"] if verbose else []
+def diagnose_tables(result: JsonObject, verbose: bool) -> Tables:
+    """The tables of the report as rows of finished cells; with `verbose` all figures, the checks and the times."""
+    metrics, layers = result.get("metrics", {}), result.get("layers", [])
+    figures = ["mse", "cosine", "kl", "top1", *(["kl_reverse", "top5", "dp_rms", "scale"] if verbose else [])]
+    kinds = ["modulation", "np_rank", "num_ranks"] if verbose else []
+    alone = chosen(layers, ["layer", *kinds, "mse", "cosine", "kl"]) if any("mse" in row for row in layers) else []
+    texts = ["text", "reference_text"] if verbose else []
+    names = ["prompt", "temperature", "agreement", "first_divergence", "repetition", *texts]
+    tables = _some(
+        ("per prompt", chosen(result.get("per_prompt", []), ["prompt", "tokens", *figures])),
+        ("each layer alone", alone),
+        ("layers together", chosen(result.get("progressive", []), ["layers", "mse", "cosine", "kl"])),
+        ("continuations", chosen(result.get("generation", []), names)),
     )
-    tables.append(("continuations", chosen(result.get("generation", []), names)))
-    if verbose:
-        metrics = result.get("metrics", {})
-        tables.append(("more figures", [{"figure": n, "value": cell(n, metrics[n])} for n in _DETAILS if n in metrics]))
-        tables.append(("checks", chosen(result.get("checks", []), ["name", "status", "details"])))
-        tables.append(("seconds", [{"phase": k, "seconds": f"{v:.2f}"} for k, v in result.get("timing", {}).items()]))
-    return [(title, content) for title, content in tables if content]
+    return tables if not verbose else tables + _some(
+        ("more figures", [{"figure": n, "value": cell(n, metrics[n])} for n in _DETAILS if n in metrics]),
+        ("checks", chosen(result.get("checks", []), _CHECK_COLUMNS)),
+        ("seconds", [{"phase": k, "seconds": f"{v:.2f}"} for k, v in result.get("timing", {}).items()]),
+    )  # fmt: skip
 
 
-def convert_facts(result: Mapping[str, Any]) -> list[Fact]:
+def convert_facts(result: JsonObject) -> list[Fact]:
     """Every line of the report, in order."""
-    return known(
-        [
-            ("Checkpoint", result.get("ckpt"), ""),
-            ("Format", result.get("format"), ""),
-            ("Step", result.get("step"), ""),
-            ("Output", result["output"], ""),
-            ("Files", ", ".join(result["files"]), ""),
-        ]
-    )
+    return known([*_fields(result, "ckpt", "format", "step", "output"), ("Files", ", ".join(result["files"]), "")])
 
 
-def convert_tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Rows]]:
+def convert_tables(result: JsonObject, verbose: bool) -> Tables:
     """The checks that the output passed before it was published."""
-    return [("checks", chosen(result["checks"], ["name", "status", "details"]))]
+    return [("checks", chosen(result["checks"], _CHECK_COLUMNS))]
 
 
-# Changed tensors that are shown without verbose=true, those that changed most first.
-_SHOWN = 20
-
-
-def diff_facts(result: Mapping[str, Any]) -> list[Fact]:
+def diff_facts(result: JsonObject) -> list[Fact]:
     """Every line of the report, in order."""
     totals = result.get("totals") or {}
-    word = "pass" if result["identical"] else ""
     same = "yes, every tensor bit for bit" if result["identical"] else "no"
-    rows = [
-        ("Checkpoint", result["ckpt"], ""),
-        ("Reference", result["reference"], ""),
-        ("Identical", same, word),
+    rows: list[Line] = [
+        *_fields(result, "ckpt", "reference"),
+        ("Identical", same, "pass" if result["identical"] else ""),
         ("Equal Tensors", many(result["equal_tensors"]), ""),
         ("Changed Tensors", many(result["changed_tensors"]), ""),
         ("Only in Checkpoint", _names(result["only_in_ckpt"]), ""),
@@ -127,18 +134,18 @@ def diff_facts(result: Mapping[str, Any]) -> list[Fact]:
     return known(rows)
 
 
-def diff_tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Rows]]:
+def diff_tables(result: JsonObject, verbose: bool) -> Tables:
     """The tensors that changed, or with `verbose` all."""
     rows = [row for row in result["tensors"] if verbose or not row["equal"]]
     rows.sort(key=lambda row: -(row.get("relative") or 0.0))
-    shown = rows if verbose else rows[:_SHOWN]
+    shown = rows if verbose else rows[:_TENSORS_SHOWN]
     title = "tensors" if verbose else "changed tensors"
     if len(shown) < len(rows):
         title += f" ({len(shown)} of {len(rows)}; verbose=true shows all)"
-    return [(title, [_row(row) for row in shown])] if shown else []
+    return _some((title, [_tensor_cells(row) for row in shown]))
 
 
-def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+def _tensor_cells(row: JsonObject) -> JsonObject:
     shapes = [str(row[key]) for key in ("shape", "reference_shape") if key in row]
     dtypes = [row[key] for key in ("dtype", "reference_dtype") if key in row]
     figures = {key: number(row.get(key)) for key in ("mse", "cosine", "max_abs", "relative")}
@@ -146,74 +153,63 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _names(names: list[str]) -> str | None:
-    if not names:
-        return None
-    return f"{len(names)}: {', '.join(names[:6])}{', …' if len(names) > 6 else ''}"
+    return f"{len(names)}: {', '.join(names[:6])}{', …' if len(names) > 6 else ''}" if names else None
 
 
-# Fields of the result that have lines or tables of their own, or are for machines only.
-_OWN = {
-    "task", "status", "ckpt", "base", "step", "family", "format", "layers", "findings", "timing", "versions",
-    "evidence", "keys", "parameters", "bytes", "dtypes", "files", "stripped_prefix", "missing_keys", "unknown_keys",
-    "components",    "tensors", "checkpoints", "ignored", "steps",
-}  # fmt: skip
-
-
-def inspect_facts(result: Mapping[str, Any]) -> list[Fact]:
+def inspect_facts(result: JsonObject) -> list[Fact]:
     """Every line of the report, in order."""
-    rows: list[tuple[str, Any, str]] = [("Run" if "checkpoints" in result else "Checkpoint", result.get("ckpt"), "")]
     if "checkpoints" in result:
-        rows.append(("Steps", ", ".join(map(str, result["steps"])), ""))
-        rows.append(("Ignored", ", ".join(result["ignored"]) or None, ""))
-        return known(rows)
-    rows += [
+        steps, ignored = (", ".join(map(str, result[name])) for name in ("steps", "ignored"))
+        return known([("Run", result.get("ckpt"), ""), ("Steps", steps, ""), ("Ignored", ignored or None, "")])
+    prefix = result["stripped_prefix"]
+    rows = [
+        *_fields(result, "ckpt"),
         ("Format", f"{result['format']} ({result['evidence']})", ""),
-        ("Step", result.get("step"), ""),
-        ("Base", result.get("base"), ""),
+        *_fields(result, "step", "base"),
         ("Parameters", f"{many(result['parameters'])} in {many(result['keys'])} tensors, {size(result['bytes'])}", ""),
         ("Dtypes", ", ".join(f"{dtype} × {count}" for dtype, count in result["dtypes"].items()), ""),
-        ("Prefix", f"{result['stripped_prefix']} (taken off all names)" if result["stripped_prefix"] else None, ""),
+        ("Prefix", f"{prefix} (taken off all names)" if prefix else None, ""),
     ]
     for name, value in result.items():
-        if name not in _OWN:
+        if name not in _OWN_IN_INSPECT:
             rows += _lines(name.replace("_", " ").capitalize(), value)
     return known(rows)
 
 
-def inspect_tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Rows]]:
+def inspect_tables(result: JsonObject, verbose: bool) -> Tables:
     """The tables of the report as rows of finished cells."""
     if "checkpoints" in result:
-        rows = [
-            {
-                "checkpoint": row["path"].rpartition("/")[2],
-                "format": row.get("format", "–"),
-                "layers": ", ".join(map(str, row.get("layers", []))) or "–",
-                "parameters": many(row["parameters"]) if "parameters" in row else "–",
-                "size": size(row["bytes"]) if "bytes" in row else "–",
-                "details": row.get("error") or "; ".join(row.get("findings", [])),
-            }
-            for row in result["checkpoints"]
-        ]
-        return [("checkpoints", rows)]
+        return [("checkpoints", [_checkpoint_cells(row) for row in result["checkpoints"]])]
     layers = chosen(result.get("layers", []), ["layer", "modulation", "np_rank", "num_ranks", "parameters"])
-    parts = [
+    components = [
         {**part, "parameters": many(part["parameters"]), "bytes": size(part["bytes"])} for part in result["components"]
     ]
-    found = [("NPT layers", layers), ("components", parts)]
-    if verbose:
-        found.append(("tensors", chosen(result.get("tensors", []), ["name", "shape", "dtype", "bytes"])))
-        found.append(("files", [{"file": f["file"], "size": size(f["bytes"])} for f in result["files"]]))
-    return [(title, rows) for title, rows in found if rows]
+    tables = _some(("NPT layers", layers), ("components", components))
+    return tables if not verbose else tables + _some(
+        ("tensors", chosen(result.get("tensors", []), ["name", "shape", "dtype", "bytes"])),
+        ("files", [{"file": file["file"], "size": size(file["bytes"])} for file in result["files"]]),
+    )  # fmt: skip
 
 
-def _lines(label: str, value: Any, depth: int = 2) -> list[tuple[str, Any, str]]:
+def _checkpoint_cells(row: JsonObject) -> JsonObject:
+    return {
+        "checkpoint": row["path"].rpartition("/")[2],
+        "format": row.get("format", "–"),
+        "layers": ", ".join(map(str, row.get("layers", []))) or "–",
+        "parameters": many(row["parameters"]) if "parameters" in row else "–",
+        "size": size(row["bytes"]) if "bytes" in row else "–",
+        "details": row.get("error") or "; ".join(row.get("findings", [])),
+    }
+
+
+def _lines(label: str, value: object, depth: int = 2) -> list[Line]:
     """A described value as lines: a nested one a line an entry, deeper ones in short."""
     if isinstance(value, Mapping) and depth:
         return [line for name, item in value.items() for line in _lines(f"{label} · {name}", item, depth - 1)]
     return [(label, _brief(value), "")] if value not in (None, [], {}) else []
 
 
-def _brief(value: Any) -> str:
+def _brief(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_brief(item)}" for name, item in value.items() if item is not None)
     if isinstance(value, list):
@@ -221,25 +217,13 @@ def _brief(value: Any) -> str:
     return str(value)
 
 
-# Lines of a diagnosis that a merge has lines of its own for.
-_OWN_IN_MERGE = ("Checkpoint", "Format", "Step", "Base", "NPT Layers")
-_NUMBERED = (
-    ("Expected Layers", "expected_layers"),
-    ("Found Layers", "found_layers"),
-    ("Expected Experts", "expected_experts"),
-    ("Found Experts", "found_experts"),
-)
-
-
-def merge_facts(result: Mapping[str, Any]) -> list[Fact]:
+def merge_facts(result: JsonObject) -> list[Fact]:
     """Every line of the report, in order."""
-    planned = result["dry_run"]
+    numbers = [(_title(name), str(list(result[name])), "") for name in _NUMBERED if result.get(name) is not None]
     rows = [
-        ("Would Write" if planned else "Output", result["output"], ""),
-        ("Format", result.get("format"), ""),
-        ("Step", result.get("step"), ""),
-        ("Base", result.get("base"), ""),
-        *((label, _numbers(result.get(name)), "") for label, name in _NUMBERED),
+        ("Would Write" if result["dry_run"] else "Output", result["output"], ""),
+        *_fields(result, "format", "step", "base"),
+        *numbers,
         ("Keys", f"{many(result['keys'])} of {many(result['parameters'])} parameters", ""),
         ("Size", f"{size(result['bytes'])} of tensors", ""),
     ]
@@ -248,19 +232,12 @@ def merge_facts(result: Mapping[str, Any]) -> list[Fact]:
     return known(rows) + joint
 
 
-def _numbers(numbers: Sequence[int] | None) -> str | None:
-    return None if numbers is None else str(list(numbers))
-
-
-def merge_tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Rows]]:
+def merge_tables(result: JsonObject, verbose: bool) -> Tables:
     """Where each layer or expert comes from, and what the joint measurement gave."""
     rows = result.get("layers", [])
     layers = [
         {
-            "layer": row["layer"],
-            "modulation": row["modulation"],
-            "np_rank": row["np_rank"],
-            "num_ranks": row["num_ranks"],
+            **{name: row[name] for name in ("layer", "modulation", "np_rank", "num_ranks")},
             "parameters": many(row["parameters"]),
             "how": row["how"],
             "details": printable(" + ".join(row["sources"])),
@@ -287,56 +264,35 @@ def merge_tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Ro
         for kind in ("layer", "expert", "skill")
         if kind in c
     ]
-    found = [("layers", layers), ("experts", experts), ("averaged", averaged), ("conflicts", conflicts)]
+    found = _some(("layers", layers), ("experts", experts), ("averaged", averaged), ("conflicts", conflicts))
     joint = diagnose_tables({**result, "layers": [row for row in rows if "mse" in row]}, verbose)
-    return [(title, rows) for title, rows in found if rows] + [each for each in joint if each[0] != "checks"]
+    return found + [each for each in joint if each[0] != "checks"]
 
 
-def panels_facts(result: Mapping[str, Any]) -> list[Fact]:
+def panels_facts(result: JsonObject) -> list[Fact]:
     """Every line of the report, in order."""
     panels = ", ".join(f"{name} ({count})" for name, count in result["sections"].items())
-    return known(
-        [
-            ("Sweep", ", ".join(result["sweep"]), ""),
-            ("Workspace", result["workspace"], ""),
-            ("Panels", panels, ""),
-            ("File", result["file"], ""),
-            ("Saved", result.get("url"), ""),
-        ]
-    )
+    sweeps = ", ".join(result["sweep"])
+    rows = [("Sweep", sweeps, ""), *_fields(result, "workspace"), ("Panels", panels, ""), *_fields(result, "file")]
+    return known([*rows, ("Saved", result.get("url"), "")])
 
 
-def panels_tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Rows]]:
-    """None."""
-    return []
-
-
-_COLOURS = {"READY": "excellent", "PARTIALLY_READY": "fair", "NOT_READY": "poor"}
-
-
-def test_facts(result: Mapping[str, Any]) -> list[Fact]:
+def test_facts(result: JsonObject) -> list[Fact]:
     """Every line of the report, in order."""
     checks = result["checks"]
     counts = {word: sum(row["status"] == word for row in checks) for word in ("pass", "warning", "fail", "skipped")}
     shown = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     score = result.get("metrics", {}).get("score")
     overall = result.get("overall")
-    reasons = (
-        ["an integrity check failed"] if any(row["integrity"] and row["status"] == "fail" for row in checks) else []
-    )
-    reasons += [f"mean score {number(score, 2)}"] if score is not None else []
-    readiness = None if overall is None else f"{overall} ({', '.join(reasons)})"
-    built = next(
-        (row["data"]["path"] for row in checks if row["name"] == "built" and "path" in row.get("data", {})), None
-    )
-    rows: list[tuple[str, Any, str]] = [
-        ("Checkpoint", result.get("ckpt"), ""),
-        ("Kept", built if result.get("kept") else None, ""),
-        ("Family", result.get("family"), ""),
-        ("Tier", result.get("tier"), ""),
-        ("Estimate", result.get("estimate"), ""),
+    broken = any(row["integrity"] and row["status"] == "fail" for row in checks)
+    reasons = ["an integrity check failed"] * broken + ([] if score is None else [f"mean score {number(score, 2)}"])
+    paths = [row["data"]["path"] for row in checks if row["name"] == "built" and "path" in row.get("data", {})]
+    rows = [
+        *_fields(result, "ckpt"),
+        ("Kept", paths[0] if paths and result.get("kept") else None, ""),
+        *_fields(result, "family", "tier", "estimate"),
         ("Checks", shown, "" if counts["fail"] else "pass"),
-        ("Overall", readiness, _COLOURS.get(overall or "", "")),
+        ("Overall", overall and f"{overall} ({', '.join(reasons)})", _OVERALL.get(overall or "", "")),
         ("Passed", "yes" if result["passed"] else "NO", "pass" if result["passed"] else "fail"),
     ]
     rows += [
@@ -347,7 +303,7 @@ def test_facts(result: Mapping[str, Any]) -> list[Fact]:
     return known(rows)
 
 
-def test_tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Rows]]:
+def test_tables(result: JsonObject, verbose: bool) -> Tables:
     """One row a check; with `verbose` what each looks at."""
     rows = [
         {
@@ -364,41 +320,24 @@ def test_tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Row
     return [("checks", rows)]
 
 
-def train_facts(result: Mapping[str, Any]) -> list[Fact]:
+def train_facts(result: JsonObject) -> list[Fact]:
     """Every line of the report, in order."""
     losses = [(name.replace("_", " ").capitalize(), number(value, 6), "") for name, value in result["metrics"].items()]
-    return known(
-        [
-            ("Last Checkpoint", result["ckpt"], ""),
-            ("Checkpoints", len(result["checkpoints"]), ""),
-            ("Base", result.get("base"), ""),
-            ("Step", result.get("step"), ""),
-            *losses,
-        ]
-    )
+    written = [("Last Checkpoint", result["ckpt"], ""), ("Checkpoints", len(result["checkpoints"]), "")]
+    return known([*written, *_fields(result, "base", "step"), *losses])
 
 
-def train_tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Rows]]:
+def train_tables(result: JsonObject, verbose: bool) -> Tables:
     """The checkpoints that were written, where all is asked for."""
     return [("checkpoints", [{"checkpoint": path} for path in result["checkpoints"]])] if verbose else []
 
 
-def verify_facts(result: Mapping[str, Any]) -> list[Fact]:
+def verify_facts(result: JsonObject) -> list[Fact]:
     """Every line of the report, in order."""
-    rows = [
-        ("Checkpoint", result["ckpt"], ""),
-        ("Format", result.get("format"), ""),
-        ("Step", result.get("step"), ""),
-    ]
+    rows = _fields(result, "ckpt", "format", "step")
     rows += [
         (check["name"].capitalize(), f"{check['status']} ({check['details']})", check["status"])
         for check in result["checks"]
     ]
     words = {True: ("yes", "pass"), False: ("NO", "fail"), None: ("NOT PROVED: there is no MANIFEST.json", "moderate")}
-    rows.append(("Verified", *words[result["verified"]]))
-    return known(rows)
-
-
-def verify_tables(result: Mapping[str, Any], verbose: bool) -> list[tuple[str, Rows]]:
-    """None: every check is a line of the report."""
-    return []
+    return known([*rows, ("Verified", *words[result["verified"]])])

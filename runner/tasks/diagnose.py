@@ -10,7 +10,7 @@ from runner.evaluation.evaluator import SEEDED_LENGTH, Evaluator
 from runner.evaluation.forward import device_of
 from runner.evaluation.tokenizers import seeded_ids
 from runner.metrics import layers as layer_measures
-from runner.metrics.fidelity import Comparison, perplexities, perplexity, summarise
+from runner.metrics.fidelity import LogitComparison, perplexities, perplexity, summarise
 from runner.metrics.verdict import judge
 from runner.results import Result, versions
 from runner.tasks.context import Context
@@ -174,7 +174,7 @@ def floor(job: MeasurementRun) -> None:
 
 
 def _report_non_finite(
-    job: MeasurementRun, names: Sequence[str], sequences: Sequence[torch.Tensor], comparisons: Sequence[Comparison]
+    job: MeasurementRun, names: Sequence[str], sequences: Sequence[torch.Tensor], comparisons: Sequence[LogitComparison]
 ) -> None:
     bad = [i for i, comparison in enumerate(comparisons) if not comparison.finite]
     job.result.findings += job.evaluator.non_finite_findings([names[i] for i in bad], [sequences[i] for i in bad])

@@ -13,11 +13,10 @@ from runner.checks.check import PARTS, checks_for, run_checks
 from runner.checks.context import BUILT, FAIL, STATUSES, WARNING, Check, CheckContext, check_base, check_buildable
 from runner.config import TestConfig
 from runner.errors import ConfigError
+from runner.metrics.verdict import thresholds
 from runner.results import Result, versions
 from runner.tasks.context import Context
 
-# Mean score of the quality checks → what the checkpoint is, by the fixed thresholds of the comprehensive test.
-READINESS = ((0.8, "READY"), (0.6, "PARTIALLY_READY"))
 NOT_READY = "NOT_READY"
 # The check that puts a model into memory: a tier with it is asked for room first.
 MODEL = "model"
@@ -149,7 +148,7 @@ def overall(rows: Sequence[Mapping[str, Any]]) -> str | None:
     if not scores:
         return None
     mean = sum(scores) / len(scores)
-    return next((word for least, word in READINESS if mean > least), NOT_READY)
+    return next((word for word, least in thresholds().overall.items() if mean > least), NOT_READY)
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

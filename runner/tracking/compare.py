@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from runner.comparison.comparison import Comparison
-from runner.comparison.estimate import Estimate
-from runner.comparison.insights import answers, headline
+from runner.comparison.insights import headline, insights
 from runner.comparison.jobs import Job
-from runner.comparison.series import Series
-from runner.results import JsonObject
+from runner.comparison.series import RemainingSteps, Series
+from runner.results import JsonObject, is_number
 from runner.tracking.base import RunIdentity, Tracker
-from runner.tracking.rows import LAYER_FIGURES, STEP, Chart, LoggedTable, Record, cell, eval_row, is_number, numbers
+from runner.tracking.rows import LAYER_FIGURES, STEP, Chart, LoggedTable, Record, cell, eval_row, numbers
 
 # Of the estimate's curve, which goes on beyond the last checkpoint.
 FORECAST_STEP = "forecast/step"
@@ -148,7 +147,7 @@ def _summary(comparison: Comparison, named: Sequence[tuple[Series, str]]) -> Jso
     said: JsonObject = {"headline": headline(comparison).words}
     said |= {f"jobs/{status}": count for status, count in Counter(job.status for job in comparison.jobs).items()}
     for series, end in named:
-        found = answers(series)
+        found = insights(series)
         for name in ("working", "ready", "layer", "best"):
             said[f"answers/{name}{end}"] = getattr(found, name).words
         points = figures(series, "mse")
@@ -160,7 +159,7 @@ def _summary(comparison: Comparison, named: Sequence[tuple[Series, str]]) -> Jso
     return said
 
 
-def _targets(estimate: Estimate) -> JsonObject:
+def _targets(estimate: RemainingSteps) -> JsonObject:
     """`estimate/mse_0.05_status`, `…_lower`, `…_upper`: when each threshold is met, in steps since the start."""
     return {
         f"estimate/mse_{target['target']:g}_{name}": target[name]

@@ -4,12 +4,11 @@ Keys are flat and the step of the checkpoint is a metric of its own, so that ste
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
-from runner.results import JsonObject
+from runner.results import JsonObject, is_number
 
 STEP = "checkpoint/step"
 # Every metric that matches a pattern is drawn over this one; the x axes themselves come first.
@@ -144,8 +143,3 @@ def numbers(metrics: Mapping[str, object], prefix: str = "") -> Iterator[tuple[s
             yield from numbers(value, f"{prefix}{name}_")
         elif is_number(value):
             yield f"{prefix}{name}", value
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether `value` is a finite number; True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -88,6 +88,14 @@ def test_several_sweeps_over_one_run_are_joined_where_they_do_not_overlap(tmp_pa
     assert len(read([first, first]).jobs) == 2
 
 
+def test_a_version_with_more_thresholds_goes_on_with_the_curve(tmp_path):
+    for number, thresholds in enumerate(({"layer_mse": 0.1}, {"layer_mse": 0.1, "trend": {"steady": 0.75}})):
+        found = result(f"/runs/a/checkpoint-{100 + number}", 0.5)
+        write_job(tmp_path, number, "x", found, ckpt="/runs/a", step=100 + number, verdict=thresholds)
+    assert [series.steps for series in read(tmp_path).series] == [[100, 101]]
+    assert "verdict.trend.steady" in read(tmp_path).differences
+
+
 def test_a_job_without_step_or_figures_is_in_no_curve(tmp_path):
     write_job(tmp_path / "s", 0, "x", {"task": "merge", "status": "ok", "ckpt": "/out/merged"})
     found = read(tmp_path / "s")

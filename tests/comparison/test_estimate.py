@@ -3,7 +3,7 @@
 import json
 
 from runner.comparison.comparison import read
-from runner.comparison.estimate import estimate
+from runner.comparison.series import estimate
 from tests.comparison.sweeps import result, write_job, write_sweep
 
 

@@ -8,10 +8,8 @@ from scipy.optimize import least_squares
 from scipy.special import fdtri
 
 from runner.metrics import forecast_fit
-from runner.metrics.backtest import backtest
-from runner.metrics.forecast import forecast
-from runner.metrics.forecast_series import local_noise, reached, rejection_ratio, series_of
-from runner.metrics.forecast_words import sentence
+from runner.metrics.forecast import backtest, forecast, sentence
+from runner.metrics.forecast_fit import local_noise, points_of, reached, rejection_ratio
 
 STEPS = np.arange(1, 13) * 1000.0
 TARGETS = (0.5, 0.1, 0.05)
@@ -177,19 +175,19 @@ def test_what_a_fit_cannot_use_is_left_out_and_said():
 
 
 def test_a_step_measured_twice_is_one_point():
-    series = series_of([1, 2, 2, 3, 3], [1.0, 0.4, 0.9, 0.3, 0.3])
+    series = points_of([1, 2, 2, 3, 3], [1.0, 0.4, 0.9, 0.3, 0.3])
     assert series.steps == (1, 2, 3)
     assert series.mses == pytest.approx((1.0, 0.6, 0.3))
     assert series.notes == ("step 2 was measured 2 times: the geometric mean is used",)
 
 
 def test_reached_counts_from_where_it_stays_below():
-    series = series_of([1, 2, 3, 4, 5], [1.0, 0.4, 0.6, 0.3, 0.0])
+    series = points_of([1, 2, 3, 4, 5], [1.0, 0.4, 0.6, 0.3, 0.0])
     assert reached(series, 0.5) == 4
     assert reached(series, 1.5) == 1
     assert reached(series, 0.2) == 5
-    assert reached(series_of([1, 2], [0.9, 0.5]), 0.5) is None
-    assert reached(series_of([1, 2], [0.1, 0.9]), 0.5) is None
+    assert reached(points_of([1, 2], [0.9, 0.5]), 0.5) is None
+    assert reached(points_of([1, 2], [0.1, 0.9]), 0.5) is None
     found = forecast([1, 2], [0.7, 0.4], (0.5,))
     assert sentence(found, found.targets[0]) == "mse < 0.5: reached at step 2."
 

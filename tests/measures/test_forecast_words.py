@@ -1,7 +1,6 @@
 import dataclasses
 
-from runner.metrics.forecast import forecast
-from runner.metrics.forecast_words import sentence
+from runner.metrics.forecast import forecast, sentence
 from tests.measures.test_forecast import STEPS, noisy
 
 

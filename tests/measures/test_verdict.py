@@ -1,9 +1,14 @@
 """The verdict at and around each threshold of conf/verdict.yaml."""
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
+from runner.checks import quality
+from runner.comparison.insights import trend
+from runner.metrics import verdict
 from runner.metrics.verdict import Thresholds, cosine_status, judge, mse_status, progress
+from runner.tasks.test import overall
 from tests.conftest import ROOT
 
 
@@ -83,3 +88,32 @@ def test_generations_are_part_of_the_reason(thresholds):
     reason = judge(0.01, 0.99, thresholds, layer_mses=[0.0], generations=rows)["reason"]
     assert "50% of the tokens (under 90%)" in reason
     assert "repeat themselves" in reason
+
+
+@pytest.fixture
+def other_thresholds(monkeypatch, tmp_path):
+    """Called with changed values: conf/verdict.yaml with these instead."""
+    values = yaml.safe_load((ROOT / "conf" / "verdict.yaml").read_text())
+
+    def write(**changed):
+        (tmp_path / "verdict.yaml").write_text(yaml.safe_dump({**values, **changed}, sort_keys=False))
+        monkeypatch.setattr(verdict, "config_directory", lambda: tmp_path)
+        verdict.thresholds.cache_clear()
+
+    yield write
+    verdict.thresholds.cache_clear()
+
+
+def test_the_file_is_the_one_source_of_every_threshold(other_thresholds):
+    rows = [{"status": "warning", "integrity": False, "score": 0.7}]
+    points = [(100, 1.0), (200, 0.7)]
+    words = (quality.grade(0.08, 0.96), quality.word_of(0.7), overall(rows), trend(points).level)
+    assert words == ("PASS", "WARNING", "PARTIALLY_READY", "good")
+    other_thresholds(
+        quality={"PASS": {"mse": 0.01, "cosine": 0.99}, "WARNING": {"mse": 0.05, "cosine": 0.9}},
+        quality_score={"PASS": 0.6, "WARNING": 0.1},
+        overall={"READY": 0.65, "PARTIALLY_READY": 0.1},
+        trend={"steady": 0.75, "gain": 0.95, "turned": 1.5, "fallen": 0.5},
+    )
+    words = (quality.grade(0.08, 0.96), quality.word_of(0.7), overall(rows), trend(points).level)
+    assert words == ("FAIL", "PASS", "READY", "warn")

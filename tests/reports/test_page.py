@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from runner.comparison.comparison import read
-from runner.reports.page import sections
-from runner.reports.page.build import charts, page
+from runner.reports.page.build import differences, failures, page, table
+from runner.reports.page.charts import charts
 from runner.reports.picture import pictures
 from tests.comparison.sweeps import result, write_job, write_sweep
 from tests.conftest import ROOT
@@ -130,19 +130,19 @@ def test_failures_stand_first_and_lead_to_their_logs(tmp_path):
     assert text.index("14 jobs without a result") < text.index("Is training working?")
     assert '<a href="./40_x/runner.log">40_x</a>' in text
     assert "and 4 more" in text
-    _, rows = sections.table(read(tmp_path / "s"), tmp_path / "s")
+    _, rows = table(read(tmp_path / "s"), tmp_path / "s")
     assert [row["cells"][2]["text"] for row in rows[:14]] == ["failed"] * 12 + ["lost", "never started"]
 
 
 def test_links_lead_from_the_page_wherever_it_lies(tmp_path):
     folder = write_job(tmp_path / "s", 0, "a:b c%#?", None)
-    [group] = sections.failures(read(tmp_path / "s"), tmp_path / "elsewhere")
+    [group] = failures(read(tmp_path / "s"), tmp_path / "elsewhere")
     assert group["jobs"][0]["log"] == "../s/0_a%3Ab%20c%25%23%3F/runner.log"
     assert (folder / "runner.log").is_file()
 
 
 def test_a_key_with_many_values_shows_its_ends(tmp_path):
-    [row] = sections.differences(read(write_sweep(tmp_path / "s", dict.fromkeys(range(100, 5100, 100), 0.5))))
+    [row] = differences(read(write_sweep(tmp_path / "s", dict.fromkeys(range(100, 5100, 100), 0.5))))
     texts = [choice["text"] for choice in row["choices"]]
     assert (row["key"], texts[0], texts[-1], len(texts)) == ("step", "100", "5000", 11)
     assert "… 50 values …" in texts
@@ -175,7 +175,8 @@ def test_only_the_comparison_leads_to_the_page():
     found = {
         str(file.relative_to(ROOT)) for file in (ROOT / "runner").rglob("*.py") if drawing.search(file.read_text())
     }
-    assert {name for name in found if not name.startswith("runner/reports/")} == {"runner/tasks/compare.py"}
+    outside = {name for name in found if not name.startswith("runner/reports/")}
+    assert outside == {"runner/tasks/compare.py", "runner/sweeps/command.py"}
 
 
 def test_the_parts_of_the_page_are_in_the_package():

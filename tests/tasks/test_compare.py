@@ -159,6 +159,14 @@ def test_a_job_whose_checks_fail_says_which_and_why():
     ]
 
 
+def test_a_job_that_ends_well_is_one_line_with_its_figures():
+    found = result("/runs/a/checkpoint-100", 0.25)
+    said = io.StringIO()
+    print_line(found, Console(file=said, width=200), number=3)
+    assert said.getvalue().startswith("#3 checkpoint-100: mse 0.2500, cosine ")
+    assert said.getvalue().rstrip().endswith(found["verdict"]["status"])
+
+
 def test_a_sweep_of_tests_shows_which_checks_failed(run, tmp_path):
     outcome = run("task=compare", f"sweep={CASES['checks_only'](tmp_path / 's')}")
     lines = outcome.out.splitlines()

@@ -15,6 +15,7 @@ from runner.errors import ModelError
 from runner.families.npt import checkpoint as npt_delta
 from runner.families.npt import full
 from runner.families.npt.model import NptLlamaForCausalLM, RankKUpdate, npt_tensors
+from runner.files.archive import require_crc
 from runner.files.staging import staged
 from runner.files.tensors import TensorSource
 
@@ -103,6 +104,7 @@ def _delta(weights: TensorSource, name: str, scale: float) -> Callable[[], torch
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
     for name in names:
         if (source / name).is_file():
+            require_crc(source / name)
             shutil.copyfile(source / name, target / name)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from runner.comparison.comparison import read
-from runner.comparison.insights import answers, headline
+from runner.comparison.insights import headline, insights
 from tests.comparison.sweeps import result, write_job, write_sweep
 
 
@@ -32,15 +32,15 @@ def curve(*mses):
     ((0.9, 0.5, None), "bad", "at step 300 there is no finite mse"),
 ])  # fmt: skip
 def test_whether_training_works(tmp_path, mses, level, words):
-    found = answers(read(write_sweep(tmp_path / "s", curve(*mses))).series[0])
+    found = insights(read(write_sweep(tmp_path / "s", curve(*mses))).series[0])
     assert found.working.level == level
     assert words in found.working.words
 
 
 def test_readiness_repeats_the_verdict_and_says_since_when(tmp_path):
-    found = answers(read(write_sweep(tmp_path / "s", curve(0.9, 0.09, 0.2, 0.08, 0.07))).series[0])
-    assert found.ready.words.startswith("For basic use since step 400: mse 0.07")
-    early = answers(read(write_sweep(tmp_path / "t", curve(0.9, 0.5))).series[0]).ready
+    found = insights(read(write_sweep(tmp_path / "s", curve(0.9, 0.09, 0.2, 0.08, 0.07))).series[0])
+    assert found.ready.words.startswith("For basic use since step 400: at step 500, mse 0.07")
+    early = insights(read(write_sweep(tmp_path / "t", curve(0.9, 0.5))).series[0]).ready
     assert early.words.startswith("Not yet: mse 0.5.")
     assert early.more == (
         "Estimate: mse < 0.5, mse < 0.1, mse < 0.05: too few points (2; an estimate needs 6).",
@@ -50,7 +50,7 @@ def test_readiness_repeats_the_verdict_and_says_since_when(tmp_path):
 
 def test_without_a_verdict_none_is_invented(tmp_path):
     write_job(tmp_path / "s", 0, "x", result("/runs/moe/checkpoint-100", 0.5, verdict=None))
-    found = answers(read(tmp_path / "s").series[0])
+    found = insights(read(tmp_path / "s").series[0])
     assert (found.ready.level, found.working.level) == ("unknown", "unknown")
 
 
@@ -58,9 +58,9 @@ def test_the_worst_layer_is_that_of_the_last_checkpoint_that_has_figures(tmp_pat
     sweep = write_sweep(tmp_path / "s", curve(0.9, 0.5), tier="full")
     rows = [{"layer": 1, "mse": 0.02}, {"layer": 2, "mse": 0.3}, {"layer": 3, "mse": None}, {"layer": [4], "mse": 9}]
     write_job(sweep, 2, "x", result("/runs/a/checkpoint-300", 0.4, tier="full", layers=rows), tier={"name": "full"})
-    found = answers(read(sweep).series[0]).layer
+    found = insights(read(sweep).series[0]).layer
     assert found.words == "Layer 2, mse 0.3 alone (next: layer 1, 0.02), at step 300; 1 of 2 layers is not below 0.1."
-    assert "tier=full" in answers(read(write_sweep(tmp_path / "q", curve(0.5))).series[0]).layer.words
+    assert "tier=full" in insights(read(write_sweep(tmp_path / "q", curve(0.5))).series[0]).layer.words
 
 
 def test_the_best_checkpoint_is_not_called_clearly_better_when_prompts_disagree(tmp_path):
@@ -69,7 +69,7 @@ def test_the_best_checkpoint_is_not_called_clearly_better_when_prompts_disagree(
         prompts = [{"prompt": str(i), "mse": mse} for i, mse in enumerate(mses)]
         found = result(f"/runs/a/checkpoint-{number + 1}00", sum(mses) / 2, per_prompt=prompts)
         write_job(sweep, number, "x", found)
-    words = answers(read(sweep).series[0]).best.words
+    words = insights(read(sweep).series[0]).best.words
     assert words.startswith("checkpoint-200: mse 0.15")
     assert "checkpoint-100 (0.2) is closer on 1 of 2 prompts: not clearly worse" in words
 
@@ -94,7 +94,7 @@ def test_figures_without_a_comparison_are_no_failure(tmp_path):
     write_job(tmp_path / "s", 1, "x", {"task": "test", "status": "ok", "ckpt": "/runs/a/checkpoint-1", "step": 1,
                                        "metrics": {"score": 0.9}})  # fmt: skip
     [series] = read(tmp_path / "s").series
-    assert (series.run, answers(series).working.level) == ("gpt", "unknown")
+    assert (series.run, insights(series).working.level) == ("gpt", "unknown")
     assert headline(read(tmp_path / "s")).level == "unknown"
 
 
