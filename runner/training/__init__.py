@@ -1,1 +1,1 @@
-"""Training of NPT layers and of the demonstration."""
+"""The engine of training: batches, steps, optimizers, and what a training goes on from. It knows no family."""

@@ -1,8 +1,12 @@
+import subprocess
+import sys
+
 import pytest
 
 from runner.errors import ConfigError
 from runner.families.npt import EquivalenceSettings, TrainSettings
 from runner.training.language_model import LanguageModelSettings
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(
@@ -47,3 +51,13 @@ def test_a_list_from_a_config_becomes_layers():
 def test_a_language_model_that_cannot_be_is_refused(wrong):
     with pytest.raises(ConfigError):
         LanguageModelSettings(**wrong)
+
+
+def test_settings_are_built_without_torch():
+    """A wrong value is refused at once."""
+    code = (
+        "import sys; from runner.families.lora_moe import MoeTrainSettings; from runner.families.npt import TrainSettings; "
+        "MoeTrainSettings(), TrainSettings(layers=[1]); print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
