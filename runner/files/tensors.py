@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from runner.errors import CheckpointError
 from runner.files.file_type import Kind, kind_of
-from runner.files.safetensors_header import read_header
-from runner.files.shards import check_keys, read_index
+from runner.files.safetensors_header import check_keys, read_header, read_index
 from runner.files.stubs import FUNCTIONS, STAND_INS, Inert
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ import torch
 from torch import _utils
 
 from runner.errors import CheckpointError
-from runner.files.readback import forget
 from runner.files.safetensors_header import DTYPES, MAX_HEADER_BYTES
+from runner.files.staging import forget
 from runner.files.tensors import is_finite
 from runner.merge.lazy_tensor import LazyTensor, as_bytes, replaced
 from runner.merge.plan import MergeOutput, TensorFile

@@ -1,4 +1,6 @@
-"""What a task may use beside its config: where its files go, who is told, and how long work is shown."""
+"""What a task may use beside its config: where its files go, who is told, how long work is shown; and the checkpoint that
+`ckpt` and `step` name. No model is imported here.
+"""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -10,6 +12,11 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from runner.checkpoints.checkpoint import Checkpoint
+from runner.checkpoints.runs import resolve
+from runner.config import CheckpointConfig
+from runner.errors import ConfigError
+from runner.installation import demo_run
 from runner.tracking.base import Tracker
 
 Item = TypeVar("Item")
@@ -50,3 +57,29 @@ class Context:
             *columns, console=self.progress, transient=True, disable=not self.progress.is_terminal
         ) as progress:
             yield from progress.track(items, description=what, total=total)
+
+
+DEMO = "demo"
+
+
+def checkpoint_path(config: CheckpointConfig) -> Path:
+    """The one checkpoint that `ckpt` and `step` name; of `demo` the last step is the default."""
+    if config.step is not None and (isinstance(config.step, bool) or not isinstance(config.step, int)):
+        raise ConfigError(f"step={config.step}: a step is a whole number; several steps are a sweep: add -m")
+    if config.ckpt != DEMO:
+        return resolve(Path(config.ckpt).expanduser(), config.step)
+    return resolve(demo_run(), -1 if config.step is None else config.step)
+
+
+def cache_directory(cache: str | None) -> Path:
+    """Where things are kept between runs: `cache`, or its default."""
+    return Path(cache).expanduser() if cache else Path.home() / ".cache" / "runner"
+
+
+def check_family(config: CheckpointConfig, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError where the family that was asked for is not the checkpoint's."""
+    if config.family.name not in ("auto", checkpoint.family):
+        raise ConfigError(
+            f"family={config.family.name}, but {checkpoint.path} is of the family {checkpoint.family} "
+            f"(format {checkpoint.format}: {checkpoint.evidence})"
+        )

@@ -13,8 +13,7 @@ from runner.files.archive import require_crc
 from runner.files.file_type import sha256_of
 from runner.files.staging import staged
 from runner.results import Result, versions
-from runner.tasks.context import Context
-from runner.tasks.naming import checkpoint_path
+from runner.tasks.context import Context, checkpoint_path
 
 
 def run(config: ConvertConfig, context: Context) -> Result:

@@ -1,18 +1,79 @@
-"""`task=diff`: what differs between two checkpoints, tensor by tensor."""
+"""`task=diff`: what differs between two checkpoints, tensor by tensor, in parts: no two tensors are in memory whole."""
 
 import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from runner.checkpoints.checkpoint import Checkpoint
+import torch
+
+from runner.checkpoints.checkpoint import Checkpoint, dtype_name
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.runs import resolve
 from runner.config import DiffConfig
 from runner.errors import CheckpointError, ConfigError
 from runner.families.family import Auto
-from runner.merge.difference import Row, differences, match
+from runner.files.tensors import TensorInfo
+from runner.merge.lazy_tensor import from_source
 from runner.results import Result, versions
-from runner.tasks.context import Context
-from runner.tasks.naming import check_family, checkpoint_path
+from runner.tasks.context import Context, check_family, checkpoint_path
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """The tensors of two checkpoints by what they have in common: `common[name]` are the names in each file."""
+
+    only_in_first: list[str]
+    only_in_second: list[str]
+    common: Mapping[str, tuple[str, str]]
+
+
+def match(first: Mapping[str, str], second: Mapping[str, str]) -> Names:
+    """Pair the tensors of one name; both by the name that they are compared by → the name in the file."""
+    return Names(
+        only_in_first=[name for name in first if name not in second],
+        only_in_second=[name for name in second if name not in first],
+        common={name: (first[name], second[name]) for name in first if name in second},
+    )
+
+
+def differences(first: Checkpoint, second: Checkpoint, names: Names) -> Iterator[Row]:
+    """One row a common tensor: shapes and dtypes where they differ, else mse, cosine and the largest difference.
+
+    `equal`: bit for bit. Figures in float64: `relative` is the norm of the difference over that of the second; NaN or
+    Inf where a tensor holds such.
+    """
+    for name, (ours, theirs) in names.common.items():
+        a, b = first.weights.infos[ours], second.weights.infos[theirs]
+        row: Row = {"name": name, "shape": list(a.shape), "dtype": dtype_name(a.dtype)}
+        if a.dtype != b.dtype:
+            row["reference_dtype"] = dtype_name(b.dtype)
+        if a.shape != b.shape:
+            yield {**row, "reference_shape": list(b.shape), "equal": False}
+        else:
+            yield {**row, **_figures(first, a, second, b)}
+
+
+def _figures(first: Checkpoint, a: TensorInfo, second: Checkpoint, b: TensorInfo) -> Row:
+    squares = dot = length_a = length_b = largest = 0.0
+    equal = a.dtype == b.dtype
+    for ours, theirs in zip(from_source(first.weights, a).parts(), from_source(second.weights, b).parts(), strict=True):
+        equal = equal and torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+        x, y = ours.double(), theirs.double()
+        change = x - y
+        squares, largest = squares + float(change @ change), max(largest, float(change.abs().max()))
+        dot, length_a, length_b = dot + float(x @ y), length_a + float(x @ x), length_b + float(y @ y)
+    norm = math.sqrt(length_a) * math.sqrt(length_b)
+    return {
+        "equal": equal,
+        "mse": squares / max(a.numel, 1),
+        "cosine": dot / norm if norm else (1.0 if length_a == length_b else 0.0),
+        "max_abs": largest if math.isfinite(squares) else math.nan,  # max() passes over NaN
+        "relative": math.sqrt(squares / length_b) if length_b else (0.0 if not squares else math.inf),
+    }
 
 
 def run(config: DiffConfig, context: Context) -> Result:

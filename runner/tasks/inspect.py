@@ -10,8 +10,7 @@ from runner.checkpoints.runs import Run, find_run
 from runner.config import InspectConfig
 from runner.errors import RunnerError
 from runner.results import Result, versions
-from runner.tasks.context import Context
-from runner.tasks.naming import DEMO, checkpoint_path
+from runner.tasks.context import DEMO, Context, checkpoint_path
 
 # The part of a name that says which component a tensor belongs to: up to the first number, or the first two words.
 _GROUP = re.compile(r"^((?:[^.]*\.)??[^.]*?\d+[^.]*|[^.]+(?:\.[^.\d]+)?)")

@@ -52,7 +52,7 @@ def run(config: MergeConfig, context: Context) -> Result:
     Raises ConfigError, CheckpointError or ModelError where it is refused, RunnerError where writing or verifying fails.
     """
     if config.merge.demo:
-        from runner.families.npt.merge_demo import write_demo
+        from runner.families.npt.demo import write_demo
 
         with context.timed("demo"):
             made = write_demo(context.directory / "demo", config.merge, seed=config.seed)

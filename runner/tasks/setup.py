@@ -20,8 +20,7 @@ from runner.evaluation.reference import Reference
 from runner.evaluation.tensor_cache import model_cache
 from runner.evaluation.tokenizers import load_tokenizer
 from runner.families.family import Auto, Family
-from runner.tasks.context import Context
-from runner.tasks.naming import cache_directory, checkpoint_path
+from runner.tasks.context import Context, cache_directory, checkpoint_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

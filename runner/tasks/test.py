@@ -89,7 +89,7 @@ def _path(config: TestConfig) -> Path | None:
             raise ConfigError(f"step={config.step} needs a run directory as ckpt=")
         return None
     if config.ckpt == "demo":
-        from runner.tasks.naming import checkpoint_path
+        from runner.tasks.context import checkpoint_path
 
         return checkpoint_path(config)
     return resolve(Path(config.ckpt).expanduser(), config.step)

@@ -12,8 +12,7 @@ from runner.files.archive import verify_crc
 from runner.files.file_type import Kind, kind_of
 from runner.files.tensors import non_finite
 from runner.results import Result, versions
-from runner.tasks.context import Context
-from runner.tasks.naming import check_family, checkpoint_path
+from runner.tasks.context import Context, check_family, checkpoint_path
 
 Check = dict[str, str]
 PICKLES = (".pt", ".pth", ".bin")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.files import readback
-from runner.files.readback import STEP, read_back
+from runner.files import staging as readback
+from runner.files.staging import STEP, read_back
 
 
 @pytest.mark.parametrize("size", [0, 1, STEP - 1, STEP, STEP + 1, 3 * STEP + 5])

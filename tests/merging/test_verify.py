@@ -5,7 +5,7 @@ import torch
 
 from runner.errors import CheckpointError, RunnerError
 from runner.families.npt.checkpoint import MERGE_SUMMARY
-from runner.files.readback import read_back
+from runner.files.staging import read_back
 from runner.merge.spec import MergeSpec
 from runner.merge.verify import check_structure, comparisons
 from runner.merge.writer import write_json_files, write_tensors

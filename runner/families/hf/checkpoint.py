@@ -18,7 +18,7 @@ from runner.checkpoints.model_directory import (
 )
 from runner.checkpoints.reading import Parts, Reading, some
 from runner.errors import CheckpointError
-from runner.files.shards import read_index
+from runner.files.safetensors_header import read_index
 from runner.files.tensors import TensorInfo, TensorSource, open_sharded
 
 NAME = "hf"
