@@ -52,12 +52,12 @@ def opened(path: Path, dialect: str) -> Checkpoint:
     return BY_NAME[f"gpt_{dialect}"].open(Listing.of(path))
 
 
-def built(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> gpt.Gpt:
+def built(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> gpt.GptForCausalLM:
     config = gpt.GptConfig(**{field.name: getattr(checkpoint.details, field.name) for field in fields(gpt.GptConfig)})
     return gpt.build(config, {name: checkpoint.weights.read(name) for name in checkpoint.details.keys}, dtype)
 
 
-def model(dialect: str, state: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> gpt.Gpt:
+def model(dialect: str, state: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> gpt.GptForCausalLM:
     """The model of a state dict, without a file between."""
     head = state["lm_head.weight" if dialect == "small" else "lm_head_w"]
     config = gpt.GptConfig(

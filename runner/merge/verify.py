@@ -50,7 +50,7 @@ class Expected:
 
 def comparisons(
     written: Path, files: Iterable[TensorFile], on_bytes: Callable[[int], None] = lambda count: None
-) -> dict[str, "Comparison"]:
+) -> dict[str, "SourceComparison"]:
     """A watcher for each of `files` in `written`: where its reader finds each tensor, the sources' bytes must stand.
 
     `on_bytes` hears how many bytes each comparison took.
@@ -64,7 +64,7 @@ def comparisons(
             inside = _safetensors(path)
         else:
             value, inside = file.value, load_pickle(path, tensors="meta")
-        found[file.name] = Comparison(path, expected(path, "", value, inside), on_bytes)
+        found[file.name] = SourceComparison(path, expected(path, "", value, inside), on_bytes)
     return found
 
 
@@ -108,7 +108,7 @@ def _placed(tensor: torch.Tensor) -> Placed | None:
     return Placed(dtype=tensor.dtype, shape=tuple(tensor.shape), offset=file_offset(tensor) if tensor.numel() else 0)
 
 
-class Comparison:
+class SourceComparison:
     """Holds a file's content, which comes in order, against the tensors that should lie in it.
 
     Calling it raises RunnerError for the first tensor of which another byte, or none, is found.

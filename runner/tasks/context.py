@@ -1,5 +1,5 @@
-"""What a task may use beside its config: where its files go, who is told, how long work is shown; and the checkpoint that
-`ckpt` and `step` name. No model is imported here.
+"""What a task may use beside its config: where its files go, who is told, how long work is shown; and the one
+checkpoint that `ckpt` and `step` name. No model is imported here.
 """
 
 import time

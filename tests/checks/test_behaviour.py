@@ -83,13 +83,13 @@ def every_row_gets_the_first_ones_experts(patch, model):
 
 
 def padding_is_seen(patch, model):
-    real = gpt_model.Gpt._checked
+    real = gpt_model.GptForCausalLM._checked
 
     def checked(self, ids, mask):
         ids = real(self, ids, mask)
         return ids if mask is None else ids.roll(1, dims=1)
 
-    patch.setattr(gpt_model.Gpt, "_checked", checked)
+    patch.setattr(gpt_model.GptForCausalLM, "_checked", checked)
 
 
 def the_mask_is_inverted(patch, model):
@@ -109,7 +109,7 @@ def a_logit_is_nan(patch, model):
 
 
 def the_cap_is_forgotten(patch, model):
-    patch.setattr(gpt_model.Gpt, "head", lambda self, hidden: self.lm_head(hidden).float())
+    patch.setattr(gpt_model.GptForCausalLM, "head", lambda self, hidden: self.lm_head(hidden).float())
 
 
 def a_layer_has_no_weights(patch, model):

@@ -11,7 +11,7 @@ from runner.files.tensors import file_offset, load_pickle
 from runner.merge import writer as torch_file
 from runner.merge.lazy_tensor import LazyTensor, from_tensor, split
 from runner.merge.plan import TensorFile
-from runner.merge.verify import Comparison, Expected, comparisons
+from runner.merge.verify import Expected, SourceComparison, comparisons
 from runner.merge.writer import write_tensors
 
 VALUE = {
@@ -32,13 +32,13 @@ def written(request, tmp_path):
     return tmp_path, file, (tmp_path / file.name).read_bytes()
 
 
-def show(comparison: Comparison, content: bytes, step: int) -> None:
+def show(comparison: SourceComparison, content: bytes, step: int) -> None:
     for offset in range(0, len(content), step):
         comparison(offset, memoryview(content)[offset : offset + step])
     comparison(len(content), memoryview(b""))
 
 
-def watcher(directory: Path, file: TensorFile) -> Comparison:
+def watcher(directory: Path, file: TensorFile) -> SourceComparison:
     return comparisons(directory, [file])[file.name]
 
 
@@ -95,13 +95,13 @@ def expected(name: str, offset: int, tensor: torch.Tensor, parts=None) -> Expect
 def test_tensors_that_share_bytes_are_refused():
     tensors = [expected("a", 0, torch.zeros(2)), expected("b", 4, torch.zeros(2))]
     with pytest.raises(RunnerError, match="b is not what"):
-        show(Comparison(Path("f"), tensors, lambda count: None), bytes(12), 100)
+        show(SourceComparison(Path("f"), tensors, lambda count: None), bytes(12), 100)
 
 
 def test_a_source_that_gives_too_few_elements_proves_nothing():
     tensors = [expected("a", 0, torch.zeros(2), lambda: iter([torch.zeros(1)]))]
     with pytest.raises(RunnerError, match="a is not what"):
-        show(Comparison(Path("f"), tensors, lambda count: None), bytes(8), 100)
+        show(SourceComparison(Path("f"), tensors, lambda count: None), bytes(8), 100)
 
 
 def test_tensors_behind_empty_ones_and_beyond_four_gigabytes_are_found(tmp_path, monkeypatch):

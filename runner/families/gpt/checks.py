@@ -51,7 +51,7 @@ def build_small(context: CheckContext) -> Path:
     config = gpt.GptConfig(dialect="small", vocab_size=256, head_rows=256, num_layers=8, model_dim=128, num_scalars=40)
     generator = torch.Generator().manual_seed(context.config.seed)
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in gpt.Gpt(config).named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in gpt.GptForCausalLM(config).named_parameters()}
     tensors = {name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for name, shape in shapes.items()}
     tensors["scalars"] = torch.rand(config.num_scalars, generator=generator) + 0.3
     target = context.scratch / "built" / f"checkpoint-{STEP}"

@@ -212,7 +212,7 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
-class Gpt(nn.Module):
+class GptForCausalLM(nn.Module):
     """The model. Its logits are `head(hidden(ids))`, for callers that take them in chunks of positions."""
 
     def __init__(self, config: GptConfig) -> None:
@@ -285,13 +285,13 @@ class Gpt(nn.Module):
 
 def build(
     config: GptConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> Gpt:
+) -> GptForCausalLM:
     """The model with copies of `tensors`, whose names are exactly its parameters', in evaluation mode, gradients off.
 
     `dtype` is the compute dtype; `scalars` become float32. Raises ModelError with every difference in names or shapes.
     """
     with torch.device("meta"):
-        model = Gpt(config)
+        model = GptForCausalLM(config)
     expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     given = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if differing := sorted(n for n in expected.keys() | given.keys() if expected.get(n) != given.get(n)):
@@ -303,7 +303,7 @@ def build(
     return model.eval().requires_grad_(False)
 
 
-def build_gpt(checkpoint: Checkpoint, placement: Placement) -> Gpt:
+def build_gpt(checkpoint: Checkpoint, placement: Placement) -> GptForCausalLM:
     """The model of a checkpoint. Raises ModelError for one that cannot be run, CheckpointError for NaN or Inf."""
     checkpoint.require_complete()
     details, dtype = checkpoint.details, torch_dtype(placement.dtype, checkpoint.weights, EMBEDDING)

@@ -136,10 +136,6 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 HIDDEN, INNER, VOCABULARY = 64, 160, 512
 # Layer → (modulation, r, k, step).
 LAYERS = {1: ("triple", 8, 4, 2200), 2: ("dual", 16, 2, 2500)}
@@ -207,3 +203,7 @@ def _training_state(weights: dict[str, torch.Tensor], step: int, generator: torc
         "scheduler_state_dict": {"last_epoch": step, "_step_count": step + 1},
         "scaler_state_dict": None,
     }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
