@@ -36,6 +36,9 @@ from runner.training.language_model import LanguageModelSettings, save_language_
 THREADS = 1
 METRICS = ("mse", "cosine", "kl", "top1")
 WORDS = ("status", "cosine_status", "progress", "readiness")
+# The base and the layers of `merge=demo`: layer → (modulation, r, k, step).
+HIDDEN, INNER, VOCABULARY = 64, 160, 512
+LAYERS = {1: ("triple", 8, 4, 2200), 2: ("dual", 16, 2, 2500)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +137,6 @@ def main() -> int:
         return error.exit_code
     (output / "figures.json").write_text(json.dumps(figures(run), indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-HIDDEN, INNER, VOCABULARY = 64, 160, 512
-# Layer → (modulation, r, k, step).
-LAYERS = {1: ("triple", 8, 4, 2200), 2: ("dual", 16, 2, 2500)}
 
 
 def write_demo(directory: Path, spec: MergeSpec, *, seed: int = 0) -> MergeSpec:
