@@ -2,9 +2,10 @@
 
 import gc
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -43,6 +44,11 @@ def uncollected() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def first_torch() -> AbstractContextManager[None]:
+    """`uncollected` around an import of torch in a function, where it is the first one."""
+    return nullcontext() if "torch" in sys.modules else uncollected()
 
 
 @contextmanager

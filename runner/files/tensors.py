@@ -22,6 +22,7 @@ from runner.errors import CheckpointError
 from runner.files.file_type import Kind, kind_of
 from runner.files.safetensors_header import check_keys, read_header, read_index
 from runner.files.stubs import FUNCTIONS, STAND_INS, Inert
+from runner.installation import first_torch
 
 if TYPE_CHECKING:
     import torch
@@ -241,7 +242,8 @@ def _open_file(path: Path, state_dict_key: str | None) -> TensorSource:
     """One weights file with its names as they stand in it."""
     if kind_of(path) is Kind.SAFETENSORS:
         return _open_safetensors(path)
-    import torch
+    with first_torch():
+        import torch
 
     content = _mapping(path, load_pickle(path, tensors="meta"))
     nested = state_dict_key if state_dict_key in content else None
