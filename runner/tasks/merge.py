@@ -210,7 +210,7 @@ def _result(config: MergeConfig, output: "MergeOutput", target: Path, context: C
     """What was merged, or would be. A merge that fails a check leaves an error and no output."""
     measured, dry_run = verified.measured, config.merge.dry_run
     reason = "nothing was written (merge.dry_run)" if dry_run else "not asked for: merge.verify=functional"
-    done = dict(zip(_CHECKS, verified.words, strict=False))
+    done = dict(zip(_CHECKS[: len(verified.words)], verified.words, strict=True))
     checks = [{"name": name, "status": "pass", "details": words} for name, words in done.items()]
     checks += [{"name": name, "status": "skipped", "details": reason} for name in _CHECKS if name not in done]
     figures = {row["layer"]: row for row in measured.layers}

@@ -1,4 +1,4 @@
-"""`gpt_small` and `gpt_medium`: modded-nanogpt training checkpoints (spec/formats.md §3).
+"""`gpt_small` and `gpt_medium`: modded-nanogpt training checkpoints.
 
 One file {'step', 'code', 'model': state dict, 'optimizers', 'val_loss'}, or a bare state dict, or our own safetensors
 of the same names. The dialect, and every size, is read from names and shapes; step, loss, script and optimizers are

@@ -1,4 +1,4 @@
-"""The tensors of modded-nanogpt's two dialects (spec/formats.md §3): their names, and sizes from their shapes."""
+"""The tensors of modded-nanogpt's two dialects: their names, and sizes from their shapes."""
 
 from __future__ import annotations
 

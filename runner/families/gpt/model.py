@@ -9,7 +9,7 @@
 
 `norm` is RMS norm without weights. Attention is causal with scale 0.12; q and k are normed, then rotated; in the first
 and last three blocks a value embedding of the token is mixed into v. Parameters are named as in the checkpoints.
-Source: modded-nanogpt's training scripts, as spec/formats.md §3 writes them down.
+Source: modded-nanogpt's training scripts; README.md has the arithmetic.
 
 Weights are held in the compute dtype; `scalars` stay in float32 and promote nothing. Rotary, attention scores,
 softmax and the soft cap run in float32.

@@ -1,4 +1,4 @@
-"""`peft`: one plain LoRA adapter over a base model (spec/formats.md §5)."""
+"""`peft`: one plain LoRA adapter over a base model."""
 
 from pathlib import Path
 from typing import Any

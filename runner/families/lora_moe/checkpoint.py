@@ -1,4 +1,4 @@
-"""`lora_moe`: DyLoRA-MoE, several LoRA experts and a router over one base model (spec/formats.md §4).
+"""`lora_moe`: DyLoRA-MoE, several LoRA experts and a router over one base model.
 
 Where the experts' adapters lie, whether they agree with each other, the config and the router; and from an opened
 checkpoint to tensors.

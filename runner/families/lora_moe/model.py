@@ -1,4 +1,4 @@
-"""A causal language model with LoRA adapters, and one whose router mixes them token by token (spec/formats.md §4).
+"""A causal language model with LoRA adapters, and one whose router mixes them token by token.
 
 features = hidden states of the last layer (after the final norm), all experts on and unweighted
 router logits = gate(features)

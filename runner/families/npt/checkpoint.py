@@ -1,4 +1,4 @@
-"""`npt_delta`: NPT weights over a frozen Llama (spec/formats.md §1). Which layers, how modulated, what ranks: all read
+"""`npt_delta`: NPT weights over a frozen Llama. Which layers, how modulated, what ranks: all read
 from the keys and shapes, layer by layer; nothing is assumed from a config."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`npt_full`: a complete NPT model in a Hugging Face directory (spec/formats.md §2).
+"""`npt_full`: a complete NPT model in a Hugging Face directory.
 
 Base and adapters both stand in the checkpoint; transformers alone would silently return the plain Llama.
 """

@@ -10,6 +10,7 @@ all NPT layers active, from the base's.
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal, TypedDict, cast
 
@@ -182,7 +183,7 @@ def train_equivalence(
         load_schedule(schedule, resume["scheduler_state_dict"])
         start = resume["global_step"]
     steps = range(start + 1, settings.max_steps + 1)
-    order = dict(zip(steps, endless_order(len(batches), settings.seed, start), strict=False))
+    order = dict(zip(steps, islice(endless_order(len(batches), settings.seed, start), len(steps)), strict=True))
     outputs = cached_base_outputs(model, batches)
 
     def weighed(step: int) -> dict[str, torch.Tensor]:
