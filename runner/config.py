@@ -405,7 +405,9 @@ def refused(error: Exception, task: str, given: Mapping[str, str | None], *, mul
     cause = error.__cause__ or error
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         node = str(cause.full_key)
-        key = next((key.lstrip("+") for key in given if f"{key.lstrip('+')}.".startswith(f"{node}.")), node)
+        key = max(
+            (key.lstrip("+") for key in given if f"{key.lstrip('+')}.".startswith(f"{node}.")), key=len, default=node
+        )
         if isinstance(cause, MissingMandatoryValue):
             return missing_key(node)
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):

@@ -125,13 +125,17 @@ def _exists(text: str) -> bool:
 
 
 def _spell_text(value: str, multirun: bool) -> str:
-    """Text, `[a,b]` each by itself, or under -m `a,b` as the values of a sweep."""
+    """Text, `[a,b]` each by itself, or under -m `a,b` as the values of a sweep. Raises ConfigError for half a list."""
     if re.fullmatch(r"\$\{[^}]*\}", value):
         return value
-    if value.startswith("[") and value.endswith("]"):
+    if _is_list(value):
         return f"[{','.join(quoted(unquoted(part)) for part in split_list(value))}]"
-    if multirun and unquoted(value) == value:
-        return ",".join(quoted(unquoted(part)) for part in split_list(value))
+    if multirun and len(parts := split_list(value)) > 1:
+        return ",".join(_spell_text(part, multirun=False) for part in parts)
+    if value.startswith("["):
+        raise ConfigError(
+            f"{value}: is no list, whose last character is its ]; put quotes around a text that starts so"
+        )
     return quoted(unquoted(value))
 
 
@@ -150,7 +154,7 @@ def _spell_path(value: str, multirun: bool) -> str:
 
 def _spell_list(value: str) -> str:
     """A list of paths and of `{path: …, layers: […]}`; one path alone is a list of one."""
-    if _exists(unquoted(value)) or not (value.startswith("[") and value.endswith("]")):
+    if _exists(unquoted(value)) or not _is_list(value):
         return f"[{quoted(unquoted(value))}]"
     items = _existing_paths(value[1:-1].split(",")) or list(map(_spell_item, split_list(value)))
     return f"[{','.join(items)}]"
@@ -179,20 +183,38 @@ def _spell_item(item: str) -> str:
 
 def split_list(value: str) -> list[str]:
     """`a,b` or `[a,b]` in its parts; a comma inside quotes or brackets belongs to its part."""
-    if value.startswith("[") and value.endswith("]"):
-        value = value[1:-1]
-    parts, depth, quote = [""], 0, ""
-    for character in value:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        if character == "," and depth == 0 and not quote:
+    return _parts(value[1:-1] if _is_list(value) else value)
+
+
+def _is_list(value: str) -> bool:
+    """Whether `value` is one list: `[a,b]`, but not `[a],[b]`."""
+    return value.startswith("[") and value.endswith("]") and len(_parts(value)) == 1
+
+
+_CLOSING = {"(": ")", "[": "]", "{": "}"}
+# A quote that a text or a field begins with, up to the one that ends it: an apostrophe inside a word is neither.
+_QUOTED = re.compile(r"""(?<![^\s,:\[({])('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")(?=\s*(?:[,\])}]|$))""")
+
+
+def _parts(value: str, plain: frozenset[int] = frozenset()) -> list[str]:
+    """`value` cut at the commas outside quotes and pairs of brackets; those at the positions `plain` open nothing."""
+    parts, position = [""], 0
+    opened: list[int] = []
+    while position < len(value):
+        if match := _QUOTED.match(value, position):
+            parts[-1] += match[1]
+            position = match.end()
+            continue
+        character = value[position]
+        if character in "([{" and position not in plain:
+            opened.append(position)
+        elif opened and character == _CLOSING[value[opened[-1]]]:
+            opened.pop()
+        if character == "," and not opened:
             parts.append("")
         else:
             parts[-1] += character
+        position += 1
+    if opened:  # never closed: a character like any other
+        return _parts(value, plain | {opened[-1]})
     return [part.strip() for part in parts if part.strip()]

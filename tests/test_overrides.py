@@ -65,6 +65,10 @@ def test_lists_are_quoted_part_by_part():
 def test_split_list():
     assert split_list("[a, b]") == ["a", "b"]
     assert split_list("'a,b',c(d,e),[f,g]") == ["'a,b'", "c(d,e)", "[f,g]"]
+    assert split_list("[a],[b]") == ["[a]", "[b]"]
+    assert split_list("[it's,:-), 'x, y' ,don't]") == ["it's", ":-)", "'x, y'", "don't"]
+    assert split_list("[it's (here, b]") == ["it's (here", "b"]
+    assert split_list("[{path: 'a],b', layers: [1,2]},c]") == ["{path: 'a],b', layers: [1,2]}", "c"]
 
 
 def test_flags_may_stand_anywhere():
@@ -111,3 +115,8 @@ def test_each_text_of_a_list_or_a_sweep_is_text():
     prompts = compose("config", overrides=[spell("data.prompts", "[2 + 2 =,1e5,'a, b']", multirun=False)]).data.prompts
     assert prompts == ["2 + 2 =", "1e5", "a, b"]
     assert spell("tracker.name", "7e7,1_0", multirun=True) == "tracker.name='7e7','1_0'"
+    assert spell("data.prompts", "[a],[b, c]", multirun=True) == "data.prompts=['a'],['b','c']"
+    assert spell("data.prompts", "[It's me,don't]", multirun=False) == r"data.prompts=['It\'s me','don\'t']"
+    for half in ("[a", "[a],[b]"):
+        with pytest.raises(ConfigError, match="is no list"):
+            spell("data.prompts", half, multirun=False)

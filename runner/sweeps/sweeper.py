@@ -121,6 +121,7 @@ class _Sweeper(Sweeper):
             if state.resumed is None:
                 _check_outputs(self.config, plan, directory)
             write_plan(plan, directory)
+            OmegaConf.save(self.config, directory / "multirun.yaml")  # as Hydra's own sweepers leave it
             state.plan, state.directory, state.config = plan, directory, self.config
             size = self.max_batch_size or len(plan.jobs)
             try:
