@@ -123,6 +123,17 @@ def sweep_job(cfg: DictConfig) -> str | None:
     return None if (directory / FILE_NAME).exists() else f"{FILE_NAME} could not be written"
 
 
+def _spelled(value: object) -> str:
+    """A value of Python in Hydra's grammar."""
+    if isinstance(value, (str, Path)):
+        return quoted(str(value))
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(_spelled, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{_spelled(item)}' for key, item in value.items())}}}"
+    return "null" if value is None else str(value)
+
+
 def call(task: str, path: str | Path, **options: Any) -> dict[str, Any]:
     """One task for notebooks: the dict of `result.json`, nothing written.
 
@@ -132,8 +143,7 @@ def call(task: str, path: str | Path, **options: Any) -> dict[str, Any]:
     overrides = [f"task={task}", "tracker=none", f"ckpt={quoted(str(path))}"]
     for key, value in options.items():
         if value is not None:
-            spelled = quoted(str(value)) if isinstance(value, (str, Path)) else str(value).replace("'", '"')
-            overrides.append(f"{key}={spelled}")
+            overrides.append(f"{key}={_spelled(value)}")
     setup()
     with (
         _refusals(task, {key: str(value) for key, value in options.items()}),

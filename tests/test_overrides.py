@@ -11,7 +11,7 @@ from runner.config import register
 from runner.errors import ConfigError
 from runner.installation import config_directory
 from runner.overrides import parse, quoted, spell, split_list, unquoted
-from runner.run import setup
+from runner.run import _spelled, setup
 
 AWKWARD = [
     "a b", "a=b", "a,b", "[a]", "a[1]b", "(a)", "~a", "#a", "a'b", 'a"b', "1e5", "true", "null ", "émile", "日本", "🙂",
@@ -120,3 +120,10 @@ def test_each_text_of_a_list_or_a_sweep_is_text():
     for half in ("[a", "[a],[b]"):
         with pytest.raises(ConfigError, match="is no list"):
             spell("data.prompts", half, multirun=False)
+
+
+def test_values_of_python_are_spelled_for_hydra():
+    given = {"data.prompts": ["a, b", "it's"], "tier.temperatures": (0.5,), "seed": 3, "tracker.name": "1e5"}
+    config = compose("config", overrides=[f"{key}={_spelled(value)}" for key, value in given.items()])
+    assert (config.data.prompts, config.tier.temperatures, config.seed) == (["a, b", "it's"], [0.5], 3)
+    assert config.tracker.name == "1e5"
