@@ -19,7 +19,7 @@ import pytest
 from runner.files.staging import verify
 from tests.conftest import ROOT
 from tests.machine import SLOW
-from tests.merging.sources import write_source
+from tests.merge.sources import write_source
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(900 * SLOW)]
 CALLS = ("write", "fsync", "fdatasync", "rename", "renameat2", "mkdir")

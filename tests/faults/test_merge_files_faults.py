@@ -8,7 +8,7 @@ import pytest
 from runner.files.staging import verify
 from tests.faults.test_merge_faults import EXITS, FAULTS, injected, manifest, names, places, words, zygote
 from tests.machine import SLOW
-from tests.merging.moe_sources import write_moe
+from tests.merge.moe_sources import write_moe
 
 __all__ = ["zygote"]  # a fixture
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(900 * SLOW)]

@@ -16,7 +16,7 @@ import torch
 from runner.files.staging import verify
 from tests.conftest import ROOT
 from tests.machine import SLOW
-from tests.merging.sources import ONE, THREE, write_source
+from tests.merge.sources import ONE, THREE, write_source
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(600 * SLOW)]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.merging.sources import ONE, second_spelling, weights_of, write_source
+from tests.merge.sources import ONE, second_spelling, weights_of, write_source
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from runner.files.staging import verify
 from runner.tracking.rows import eval_row, summary
 from tests.conftest import golden_numbers, npt_tensors, write_npt
-from tests.merging.sources import (
+from tests.merge.sources import (
     ONE,
     THREE,
     same,

@@ -13,7 +13,7 @@ from runner.errors import CheckpointError, ConfigError
 from runner.files.staging import verify
 from runner.tracking.rows import eval_row, summary
 from tests.gpt_files import opened, random_state, script_file
-from tests.merging.moe_sources import gathered
+from tests.merge.moe_sources import gathered
 from tests.tasks.test_merge import check, merge
 
 

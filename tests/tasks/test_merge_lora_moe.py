@@ -14,7 +14,7 @@ from runner.files.staging import verify
 from runner.tracking.rows import summary
 from tests.conftest import write_base
 from tests.lora_files import adapter_of, load_moe, older
-from tests.merging.moe_sources import gathered, write_moe
+from tests.merge.moe_sources import gathered, write_moe
 from tests.tasks.test_merge import check, merge
 
 

@@ -9,7 +9,7 @@ import torch
 from runner.errors import CheckpointError, ConfigError
 from tests.conftest import write_base
 from tests.lora_files import edit_adapter, edit_json
-from tests.merging.moe_sources import gathered, write_moe
+from tests.merge.moe_sources import gathered, write_moe
 from tests.tasks.test_merge import check, merge
 
 

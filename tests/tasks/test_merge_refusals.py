@@ -8,9 +8,9 @@ import torch
 from runner.errors import CheckpointError, ConfigError
 from runner.installation import config_directory
 from tests.gpt_files import random_state, script_file
-from tests.merging.moe_sources import gathered, write_moe
-from tests.merging.sources import ONE, THREE, same, weights_in, weights_of, write_source
-from tests.merging.test_plan import write_base
+from tests.merge.moe_sources import gathered, write_moe
+from tests.merge.sources import ONE, THREE, same, weights_in, weights_of, write_source
+from tests.merge.test_plan import write_base
 from tests.tasks.test_merge import check, merge
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from runner.tasks.verify import check_checkpoint
-from tests.merging.sources import ONE, THREE, state_of, weights_in, weights_of, write_source
+from tests.merge.sources import ONE, THREE, state_of, weights_in, weights_of, write_source
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from runner.files.tensors import load_pickle
 from runner.merge import writer as torch_file
 from runner.merge.lazy_tensor import LazyTensor, from_tensor, replaced
 from runner.merge.writer import new_file, write_torch_file
-from tests.merging.sources import same
+from tests.merge.sources import same
 
 TENSORS = {
     "matrix": torch.randn(3, 5),

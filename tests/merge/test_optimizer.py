@@ -5,7 +5,7 @@ import torch
 
 from runner.merge.spec import MergeSpec
 from runner.merge.training_state import merge_training_states
-from tests.merging.sources import (
+from tests.merge.sources import (
     ONE,
     THREE,
     adamw,

@@ -9,7 +9,7 @@ import torch
 
 from runner.errors import CheckpointError, ConfigError, RunnerError
 from runner.merge.spec import MergeSpec
-from tests.merging.sources import ONE, THREE, layer_plan, write_source
+from tests.merge.sources import ONE, THREE, layer_plan, write_source
 
 
 def plan(tmp_path, *sources, **options):
@@ -98,7 +98,7 @@ def test_newest_needs_steps(tmp_path):
 
 
 def test_layers_for_other_sizes_stand_on_another_base(tmp_path):
-    from tests.merging.sources import weights_of
+    from tests.merge.sources import weights_of
 
     write_source(tmp_path / "a", ONE)
     write_source(tmp_path / "b", {}, weights=weights_of(THREE, hidden=32), base=None)

@@ -1,7 +1,7 @@
 import dataclasses
 
 from runner.metrics.forecast import forecast, sentence
-from tests.measures.test_forecast import STEPS, noisy
+from tests.metrics.test_forecast import STEPS, noisy
 
 
 def test_words_round_outwards():

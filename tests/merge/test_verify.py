@@ -10,7 +10,7 @@ from runner.merge.spec import MergeSpec
 from runner.merge.verify import check_structure, comparisons
 from runner.merge.writer import write_json_files, write_tensors
 from runner.tasks.merge import plan
-from tests.merging.sources import ONE, THREE, state_of, weights_in, write_source
+from tests.merge.sources import ONE, THREE, state_of, weights_in, write_source
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from runner.metrics.forecast import backtest
-from tests.measures.test_forecast import CURVES, STEPS, TARGETS, curve, noisy
+from tests.metrics.test_forecast import CURVES, STEPS, TARGETS, curve, noisy
 
 
 @pytest.mark.parametrize("family", CURVES)
