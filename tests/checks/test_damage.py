@@ -150,3 +150,47 @@ def test_what_is_not_wrong_but_odd_is_a_warning(layout, change, check, message, 
 
 def test_there_are_enough_of_them():
     assert len({(layout, what) for layout, what, *_ in CASES}) == len(CASES) >= 25
+
+
+def with_skills(path: Path) -> Path:
+    """Without a manifest, and a skill library, which has CRCs, beside adapters that have none."""
+    (path / manifest.FILE_NAME).unlink()
+    torch.save({0: torch.ones(32)}, path / "skill_library.pt")
+    return path
+
+
+def test_the_crcs_of_what_lies_beside_say_nothing_of_the_weights(originals, tmp_path):
+    path = with_skills(copy(originals["lora_moe"], tmp_path))
+    row = rows_of(path, tmp_path / "scratch")["hashes"]
+    assert row["status"] == "skipped"
+    assert "the weights are without CRCs; those of skill_library.pt hold" in row["details"]
+
+
+def test_with_some_weights_without_crcs_nothing_is_proved(originals, tmp_path):
+    path = with_skills(copy(originals["lora_moe"], tmp_path))
+    torch.save(load_file(path / "router.safetensors"), path / "router.pt")
+    (path / "router.safetensors").unlink()
+    row = rows_of(path, tmp_path / "scratch")["hashes"]
+    assert row["status"] == "skipped"
+    assert "3 of 4 weights files are without CRCs; those of router.pt, skill_library.pt hold" in row["details"]
+
+
+def test_weights_that_all_have_crcs_pass(originals, tmp_path):
+    path = copy(originals["npt_delta"], tmp_path)
+    (path / manifest.FILE_NAME).unlink()
+    row = rows_of(path, tmp_path / "scratch")["hashes"]
+    assert row["status"] == "pass"
+    assert "npt_weights.pt" in row["details"]
+
+
+def test_a_damaged_file_beside_bare_weights_fails(originals, tmp_path):
+    path = with_skills(copy(originals["lora_moe"], tmp_path))
+    # Not read by this format, so that only its CRC tells.
+    file = path / "optimizer.pt"
+    torch.save({"moments": torch.ones(64)}, file)
+    content = bytearray(file.read_bytes())
+    content[content.index(torch.ones(64).numpy().tobytes())] ^= 1
+    file.write_bytes(bytes(content))
+    row = rows_of(path, tmp_path / "scratch")["hashes"]
+    assert row["status"] == "fail"
+    assert "CRC" in row["details"]
