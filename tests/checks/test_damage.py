@@ -194,3 +194,14 @@ def test_a_damaged_file_beside_bare_weights_fails(originals, tmp_path):
     row = rows_of(path, tmp_path / "scratch")["hashes"]
     assert row["status"] == "fail"
     assert "CRC" in row["details"]
+
+
+def test_without_readable_weights_there_is_no_size(originals, tmp_path):
+    path = copy(originals["hf"], tmp_path)
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
+    )
+    save_file({"b": torch.ones(1)}, path / "model-00002-of-00002.safetensors")
+    rows = rows_of(path, tmp_path / "scratch")
+    assert (rows["size"]["status"], rows["size"]["details"]) == ("skipped", "no weights could be read")
