@@ -205,3 +205,13 @@ def test_without_readable_weights_there_is_no_size(originals, tmp_path):
     save_file({"b": torch.ones(1)}, path / "model-00002-of-00002.safetensors")
     rows = rows_of(path, tmp_path / "scratch")
     assert (rows["size"]["status"], rows["size"]["details"]) == ("skipped", "no weights could be read")
+
+
+def test_a_whole_file_of_another_architecture_is_not_to_be_copied_again(originals, tmp_path):
+    path = copy(originals["gpt"], tmp_path)
+    held = torch.load(path, weights_only=True)
+    model = {name: t for name, t in held["model"].items() if "blocks.7." not in name}
+    torch.save({**held, "model": model}, path)
+    row = rows_of(path, tmp_path / "scratch")["blocks"]
+    assert "has 7 blocks" in row["details"]
+    assert "recommendation" not in row
