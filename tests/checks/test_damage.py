@@ -215,3 +215,15 @@ def test_a_whole_file_of_another_architecture_is_not_to_be_copied_again(original
     row = rows_of(path, tmp_path / "scratch")["blocks"]
     assert "has 7 blocks" in row["details"]
     assert "recommendation" not in row
+
+
+@pytest.mark.parametrize(
+    ("there", "advice"), [(False, "write it with the checkpoint's num_experts"), (True, "correct config.json")]
+)
+def test_a_config_is_written_where_there_is_none_and_corrected_where_there_is_one(there, advice, originals, tmp_path):
+    path = copy(originals["lora_moe"], tmp_path)
+    (path / "config.json").unlink()
+    if there:
+        (path / "config.json").write_text("{")
+    row = rows_of(path, tmp_path / "scratch")["config"]
+    assert (row["status"], row["recommendation"]) == ("fail", advice)
