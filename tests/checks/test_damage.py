@@ -17,7 +17,7 @@ from tests.checks.benches import bench_of, write_npt_full
 from tests.checks.damages import TABLES
 from tests.conftest import MIXED, npt_tensors, write_npt
 from tests.gpt_files import random_state, script_file
-from tests.lora_files import adapter_of, hashes, older, write_adapter, write_moe
+from tests.lora_files import adapter_of, edit_json, hashes, older, write_adapter, write_moe
 
 CASES = [(layout, *case) for layout, table in TABLES.items() for case in table]
 # The tier that opens the checkpoint named as ckpt= without a model.
@@ -227,3 +227,13 @@ def test_a_config_is_written_where_there_is_none_and_corrected_where_there_is_on
         (path / "config.json").write_text("{")
     row = rows_of(path, tmp_path / "scratch")["config"]
     assert (row["status"], row["recommendation"]) == ("fail", advice)
+
+
+def test_whole_modules_of_other_shapes_are_counted(originals, tmp_path):
+    """The keys are all there, though no shape of an adapter fits its config."""
+    for layout, place in (("lora_moe", "peft_adapters/expert_0/expert_0"), ("peft", "")):
+        whole = rows_of(originals[layout], tmp_path / f"{layout}-whole")["keys"]["details"]
+        path = copy(originals[layout], tmp_path)
+        edit_json(path / place / "adapter_config.json", r=7)
+        rows = rows_of(path, tmp_path / layout)
+        assert (rows["shapes"]["status"], rows["keys"]["status"], rows["keys"]["details"]) == ("fail", "pass", whole)
