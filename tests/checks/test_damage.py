@@ -237,3 +237,16 @@ def test_whole_modules_of_other_shapes_are_counted(originals, tmp_path):
         edit_json(path / place / "adapter_config.json", r=7)
         rows = rows_of(path, tmp_path / layout)
         assert (rows["shapes"]["status"], rows["keys"]["status"], rows["keys"]["details"]) == ("fail", "pass", whole)
+
+
+def test_a_file_is_named_once_where_it_is_no_json(originals, tmp_path):
+    path = copy(originals["hf"], tmp_path)
+    (path / "config.json").write_text("{")
+    details = rows_of(path, tmp_path / "scratch")["config"]["details"]
+    assert details.startswith(f"{path / 'config.json'} is not valid JSON (")
+
+
+def test_shapes_count_the_tensors_and_name_the_sizes(originals, tmp_path):
+    count = len(load_file(originals["hf"] / "model.safetensors"))
+    details = rows_of(originals["hf"], tmp_path / "scratch")["shapes"]["details"]
+    assert details.startswith(f"{count} tensors as config.json says: hidden size 32, vocabulary ")
