@@ -37,6 +37,8 @@ def files(context: CheckContext) -> Outcome:
 
 def size(context: CheckContext) -> Outcome:
     """The weights files are as large as their tensors, and adapters together below the tier's `max_size_mb`."""
+    if not context.reading.sources:
+        return skipped("no weights could be read")
     sizes = []
     expected = 0
     for source in context.reading.sources:
@@ -101,20 +103,25 @@ def hashes(context: CheckContext) -> Outcome:
     from runner.files import manifest, staging
     from runner.files.archive import is_zip, verify_crc
 
-    root = context.directory
-    with_crcs = [path for path in context.reading.files if kind_of(path) is Kind.ZIP]
+    root, weights = context.directory, context.reading.files
+    with_crcs = [path for path in weights if kind_of(path) is Kind.ZIP]
+    bare = len(weights) - len(with_crcs)
     if context.reading.path.is_dir():
         beside = [path for path in sorted(root.rglob("*")) if BESIDE.fullmatch(path.name) and path.is_file()]
-        with_crcs += [path for path in beside if is_zip(path)]
+        with_crcs += [path for path in beside if path not in weights and is_zip(path)]
     for path in with_crcs:
         verify_crc(path)
     if context.reading.path.is_dir() and (root / manifest.FILE_NAME).is_file():
         if problems := staging.verify(root):
             return failed("; ".join(problems[:4]), "it was changed since it was written: copy it again")
         return passed(f"{len(manifest.list_files(root)) - 1} files as they were written")
-    if with_crcs:
-        return passed(f"no {manifest.FILE_NAME}; the CRCs of {', '.join(path.name for path in with_crcs)} hold")
-    return skipped(f"no {manifest.FILE_NAME} (not written by this runner), and a layout without CRCs")
+    if not with_crcs:
+        return skipped(f"no {manifest.FILE_NAME} (not written by this runner), and a layout without CRCs")
+    names = ", ".join(path.name for path in with_crcs)
+    if not bare:
+        return passed(f"no {manifest.FILE_NAME}; the CRCs of {names} hold")
+    what = "the weights" if bare == len(weights) else f"{bare} of {len(weights)} weights files"
+    return skipped(f"no {manifest.FILE_NAME}; {what} are without CRCs; those of {names} hold")
 
 
 def base(context: CheckContext) -> Outcome:

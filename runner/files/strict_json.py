@@ -21,9 +21,9 @@ def parse_object(text: bytes, path: Path, what: str) -> dict[str, Any]:
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the {what} is not valid JSON ({error})") from error
+        raise CheckpointError(f"{_named(path, what)} is not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: the {what} is not a JSON object")
+        raise CheckpointError(f"{_named(path, what)} is not a JSON object")
     return value
 
 
@@ -35,7 +35,12 @@ def read_object(path: Path, what: str, limit: int) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if len(text) > limit:
-        raise CheckpointError(f"{path}: the {what} is larger than {limit >> 20} MB")
+        raise CheckpointError(f"{_named(path, what)} is larger than {limit >> 20} MB")
     if not text.strip():
         raise CheckpointError(f"{path}: an empty file where a {what} is expected")
     return parse_object(text, path, what)
+
+
+def _named(path: Path, what: str) -> str:
+    """Once, where `what` is the file's own name."""
+    return str(path) if what == path.name else f"{path}: the {what}"

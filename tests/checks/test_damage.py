@@ -17,7 +17,7 @@ from tests.checks.benches import bench_of, write_npt_full
 from tests.checks.damages import TABLES
 from tests.conftest import MIXED, npt_tensors, write_npt
 from tests.gpt_files import random_state, script_file
-from tests.lora_files import adapter_of, hashes, older, write_adapter, write_moe
+from tests.lora_files import adapter_of, edit_json, hashes, older, write_adapter, write_moe
 
 CASES = [(layout, *case) for layout, table in TABLES.items() for case in table]
 # The tier that opens the checkpoint named as ckpt= without a model.
@@ -150,3 +150,103 @@ def test_what_is_not_wrong_but_odd_is_a_warning(layout, change, check, message, 
 
 def test_there_are_enough_of_them():
     assert len({(layout, what) for layout, what, *_ in CASES}) == len(CASES) >= 25
+
+
+def with_skills(path: Path) -> Path:
+    """Without a manifest, and a skill library, which has CRCs, beside adapters that have none."""
+    (path / manifest.FILE_NAME).unlink()
+    torch.save({0: torch.ones(32)}, path / "skill_library.pt")
+    return path
+
+
+def test_the_crcs_of_what_lies_beside_say_nothing_of_the_weights(originals, tmp_path):
+    path = with_skills(copy(originals["lora_moe"], tmp_path))
+    row = rows_of(path, tmp_path / "scratch")["hashes"]
+    assert row["status"] == "skipped"
+    assert "the weights are without CRCs; those of skill_library.pt hold" in row["details"]
+
+
+def test_with_some_weights_without_crcs_nothing_is_proved(originals, tmp_path):
+    path = with_skills(copy(originals["lora_moe"], tmp_path))
+    torch.save(load_file(path / "router.safetensors"), path / "router.pt")
+    (path / "router.safetensors").unlink()
+    row = rows_of(path, tmp_path / "scratch")["hashes"]
+    assert row["status"] == "skipped"
+    assert "3 of 4 weights files are without CRCs; those of router.pt, skill_library.pt hold" in row["details"]
+
+
+def test_weights_that_all_have_crcs_pass(originals, tmp_path):
+    path = copy(originals["npt_delta"], tmp_path)
+    (path / manifest.FILE_NAME).unlink()
+    row = rows_of(path, tmp_path / "scratch")["hashes"]
+    assert row["status"] == "pass"
+    assert "npt_weights.pt" in row["details"]
+
+
+def test_a_damaged_file_beside_bare_weights_fails(originals, tmp_path):
+    path = with_skills(copy(originals["lora_moe"], tmp_path))
+    # Not read by this format, so that only its CRC tells.
+    file = path / "optimizer.pt"
+    torch.save({"moments": torch.ones(64)}, file)
+    content = bytearray(file.read_bytes())
+    content[content.index(torch.ones(64).numpy().tobytes())] ^= 1
+    file.write_bytes(bytes(content))
+    row = rows_of(path, tmp_path / "scratch")["hashes"]
+    assert row["status"] == "fail"
+    assert "CRC" in row["details"]
+
+
+def test_without_readable_weights_there_is_no_size(originals, tmp_path):
+    path = copy(originals["hf"], tmp_path)
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}})
+    )
+    save_file({"b": torch.ones(1)}, path / "model-00002-of-00002.safetensors")
+    rows = rows_of(path, tmp_path / "scratch")
+    assert (rows["size"]["status"], rows["size"]["details"]) == ("skipped", "no weights could be read")
+
+
+def test_a_whole_file_of_another_architecture_is_not_to_be_copied_again(originals, tmp_path):
+    path = copy(originals["gpt"], tmp_path)
+    held = torch.load(path, weights_only=True)
+    model = {name: t for name, t in held["model"].items() if "blocks.7." not in name}
+    torch.save({**held, "model": model}, path)
+    row = rows_of(path, tmp_path / "scratch")["blocks"]
+    assert "has 7 blocks" in row["details"]
+    assert "recommendation" not in row
+
+
+@pytest.mark.parametrize(
+    ("there", "advice"), [(False, "write it with the checkpoint's num_experts"), (True, "correct config.json")]
+)
+def test_a_config_is_written_where_there_is_none_and_corrected_where_there_is_one(there, advice, originals, tmp_path):
+    path = copy(originals["lora_moe"], tmp_path)
+    (path / "config.json").unlink()
+    if there:
+        (path / "config.json").write_text("{")
+    row = rows_of(path, tmp_path / "scratch")["config"]
+    assert (row["status"], row["recommendation"]) == ("fail", advice)
+
+
+def test_whole_modules_of_other_shapes_are_counted(originals, tmp_path):
+    """The keys are all there, though no shape of an adapter fits its config."""
+    for layout, place in (("lora_moe", "peft_adapters/expert_0/expert_0"), ("peft", "")):
+        whole = rows_of(originals[layout], tmp_path / f"{layout}-whole")["keys"]["details"]
+        path = copy(originals[layout], tmp_path)
+        edit_json(path / place / "adapter_config.json", r=7)
+        rows = rows_of(path, tmp_path / layout)
+        assert (rows["shapes"]["status"], rows["keys"]["status"], rows["keys"]["details"]) == ("fail", "pass", whole)
+
+
+def test_a_file_is_named_once_where_it_is_no_json(originals, tmp_path):
+    path = copy(originals["hf"], tmp_path)
+    (path / "config.json").write_text("{")
+    details = rows_of(path, tmp_path / "scratch")["config"]["details"]
+    assert details.startswith(f"{path / 'config.json'} is not valid JSON (")
+
+
+def test_shapes_count_the_tensors_and_name_the_sizes(originals, tmp_path):
+    count = len(load_file(originals["hf"] / "model.safetensors"))
+    details = rows_of(originals["hf"], tmp_path / "scratch")["shapes"]["details"]
+    assert details.startswith(f"{count} tensors as config.json says: hidden size 32, vocabulary ")

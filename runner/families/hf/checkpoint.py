@@ -152,7 +152,8 @@ def compare_with_config(
     wrong += [f"{info.name} is {info.dtype_name}, no weights" for info in infos.values() if _is_whole(info)]
     if wrong:
         parts.fail("shapes", some(wrong, 4))
-    parts.is_sound("shapes", f"hidden size {config['hidden_size']}, vocabulary {config['vocab_size']}")
+    sizes = f"hidden size {config['hidden_size']}, vocabulary {config['vocab_size']}"
+    parts.is_sound("shapes", f"{len(shapes.keys() & infos.keys())} tensors as config.json says: {sizes}")
 
 
 def _is_whole(info: TensorInfo) -> bool:

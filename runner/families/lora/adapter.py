@@ -49,7 +49,8 @@ class LoraModule:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterDetails:
-    """One adapter, as its config and the header of its weights describe it; `modules` are the complete ones.
+    """One adapter, as its config and the header of its weights describe it; `modules` are the complete ones whose
+    shapes fit, `pairs` the number of the complete ones, whatever their shapes.
 
     `missing` and `unknown`: keys that the config asks for and that are not there, and keys that it does not know. PEFT
     would load the rest without an error.
@@ -59,6 +60,7 @@ class AdapterDetails:
     weights_file: Path
     settings: LoraSettings
     modules: tuple[LoraModule, ...]
+    pairs: int
     parameters: int
     nbytes: int
     dtypes: tuple[str, ...]
@@ -115,6 +117,7 @@ def read_adapter(directory: Path, label: str, parts: Parts) -> tuple[AdapterDeta
         weights_file=path,
         settings=settings,
         modules=modules,
+        pairs=len(pairs),
         parameters=sum(info.numel for info in infos),
         nbytes=sum(info.nbytes for info in infos),
         dtypes=tuple(sorted({info.dtype_name for info in infos})),

@@ -52,7 +52,7 @@ def read(listing: Listing) -> Reading:
     if (text := size_contradiction(adapter)) is not None:
         parts.refuse("shapes", text)
     parts.is_sound("adapters", f"r {adapter.settings.r}, {adapter.weights_file.name}")
-    parts.is_sound("keys", f"{len(adapter.modules)} modules with A and B, nothing else")
+    parts.is_sound("keys", f"{adapter.pairs} modules with A and B, nothing else")
     parts.is_sound("shapes", "ranks as the config says")
     checkpoint = Checkpoint(
         path=listing.path,

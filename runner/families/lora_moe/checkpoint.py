@@ -321,8 +321,8 @@ def _missing_keys(experts: Sequence[Expert], parts: Parts) -> list[str]:
                     "keys", f"{expert.name} lacks {others[0]}, … ({len(others)} in all), which other experts have"
                 )
             missing |= {weight_name(expert, name) for name in others}
-    modules = sum(len(expert.adapter.modules) for expert in experts)
-    parts.is_sound("keys", f"{modules} modules with A and B, nothing else")
+    pairs = sum(expert.adapter.pairs for expert in experts)
+    parts.is_sound("keys", f"{pairs} modules with A and B, nothing else")
     return sorted(missing)
 
 

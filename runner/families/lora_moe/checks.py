@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.checks.check import by_name, check, failed, part_check, passed, skipped
+from runner.checks.check import by_name, check, failed, part_check, part_outcome, passed, skipped
 from runner.checks.context import BUILT, CheckContext, Outcome
 from runner.checks.environment import write_zeros
 from runner.errors import ModelError
 from runner.families.lora import checks as lora
-from runner.families.lora_moe.state import read_skills
+from runner.families.lora_moe.state import CONFIG, OLDER, read_skills
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from runner.families.lora_moe.model import LoraMoeForCausalLM
 
 CHECKS = by_name(
-    part_check("config", "config.json says how many experts", BUILT, advice="correct config.json"),
+    check("config", "config.json says how many experts", "families.lora_moe.checks.config", BUILT),
     part_check("layout", "each adapter nested or flat, not both", BUILT, advice="keep one adapter for each expert",
                odd="delete what is beside them, or put it where its expert lies"),
     part_check("gate", "one router, weight and bias", "files"),
@@ -122,6 +122,14 @@ def write_model(checkpoint: Checkpoint, model: nn.Module, base: str, target: Pat
     library = checkpoint.details.skills
     skills = None if library is None else read_skills(library)
     save_moe(_model(model), target, base_name=base, step=checkpoint.step, skills=skills)
+
+
+def config(context: CheckContext) -> Outcome:
+    """What the reader says of config.json, which is written where there is none and corrected where there is one."""
+    there = any((context.directory / place / CONFIG).is_file() for place in ("", OLDER))
+    return part_outcome(
+        context, "config", "correct config.json" if there else "write it with the checkpoint's num_experts"
+    )
 
 
 def router(context: CheckContext) -> Outcome:
