@@ -103,6 +103,11 @@ def with_states(path: Path) -> None:
     torch.save({"layers_to_train": [0, 1, 2]}, path / "multi_layer_state.pt")
 
 
+def with_a_layer_of_two_sizes(path: Path) -> None:
+    with_states(path)
+    tensors(changed("layer_0_np.W_down", lambda w: w[:-1]))(path)
+
+
 def without_a_layer(path: Path) -> None:
     with_states(path)
     tensors(without("layer_0_np"))(path)
@@ -233,6 +238,7 @@ NPT: list[Damage] = [
     ("mixed widths", tensors(changed("layer_0_np.W_b_up", lambda w: w[:, :70])), "shapes", "different hidden and MLP sizes"),
     ("transposed", tensors(changed("layer_1_np.W_down_gate.0", torch.t)), "shapes", "layer_1_np.W_down_gate.0 is [4, 32]"),
     ("two ranks in a layer", tensors(changed("layer_2_np.W_a_up_down.1", lambda w: w[:1])), "shapes", "W_a_up_down.1 is [1,"),
+    ("a trained layer of two sizes", with_a_layer_of_two_sizes, "shapes", "layer_0_np.W_"),
     ("layer beyond the base", tensors(renamed("layer_2_np", "layer_7_np")), "base", "has layer 7"),
     ("weights lost", lost(WEIGHTS), "files", "holds no weights; it holds"),
     ("weights under a key", tensors(lambda t: {"state": t}), "keys", "there is state"),

@@ -225,7 +225,7 @@ def read(listing: Listing) -> Reading:
     if weights is not None and name is not None:
         other = () if name.endswith(".safetensors") else weights.extras
         keys = read_keys(weights.infos, listing.file(name), parts, other)
-        if not parts.has("keys") and (lost := _lost(keys.layers, weights.infos, state, curriculum)):
+        if not parts.has("keys") and (lost := _lost(weights.infos, state, curriculum)):
             parts.fail("keys", lost)
         step = state.get("global_step")
         checkpoint = Checkpoint(
@@ -287,17 +287,14 @@ def _older_config(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else {}
 
 
-def _lost(
-    layers: Iterable[NptLayer],
-    infos: Mapping[str, TensorInfo],
-    state: Mapping[str, Any],
-    curriculum: Mapping[str, Any],
-) -> str | None:
+def _lost(infos: Mapping[str, TensorInfo], state: Mapping[str, Any], curriculum: Mapping[str, Any]) -> str | None:
     """What was trained and is not in the weights. A layer, a rank-1 term or a projection that is gone altogether leaves
     weights that are whole: only the states of the trainer and its optimizer tell."""
     named = curriculum.get("layers_to_train")
     trained = {layer for layer in named if type(layer) is int} if isinstance(named, list) else set()
-    if absent := trained - {layer.layer for layer in layers}:
+    # By their names: a layer whose sizes contradict each other is there.
+    there = {int(match["delta"] or match["full"]) for match in map(_KEY.fullmatch, infos) if match}
+    if absent := trained - there:
         return f"missing layers {', '.join(map(str, sorted(absent)))}, which {MULTI_LAYER_STATE} trains"
     moments, held = _moments(state.get("optimizer_state_dict")), Counter(info.shape for info in infos.values())
     more = moments - held
