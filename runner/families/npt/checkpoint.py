@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,28 +139,45 @@ def sized_layer(
     shapes: Mapping[str, tuple[int, ...]],
     where: Path,
     parts: Parts,
+    *,
+    transposed: bool = False,
 ) -> NptLayer | None:
-    """The layer with its sizes: W_down [d, r], W_a_up [r, d_in], W_b_up [r, d_out]; None where its shapes contradict.
+    """The layer with its sizes: W_down [d, r], W_a_up [r, d_in], W_b_up [r, d_out], in the file perhaps `transposed`.
 
-    Hidden size, rank and MLP size are as most of its matrices have them: so the odd one is named, in `shapes`.
+    None where its shapes contradict each other. Hidden size, rank and MLP size are as most of its matrices have them:
+    so the odd one is named, in `shapes`. Where as many have another size, it is said what contradicts what.
     """
     if flat := [name for name, shape in shapes.items() if len(shape) != 2]:
         parts.refuse("shapes", f"{where}: layer {index}: {flat[0]} is {list(shapes[flat[0]])}, no matrix")
         return None
     votes = {"hidden": Counter[int](), "rank": Counter[int](), "inner": Counter[int]()}
-    axes: dict[str, tuple[str, str]] = {}
+    axes: dict[str, tuple[str, ...]] = {}
     for projection, matrices in keys.items():
         d_in, d_out = ("inner", "hidden") if projection == "down" else ("hidden", "inner")
         sizes = {"W_down": ("hidden", "rank"), "W_a_up": ("rank", d_in), "W_b_up": ("rank", d_out)}
-        axes |= {name: sizes[matrix] for matrix, names in matrices.items() for name in names}
-    for name, named in axes.items():
-        for axis, size in zip(named, shapes[name], strict=True):
-            votes[axis][size] += 1
-    size_of = {axis: counted.most_common(1)[0][0] for axis, counted in votes.items()}
+        step = -1 if transposed else 1
+        axes |= {name: sizes[matrix][::step] for matrix, names in matrices.items() for name in names}
+    sizes_of = {name: tuple(zip(named, shapes[name], strict=True)) for name, named in axes.items()}
+    for axis, size in chain.from_iterable(sizes_of.values()):
+        votes[axis][size] += 1
+    # Of several sizes that as many matrices have, that with which fewer are wrong.
+    leading = [[size for size, n in c.most_common(2) if n == max(c.values())] for c in votes.values()]
+    candidates = [dict(zip(votes, sizes, strict=True)) for sizes in product(*leading)]
+
+    def misfits(size_of: Mapping[str, int]) -> list[str]:
+        return [name for name, named in axes.items() if shapes[name] != tuple(size_of[axis] for axis in named)]
+
+    size_of = min(candidates, key=lambda candidate: len(misfits(candidate)))
     wanted = {name: tuple(size_of[axis] for axis in named) for name, named in axes.items()}
-    wrong = [name for name in axes if shapes[name] != wanted[name]]
+    wrong = misfits(size_of)
+    first_of = {sized: name for name in reversed(axes) for sized in sizes_of[name]}
     for name in wrong:
-        text = f"{name} is {list(shapes[name])}, where the layer's others make it {list(wanted[name])}"
+        made = "the layer's others make"
+        if len(candidates) > 1:
+            against = [first_of[axis, size_of[axis]] for axis, size in sizes_of[name] if size != size_of[axis]]
+            other = [f"{other} {list(shapes[other])}" for other in dict.fromkeys(against)]
+            made = " and ".join(other) + (" makes" if len(other) == 1 else " make")
+        text = f"{name} is {list(shapes[name])}, where {made} it {list(wanted[name])}"
         parts.refuse("shapes", f"{where}: {text}; one layer has one rank")
     if wrong:
         return None

@@ -158,8 +158,8 @@ def _layers(infos: Mapping[str, TensorInfo], where: Path, parts: Parts) -> tuple
         return ()
     layers = []
     for index, matrices in keys.items():
-        shapes = {name: infos[name].shape[::-1] for (name,) in matrices.values()}
-        layers.append(sized_layer(index, "single", {"gate": matrices}, shapes, where, parts))
+        shapes = {name: infos[name].shape for (name,) in matrices.values()}
+        layers.append(sized_layer(index, "single", {"gate": matrices}, shapes, where, parts, transposed=True))
     whole = [name for matrices in keys.values() for (name,) in matrices.values() if not infos[name].is_floating]
     if whole:
         parts.fail("shapes", f"{whole[0]} is {infos[whole[0]].dtype_name}, no weights")
