@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
-from runner.checkpoints.reading import Severity
+from runner.checkpoints.checkpoint import MOST_SHOWN, Severity
+from runner.checkpoints.reading import some
 from runner.checks.context import BUILT, FAIL, PASS, SKIPPED, WARNING, Check, CheckContext, Outcome
 from runner.checks.memory import peak_bytes, reset_peak
 from runner.errors import ConfigError, RunnerError, did_you_mean, printable
 
 log = logging.getLogger(__name__)
-
-# The most problems of one part that a row lists.
-_SHOWN = 4
 
 
 def passed(details: str, **data: Any) -> Outcome:
@@ -131,7 +129,7 @@ def part_outcome(context: CheckContext, part: str, advice: str | None = None, od
     problems = [problem for problem in reading.problems if problem.part == part]
     wrong = [problem.text for problem in problems if problem.severity is not Severity.ODD]
     if wrong:
-        return failed("; ".join(wrong[:_SHOWN]) + (f"; … ({len(wrong)} in all)" if len(wrong) > _SHOWN else ""), advice)
+        return failed(some(wrong, MOST_SHOWN), advice)
     if problems:
         return Outcome(status=WARNING, details="; ".join(problem.text for problem in problems), recommendation=odd)
     if part in reading.sound:
