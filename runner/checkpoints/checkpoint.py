@@ -36,11 +36,15 @@ class Severity(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is wrong with one part of a checkpoint; `part` is named as the check that lists it, as files or keys."""
+    """What is wrong with one part of a checkpoint; `part` is named as the check that lists it, as files or keys.
+
+    `advice`: what to do about it, where that is another thing than for the part's other problems.
+    """
 
     part: str
     text: str
     severity: Severity = Severity.REFUSED
+    advice: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,9 @@ MODULATIONS = {"single": ("",), "dual": ("_gate", "_up"), "triple": ("_gate", "_
 PROJECTIONS = {"": "gate", "_gate": "gate", "_up": "up", "_down": "down"}
 MATRICES = ("W_down", "W_a_up", "W_b_up")
 
+NOT_WHOLE = "save the checkpoint again: a layer that is not whole computes something else"
+ONE_SIZE = "one layer has one rank, and one base one hidden size"
+
 _FRONT = r"(?:layer_(?P<delta>\d+)_np|model\.layers\.(?P<full>\d+)\.np_component)"
 _KEY = re.compile(_FRONT + r"\.(?P<matrix>W_down|W_a_up|W_b_up)(?P<suffix>_gate|_up|_down)?(?:\.(?P<rank>\d+))?")
 _SIMILAR = re.compile(_FRONT + r"\..+")
@@ -86,7 +89,8 @@ def read_keys(infos: Mapping[str, TensorInfo], where: Path, parts: Parts, other:
     missing: list[str] = []
     layers = [_layer(index, found[index], infos, where, parts, missing, unknown) for index in sorted(found)]
     if missing or unknown:
-        parts.fail("keys", some([f"missing {name}" for name in missing] + [f"unexpected {name}" for name in unknown]))
+        names = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in unknown]
+        parts.fail("keys", some(names), NOT_WHOLE if missing else None)
     sound = tuple(layer for layer in layers if layer is not None)
     shown = "; ".join(f"{layer.layer}: {layer.modulation}, k {layer.num_ranks}" for layer in sound)
     parts.is_sound("keys", f"{len(infos)} keys; layers {shown}")
@@ -148,7 +152,7 @@ def sized_layer(
     so the odd one is named, in `shapes`. Where as many have another size, it is said what contradicts what.
     """
     if flat := [name for name, shape in shapes.items() if len(shape) != 2]:
-        parts.refuse("shapes", f"{where}: layer {index}: {flat[0]} is {list(shapes[flat[0]])}, no matrix")
+        parts.refuse("shapes", f"{where}: layer {index}: {flat[0]} is {list(shapes[flat[0]])}, no matrix", ONE_SIZE)
         return None
     votes = {"hidden": Counter[int](), "rank": Counter[int](), "inner": Counter[int]()}
     axes: dict[str, tuple[str, ...]] = {}
@@ -178,7 +182,7 @@ def sized_layer(
             other = [f"{other} {list(shapes[other])}" for other in dict.fromkeys(against)]
             made = " and ".join(other) + (" makes" if len(other) == 1 else " make")
         text = f"{name} is {list(shapes[name])}, where {made} it {list(wanted[name])}"
-        parts.refuse("shapes", f"{where}: {text}; one layer has one rank")
+        parts.refuse("shapes", f"{where}: {text}; one layer has one rank", ONE_SIZE)
     if wrong:
         return None
     return NptLayer(
@@ -198,7 +202,7 @@ def check_sizes(layers: Iterable[NptLayer], parts: Parts) -> None:
     sizes = {(layer.hidden_size, layer.intermediate_size): layer.layer for layer in layers}
     if len(sizes) > 1:
         shown = ", ".join(f"layer {layer}: {hidden} and {inner}" for (hidden, inner), layer in sizes.items())
-        parts.fail("shapes", f"the layers are made for different hidden and MLP sizes ({shown})")
+        parts.fail("shapes", f"the layers are made for different hidden and MLP sizes ({shown})", ONE_SIZE)
     for hidden, inner in sizes:
         text = f"hidden size {hidden}, MLP size {inner}"
         parts.is_sound("shapes", text, hidden_size=hidden, intermediate_size=inner)
@@ -244,7 +248,7 @@ def read(listing: Listing) -> Reading:
         other = () if name.endswith(".safetensors") else weights.extras
         keys = read_keys(weights.infos, listing.file(name), parts, other)
         if not parts.has("keys") and (lost := _lost(weights.infos, state, curriculum)):
-            parts.fail("keys", lost)
+            parts.fail("keys", lost, NOT_WHOLE)
         step = state.get("global_step")
         checkpoint = Checkpoint(
             path=where,
