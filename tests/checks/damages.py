@@ -247,6 +247,7 @@ NPT: list[Damage] = [
     ("NaN", tensors(changed("layer_0_np.W_down", lambda w: w / 0)), "finite", "layer_0_np.W_down"),
     ("truncated", cut(WEIGHTS), "files", "truncated at byte"),
     ("truncated training state", cut("training_state.pt"), "files", "training_state.pt: truncated"),
+    ("broken curriculum", text("multi_layer_state.pt", "[1]"), "files", "multi_layer_state.pt"),
     ("an HTML page", text(WEIGHTS, "<!doctype html><p>404"), "files", "HTML"),
     ("merged model added", merged_model, "pollution", "model.safetensors"),
     ("views of a large storage", views_of_a_large_storage, "size", "whole storages"),

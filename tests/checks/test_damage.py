@@ -136,6 +136,7 @@ def merged_under_another_name(path: Path) -> None:
     [
         ("lora_moe", lora_at_the_root, "layout", "adapter_config.json beside them: of no expert, and not read"),
         ("lora_moe", merged_under_another_name, "pollution", "merged.safetensors: weights that are no part"),
+        ("npt_delta", lambda p: torch.save([1], p / "multi_layer_state.pt"), "files", "holds a list, not a dictionary"),
         ("npt_full", lambda path: (path / "training_info.pt").unlink(), "config", "taken as the default, 0.1"),
     ],
 )

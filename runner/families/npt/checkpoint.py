@@ -293,10 +293,16 @@ def _side_files(listing: Listing, parts: Parts) -> tuple[dict[str, Any], dict[st
         with parts.within("files"):
             state = load_mapping(directory.file(TRAINING_STATE))
     if MULTI_LAYER_STATE in directory.entries:
+        file = directory.file(MULTI_LAYER_STATE)
         try:
-            curriculum = load_mapping(directory.file(MULTI_LAYER_STATE))
+            content = load_pickle(file, tensors="meta")
         except CheckpointError as error:
             parts.fail("files", str(error))  # only inspect shows it
+        else:
+            curriculum = content if isinstance(content, dict) else {}
+            if not isinstance(content, dict):
+                text = f"{file}: holds a {type(content).__name__}, not a dictionary: it does not tell what was trained"
+                parts.odd("files", text)
     if CONFIG in directory.entries:
         with parts.within("config"):
             config = read_object(directory.file(CONFIG), CONFIG, 16 << 20)
