@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# The most problems that an error, or a row of a test, lists.
+MOST_SHOWN = 4
+
+
 class Severity(Enum):
     """What a problem of a checkpoint stops: its opening; only a test of it, which fails; or nothing, but it is said."""
 
@@ -32,11 +36,15 @@ class Severity(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is wrong with one part of a checkpoint; `part` is named as the check that lists it, as files or keys."""
+    """What is wrong with one part of a checkpoint; `part` is named as the check that lists it, as files or keys.
+
+    `advice`: what to do about it, where that is another thing than for the part's other problems.
+    """
 
     part: str
     text: str
     severity: Severity = Severity.REFUSED
+    advice: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,11 +183,12 @@ class Reading:
 
 
 def raise_refused(problems: Sequence[Problem], path: Path) -> None:
-    """Raise CheckpointError with all that stands against opening what lies at `path`."""
-    texts = [problem.text for problem in problems if problem.severity is Severity.REFUSED]
+    """Raise CheckpointError with what stands against opening what lies at `path`: the first of many, and how many."""
+    texts = list(dict.fromkeys(problem.text for problem in problems if problem.severity is Severity.REFUSED))
     if texts:
         lead = texts[0].partition(": ")[0]  # the place, mostly: said once
-        shown = "; ".join([texts[0], *(text.removeprefix(f"{lead}: ") for text in dict.fromkeys(texts[1:]))])
+        shown = "; ".join([texts[0], *(text.removeprefix(f"{lead}: ") for text in texts[1:MOST_SHOWN])])
+        shown += f"; … ({len(texts)} in all)" if len(texts) > MOST_SHOWN else ""
         raise CheckpointError(shown if str(path) in shown else f"{path}: {shown}")
 
 

@@ -33,13 +33,13 @@ class Parts:
         self.sound: dict[str, Sound] = {}
         self.sources: list[TensorSource] = []
 
-    def refuse(self, part: str, text: str) -> None:
+    def refuse(self, part: str, text: str, advice: str | None = None) -> None:
         """A problem with which nothing can be opened."""
-        self.problems.append(Problem(part=part, text=text))
+        self.problems.append(Problem(part=part, text=text, advice=advice))
 
-    def fail(self, part: str, text: str) -> None:
+    def fail(self, part: str, text: str, advice: str | None = None) -> None:
         """A problem that a test must report, though the rest can be looked at."""
-        self.problems.append(Problem(part=part, text=text, severity=Severity.FAILED))
+        self.problems.append(Problem(part=part, text=text, severity=Severity.FAILED, advice=advice))
 
     def odd(self, part: str, text: str) -> None:
         """What is not wrong, but should be said."""

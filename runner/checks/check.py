@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
-from runner.checkpoints.reading import Severity
+from runner.checkpoints.checkpoint import MOST_SHOWN, Severity
+from runner.checkpoints.reading import some
 from runner.checks.context import BUILT, FAIL, PASS, SKIPPED, WARNING, Check, CheckContext, Outcome
 from runner.checks.memory import peak_bytes, reset_peak
 from runner.errors import ConfigError, RunnerError, did_you_mean, printable
 
 log = logging.getLogger(__name__)
-
-# The most problems of one part that a row lists.
-_SHOWN = 4
 
 
 def passed(details: str, **data: Any) -> Outcome:
@@ -116,7 +114,7 @@ def check(name: str, title: str, place: str, *needs: str) -> Check:
 def part_check(name: str, title: str, *needs: str, advice: str | None = None, odd: str | None = None) -> Check:
     """The integrity check that lists what the format's reader found wrong with one part.
 
-    `advice`: what to do about a fault, `odd`: about what is only odd.
+    `advice`: what to do about a fault that does not say so itself, `odd`: about what is only odd.
     """
 
     def run(context: CheckContext) -> Outcome:
@@ -129,9 +127,10 @@ def part_outcome(context: CheckContext, part: str, advice: str | None = None, od
     """What the format's reader says of a part: its problems, else what it holds."""
     reading = context.reading
     problems = [problem for problem in reading.problems if problem.part == part]
-    wrong = [problem.text for problem in problems if problem.severity is not Severity.ODD]
-    if wrong:
-        return failed("; ".join(wrong[:_SHOWN]) + (f"; … ({len(wrong)} in all)" if len(wrong) > _SHOWN else ""), advice)
+    faults = [problem for problem in problems if problem.severity is not Severity.ODD]
+    if faults:
+        own = next((problem.advice for problem in faults if problem.advice), advice)
+        return failed(some([problem.text for problem in faults], MOST_SHOWN), own)
     if problems:
         return Outcome(status=WARNING, details="; ".join(problem.text for problem in problems), recommendation=odd)
     if part in reading.sound:

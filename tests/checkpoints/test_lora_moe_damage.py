@@ -1,6 +1,7 @@
 """Damaged copies of a lora_moe checkpoint, each refused by name, in one line, with every file as it was."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -280,6 +281,16 @@ CONFIGS = [
 ]
 for values, message in CONFIGS:
     DAMAGE[f"config {values}"] = (lambda path, values=values: edit_json(path / "config.json", **values), message)
+
+
+def test_of_many_faults_the_first_are_named(copied):
+    edit_json(adapter_of(copied, 1) / "adapter_config.json", r=8)
+    edit_json(adapter_of(copied, 2) / "adapter_config.json", r=8)
+    with pytest.raises(CheckpointError) as raised:
+        load_moe(copied)
+    message = str(raised.value)
+    assert message.count("gives it rank 8") == 4
+    assert re.search(r"; … \((\d+) in all\)$", message)
 
 
 @pytest.mark.parametrize("name", list(DAMAGE))

@@ -103,6 +103,11 @@ def with_states(path: Path) -> None:
     torch.save({"layers_to_train": [0, 1, 2]}, path / "multi_layer_state.pt")
 
 
+def with_a_layer_of_two_sizes(path: Path) -> None:
+    with_states(path)
+    tensors(changed("layer_0_np.W_down", lambda w: w[:-1]))(path)
+
+
 def without_a_layer(path: Path) -> None:
     with_states(path)
     tensors(without("layer_0_np"))(path)
@@ -233,6 +238,8 @@ NPT: list[Damage] = [
     ("mixed widths", tensors(changed("layer_0_np.W_b_up", lambda w: w[:, :70])), "shapes", "different hidden and MLP sizes"),
     ("transposed", tensors(changed("layer_1_np.W_down_gate.0", torch.t)), "shapes", "layer_1_np.W_down_gate.0 is [4, 32]"),
     ("two ranks in a layer", tensors(changed("layer_2_np.W_a_up_down.1", lambda w: w[:1])), "shapes", "W_a_up_down.1 is [1,"),
+    ("a trained layer of two sizes", with_a_layer_of_two_sizes, "shapes", "layer_0_np.W_a_up is [3, 32], where layer_0_np.W_down [31, 3] makes it [3, 31]"),
+    ("transposed in a single layer", tensors(changed("layer_0_np.W_down", torch.t)), "shapes", "layer_0_np.W_down is [3, 32], where layer_0_np.W_a_up [3, 32] makes it [32, 3]"),
     ("layer beyond the base", tensors(renamed("layer_2_np", "layer_7_np")), "base", "has layer 7"),
     ("weights lost", lost(WEIGHTS), "files", "holds no weights; it holds"),
     ("weights under a key", tensors(lambda t: {"state": t}), "keys", "there is state"),
@@ -240,6 +247,7 @@ NPT: list[Damage] = [
     ("NaN", tensors(changed("layer_0_np.W_down", lambda w: w / 0)), "finite", "layer_0_np.W_down"),
     ("truncated", cut(WEIGHTS), "files", "truncated at byte"),
     ("truncated training state", cut("training_state.pt"), "files", "training_state.pt: truncated"),
+    ("broken curriculum", text("multi_layer_state.pt", "[1]"), "files", "multi_layer_state.pt"),
     ("an HTML page", text(WEIGHTS, "<!doctype html><p>404"), "files", "HTML"),
     ("merged model added", merged_model, "pollution", "model.safetensors"),
     ("views of a large storage", views_of_a_large_storage, "size", "whole storages"),
@@ -270,7 +278,7 @@ FULL: list[Damage] = [
     ("half an adapter", tensors(without("layers.1.adapter.B_ffn"), MODEL), "keys", "missing model.layers.1.adapter.B_ffn"),
     ("missing base layer", tensors(without("layers.2.mlp.up_proj"), MODEL), "keys", "missing model.layers.2.mlp.up_proj"),
     ("extra key", tensors(lambda t: {**t, "extra": torch.ones(2)}, MODEL), "keys", "unexpected extra"),
-    ("transposed adapter", tensors(changed("model.layers.0.adapter.A_proj.weight", torch.t), MODEL), "shapes", "A_proj"),
+    ("transposed adapter", tensors(changed("model.layers.0.adapter.A_proj.weight", torch.t), MODEL), "shapes", "A_proj.weight is [32, 2], where model.layers.0.adapter.B_model.weight [32, 2] makes it [2, 32]"),
     ("config of fewer layers", values("config.json", num_hidden_layers=2), "keys", "unexpected model.layers.2."),
     ("missing config", lost("config.json"), "config", "has no config.json"),
     ("config of another architecture", values("config.json", model_type="gpt2"), "config", "model_type is 'gpt2'"),

@@ -14,7 +14,7 @@ from runner.files import manifest
 from runner.files.staging import staged
 from runner.installation import config_directory
 from tests.checks.benches import bench_of, write_npt_full
-from tests.checks.damages import TABLES
+from tests.checks.damages import MODEL, TABLES, changed, tensors, values, without, without_a_layer
 from tests.conftest import MIXED, npt_tensors, write_npt
 from tests.gpt_files import random_state, script_file
 from tests.lora_files import adapter_of, edit_json, hashes, older, write_adapter, write_moe
@@ -136,6 +136,7 @@ def merged_under_another_name(path: Path) -> None:
     [
         ("lora_moe", lora_at_the_root, "layout", "adapter_config.json beside them: of no expert, and not read"),
         ("lora_moe", merged_under_another_name, "pollution", "merged.safetensors: weights that are no part"),
+        ("npt_delta", lambda p: torch.save([1], p / "multi_layer_state.pt"), "files", "holds a list, not a dictionary"),
         ("npt_full", lambda path: (path / "training_info.pt").unlink(), "config", "taken as the default, 0.1"),
     ],
 )
@@ -146,6 +147,36 @@ def test_what_is_not_wrong_but_odd_is_a_warning(layout, change, check, message, 
     rows = rows_of(path, tmp_path / "scratch")
     assert {name for name, row in rows.items() if row["status"] in ("warning", "fail")} == {check}
     assert message in rows[check]["details"]
+
+
+def sharded_without_index(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
+
+
+HEAD = "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "check", "advice"),
+    [
+        ("npt_delta", tensors(without("layer_1_np.W_b_up_up")), "keys", "a layer that is not whole"),
+        ("npt_delta", without_a_layer, "keys", "a layer that is not whole"),
+        ("npt_delta", tensors(lambda held: {**held, "extra": torch.ones(2)}), "keys", None),
+        ("npt_full", tensors(without("layers.1.adapter.B_ffn"), MODEL), "keys", "a layer that is not whole"),
+        ("npt_full", tensors(lambda held: {**held, "extra": torch.ones(2)}, MODEL), "keys", None),
+        ("npt_full", sharded_without_index, "keys", None),
+        ("npt_delta", tensors(changed("layer_1_np.W_down_gate.0", torch.t)), "shapes", "one layer has one rank"),
+        ("npt_full", values("config.json", vocab_size=77), "shapes", "config.json is that of another model"),
+        ("npt_full", tensors(changed(HEAD, torch.t), MODEL), "shapes", "or these tensors were changed"),
+        ("npt_full", tensors(changed(HEAD, torch.Tensor.int), MODEL), "shapes", "as floating-point numbers"),
+    ],
+)  # fmt: skip
+def test_the_advice_is_of_what_is_wrong(layout, change, check, advice, originals, tmp_path):
+    path = copy(originals[layout], tmp_path)
+    change(path)
+    row = rows_of(path, tmp_path / "scratch")[check]
+    assert row["status"] == "fail"
+    assert advice in row["recommendation"] if advice else "recommendation" not in row
 
 
 def test_there_are_enough_of_them():

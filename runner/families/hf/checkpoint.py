@@ -28,6 +28,7 @@ _OPTIONAL = ("num_key_value_heads", "head_dim")
 # No model has more; a wild number is no reason to list billions of names.
 _MOST_LAYERS = 10_000
 _TIED = "lm_head.weight"
+_OTHER_SHAPES = "config.json is that of another model, or these tensors were changed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +150,10 @@ def compare_with_config(
         for name, shape in shapes.items()
         if name in infos and infos[name].shape != shape
     ]
+    advice = _OTHER_SHAPES if wrong else "save the weights as floating-point numbers"
     wrong += [f"{info.name} is {info.dtype_name}, no weights" for info in infos.values() if _is_whole(info)]
     if wrong:
-        parts.fail("shapes", some(wrong, 4))
+        parts.fail("shapes", some(wrong, 4), advice)
     sizes = f"hidden size {config['hidden_size']}, vocabulary {config['vocab_size']}"
     parts.is_sound("shapes", f"{len(shapes.keys() & infos.keys())} tensors as config.json says: {sizes}")
 

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ MERGE_SUMMARY = "merge_summary.json"
 MODULATIONS = {"single": ("",), "dual": ("_gate", "_up"), "triple": ("_gate", "_up", "_down")}
 PROJECTIONS = {"": "gate", "_gate": "gate", "_up": "up", "_down": "down"}
 MATRICES = ("W_down", "W_a_up", "W_b_up")
+
+NOT_WHOLE = "save the checkpoint again: a layer that is not whole computes something else"
+ONE_SIZE = "one layer has one rank, and one base one hidden size"
 
 _FRONT = r"(?:layer_(?P<delta>\d+)_np|model\.layers\.(?P<full>\d+)\.np_component)"
 _KEY = re.compile(_FRONT + r"\.(?P<matrix>W_down|W_a_up|W_b_up)(?P<suffix>_gate|_up|_down)?(?:\.(?P<rank>\d+))?")
@@ -85,7 +89,8 @@ def read_keys(infos: Mapping[str, TensorInfo], where: Path, parts: Parts, other:
     missing: list[str] = []
     layers = [_layer(index, found[index], infos, where, parts, missing, unknown) for index in sorted(found)]
     if missing or unknown:
-        parts.fail("keys", some([f"missing {name}" for name in missing] + [f"unexpected {name}" for name in unknown]))
+        names = [f"missing {name}" for name in missing] + [f"unexpected {name}" for name in unknown]
+        parts.fail("keys", some(names), NOT_WHOLE if missing else None)
     sound = tuple(layer for layer in layers if layer is not None)
     shown = "; ".join(f"{layer.layer}: {layer.modulation}, k {layer.num_ranks}" for layer in sound)
     parts.is_sound("keys", f"{len(infos)} keys; layers {shown}")
@@ -138,29 +143,46 @@ def sized_layer(
     shapes: Mapping[str, tuple[int, ...]],
     where: Path,
     parts: Parts,
+    *,
+    transposed: bool = False,
 ) -> NptLayer | None:
-    """The layer with its sizes: W_down [d, r], W_a_up [r, d_in], W_b_up [r, d_out]; None where its shapes contradict.
+    """The layer with its sizes: W_down [d, r], W_a_up [r, d_in], W_b_up [r, d_out], in the file perhaps `transposed`.
 
-    Hidden size, rank and MLP size are as most of its matrices have them: so the odd one is named, in `shapes`.
+    None where its shapes contradict each other. Hidden size, rank and MLP size are as most of its matrices have them:
+    so the odd one is named, in `shapes`. Where as many have another size, it is said what contradicts what.
     """
     if flat := [name for name, shape in shapes.items() if len(shape) != 2]:
-        parts.refuse("shapes", f"{where}: layer {index}: {flat[0]} is {list(shapes[flat[0]])}, no matrix")
+        parts.refuse("shapes", f"{where}: layer {index}: {flat[0]} is {list(shapes[flat[0]])}, no matrix", ONE_SIZE)
         return None
     votes = {"hidden": Counter[int](), "rank": Counter[int](), "inner": Counter[int]()}
-    axes: dict[str, tuple[str, str]] = {}
+    axes: dict[str, tuple[str, ...]] = {}
     for projection, matrices in keys.items():
         d_in, d_out = ("inner", "hidden") if projection == "down" else ("hidden", "inner")
         sizes = {"W_down": ("hidden", "rank"), "W_a_up": ("rank", d_in), "W_b_up": ("rank", d_out)}
-        axes |= {name: sizes[matrix] for matrix, names in matrices.items() for name in names}
-    for name, named in axes.items():
-        for axis, size in zip(named, shapes[name], strict=True):
-            votes[axis][size] += 1
-    size_of = {axis: counted.most_common(1)[0][0] for axis, counted in votes.items()}
+        step = -1 if transposed else 1
+        axes |= {name: sizes[matrix][::step] for matrix, names in matrices.items() for name in names}
+    sizes_of = {name: tuple(zip(named, shapes[name], strict=True)) for name, named in axes.items()}
+    for axis, size in chain.from_iterable(sizes_of.values()):
+        votes[axis][size] += 1
+    # Of several sizes that as many matrices have, that with which fewer are wrong.
+    leading = [[size for size, n in c.most_common(2) if n == max(c.values())] for c in votes.values()]
+    candidates = [dict(zip(votes, sizes, strict=True)) for sizes in product(*leading)]
+
+    def misfits(size_of: Mapping[str, int]) -> list[str]:
+        return [name for name, named in axes.items() if shapes[name] != tuple(size_of[axis] for axis in named)]
+
+    size_of = min(candidates, key=lambda candidate: len(misfits(candidate)))
     wanted = {name: tuple(size_of[axis] for axis in named) for name, named in axes.items()}
-    wrong = [name for name in axes if shapes[name] != wanted[name]]
+    wrong = misfits(size_of)
+    first_of = {sized: name for name in reversed(axes) for sized in sizes_of[name]}
     for name in wrong:
-        text = f"{name} is {list(shapes[name])}, where the layer's others make it {list(wanted[name])}"
-        parts.refuse("shapes", f"{where}: {text}; one layer has one rank")
+        made = "the layer's others make"
+        if len(candidates) > 1:
+            against = [first_of[axis, size_of[axis]] for axis, size in sizes_of[name] if size != size_of[axis]]
+            other = [f"{other} {list(shapes[other])}" for other in dict.fromkeys(against)]
+            made = " and ".join(other) + (" makes" if len(other) == 1 else " make")
+        text = f"{name} is {list(shapes[name])}, where {made} it {list(wanted[name])}"
+        parts.refuse("shapes", f"{where}: {text}; one layer has one rank", ONE_SIZE)
     if wrong:
         return None
     return NptLayer(
@@ -180,7 +202,7 @@ def check_sizes(layers: Iterable[NptLayer], parts: Parts) -> None:
     sizes = {(layer.hidden_size, layer.intermediate_size): layer.layer for layer in layers}
     if len(sizes) > 1:
         shown = ", ".join(f"layer {layer}: {hidden} and {inner}" for (hidden, inner), layer in sizes.items())
-        parts.fail("shapes", f"the layers are made for different hidden and MLP sizes ({shown})")
+        parts.fail("shapes", f"the layers are made for different hidden and MLP sizes ({shown})", ONE_SIZE)
     for hidden, inner in sizes:
         text = f"hidden size {hidden}, MLP size {inner}"
         parts.is_sound("shapes", text, hidden_size=hidden, intermediate_size=inner)
@@ -225,8 +247,8 @@ def read(listing: Listing) -> Reading:
     if weights is not None and name is not None:
         other = () if name.endswith(".safetensors") else weights.extras
         keys = read_keys(weights.infos, listing.file(name), parts, other)
-        if not parts.has("keys") and (lost := _lost(keys.layers, weights.infos, state, curriculum)):
-            parts.fail("keys", lost)
+        if not parts.has("keys") and (lost := _lost(weights.infos, state, curriculum)):
+            parts.fail("keys", lost, NOT_WHOLE)
         step = state.get("global_step")
         checkpoint = Checkpoint(
             path=where,
@@ -271,10 +293,16 @@ def _side_files(listing: Listing, parts: Parts) -> tuple[dict[str, Any], dict[st
         with parts.within("files"):
             state = load_mapping(directory.file(TRAINING_STATE))
     if MULTI_LAYER_STATE in directory.entries:
+        file = directory.file(MULTI_LAYER_STATE)
         try:
-            curriculum = load_mapping(directory.file(MULTI_LAYER_STATE))
+            content = load_pickle(file, tensors="meta")
         except CheckpointError as error:
             parts.fail("files", str(error))  # only inspect shows it
+        else:
+            curriculum = content if isinstance(content, dict) else {}
+            if not isinstance(content, dict):
+                text = f"{file}: holds a {type(content).__name__}, not a dictionary: it does not tell what was trained"
+                parts.odd("files", text)
     if CONFIG in directory.entries:
         with parts.within("config"):
             config = read_object(directory.file(CONFIG), CONFIG, 16 << 20)
@@ -287,17 +315,14 @@ def _older_config(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else {}
 
 
-def _lost(
-    layers: Iterable[NptLayer],
-    infos: Mapping[str, TensorInfo],
-    state: Mapping[str, Any],
-    curriculum: Mapping[str, Any],
-) -> str | None:
+def _lost(infos: Mapping[str, TensorInfo], state: Mapping[str, Any], curriculum: Mapping[str, Any]) -> str | None:
     """What was trained and is not in the weights. A layer, a rank-1 term or a projection that is gone altogether leaves
     weights that are whole: only the states of the trainer and its optimizer tell."""
     named = curriculum.get("layers_to_train")
     trained = {layer for layer in named if type(layer) is int} if isinstance(named, list) else set()
-    if absent := trained - {layer.layer for layer in layers}:
+    # By their names: a layer whose sizes contradict each other is there.
+    there = {int(match["delta"] or match["full"]) for match in map(_KEY.fullmatch, infos) if match}
+    if absent := trained - there:
         return f"missing layers {', '.join(map(str, sorted(absent)))}, which {MULTI_LAYER_STATE} trains"
     moments, held = _moments(state.get("optimizer_state_dict")), Counter(info.shape for info in infos.values())
     more = moments - held

@@ -13,7 +13,7 @@ from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing,
 from runner.checkpoints.model_directory import architecture, is_model_directory, open_model_weights
 from runner.checkpoints.reading import Parts, Reading, load_mapping, some
 from runner.families.hf import checkpoint as hf
-from runner.families.npt.checkpoint import check_sizes, sized_layer
+from runner.families.npt.checkpoint import NOT_WHOLE, check_sizes, sized_layer
 from runner.files.tensors import Inert, TensorInfo
 
 NAME = "npt_full"
@@ -154,12 +154,12 @@ def _layers(infos: Mapping[str, TensorInfo], where: Path, parts: Parts) -> tuple
     }
     missing = [name for matrices in keys.values() for (name,) in matrices.values() if name not in infos]
     if missing:
-        parts.refuse("keys", f"{where}: {some([f'missing {name}' for name in missing])}")
+        parts.refuse("keys", f"{where}: {some([f'missing {name}' for name in missing])}", NOT_WHOLE)
         return ()
     layers = []
     for index, matrices in keys.items():
-        shapes = {name: infos[name].shape[::-1] for (name,) in matrices.values()}
-        layers.append(sized_layer(index, "single", {"gate": matrices}, shapes, where, parts))
+        shapes = {name: infos[name].shape for (name,) in matrices.values()}
+        layers.append(sized_layer(index, "single", {"gate": matrices}, shapes, where, parts, transposed=True))
     whole = [name for matrices in keys.values() for (name,) in matrices.values() if not infos[name].is_floating]
     if whole:
         parts.fail("shapes", f"{whole[0]} is {infos[whole[0]].dtype_name}, no weights")
@@ -171,7 +171,8 @@ def _check_recorded_gates(infos: Mapping[str, TensorInfo], parts: Parts) -> None
     for name in infos:
         gate = name.replace("original_gate_weight", "mlp.gate_proj.weight")
         if gate != name and gate in infos and infos[name].shape not in ((), infos[gate].shape):
-            parts.fail("shapes", f"{name} is {list(infos[name].shape)}, the gate {list(infos[gate].shape)}")
+            text = f"{name} is {list(infos[name].shape)}, the gate {list(infos[gate].shape)}"
+            parts.fail("shapes", text, "they are gate weights as they were: save the checkpoint again")
 
 
 def _plain(value: Any) -> dict[str, Any]:
