@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 from tests.machine import SLOW
 from tests.merge.sources import write_source
 
-pytestmark = [pytest.mark.fault, pytest.mark.timeout(900 * SLOW)]
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(1800 * SLOW)]
 CALLS = ("write", "fsync", "fdatasync", "rename", "renameat2", "mkdir")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
 

@@ -11,7 +11,7 @@ from tests.machine import SLOW
 from tests.merge.moe_sources import write_moe
 
 __all__ = ["zygote"]  # a fixture
-pytestmark = [pytest.mark.fault, pytest.mark.timeout(900 * SLOW)]
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(1800 * SLOW)]
 
 
 @pytest.fixture
