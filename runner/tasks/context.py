@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.runs import resolve
-from runner.config import CheckpointConfig
+from runner.config import AUTO, CheckpointConfig
 from runner.errors import ConfigError
 from runner.installation import demo_run
 from runner.tracking.base import Tracker
@@ -78,8 +78,5 @@ def cache_directory(cache: str | None) -> Path:
 
 def check_family(config: CheckpointConfig, checkpoint: Checkpoint) -> None:
     """Raise ConfigError where the family that was asked for is not the checkpoint's."""
-    if config.family.name not in ("auto", checkpoint.family):
-        raise ConfigError(
-            f"family={config.family.name}, but {checkpoint.path} is of the family {checkpoint.family} "
-            f"(format {checkpoint.format}: {checkpoint.evidence})"
-        )
+    if config.family.name != AUTO:
+        config.family.of(checkpoint)
