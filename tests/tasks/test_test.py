@@ -158,9 +158,9 @@ def test_misuse_is_one_line_and_exit_code_2(run, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["base=/nowhere"], "base=/nowhere: no such directory"),
+        (["base=./nowhere"], "base=./nowhere: no such directory"),
         (["base=empty"], "base=empty: is no model: it needs config.json and weights"),
-        (["tier.checks=[model,forward]", "tokenizer=/nowhere"], "tokenizer=/nowhere: no such file"),
+        (["tier.checks=[model,forward]", "tokenizer=./nowhere"], "tokenizer=./nowhere: no such file"),
     ],
 )
 def test_a_mistake_beside_a_checkpoint_is_no_failed_check(run, checkpoint, words, message):
