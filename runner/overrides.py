@@ -38,6 +38,11 @@ class CommandLine:
         """Whether -m was given."""
         return bool({"-m", "--multirun"} & set(self.flags))
 
+    @property
+    def flags_of_hydra(self) -> bool:
+        """Whether any flag but -m was given."""
+        return bool(set(self.flags) - {"-m", "--multirun"})
+
     def get(self, key: str) -> str | None:
         """The last value given for `key`, without quotes around it."""
         values = [value for name, value in self.overrides if name == key]

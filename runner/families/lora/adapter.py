@@ -18,7 +18,6 @@ from runner.errors import CheckpointError, ModelError
 from runner.families.lora import config as lora_config
 from runner.families.lora.config import LoraSettings, read_settings
 from runner.files.file_type import Kind, kind_of
-from runner.files.staging import staged
 from runner.files.tensors import TensorInfo, TensorSource, is_finite, owned
 
 if TYPE_CHECKING:
@@ -341,6 +340,8 @@ def save_adapter(directory: Path, tensors: Mapping[str, torch.Tensor], config: M
 
 def save_peft(details: AdapterDetails, factors: Factors, base: Path | None, target: Path) -> Path:
     """Write the adapter of a peft checkpoint, as its model has it now, below the directory `target`; where it lies."""
+    from runner.files.staging import staged
+
     tensors = {key(module, "A"): a for module, (a, _, _) in factors.items()}
     tensors |= {key(module, "B"): b for module, (_, b, _) in factors.items()}
     config = {**details.settings.raw, "base_model_name_or_path": str(base.resolve()) if base else ""}
