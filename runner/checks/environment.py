@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from runner.checks.check import checks_for, failed, passed, run_checks
+from runner.checks.check import PARTS, checks_for, failed, passed, run_checks
 from runner.checks.context import FAIL, WARNING, CheckContext, CheckedFamily, Item, Outcome
 from runner.config import Format
 from runner.errors import RunnerError
@@ -22,10 +22,7 @@ from runner.errors import RunnerError
 NEEDED = ("torch", "transformers", "safetensors", "peft")
 OPTIONAL = ("wandb",)  # tracker=none does without it
 # The checks of structure that each tiny layout must pass.
-STRUCTURE = (
-    "files", "config", "layout", "experts", "gate", "adapters", "blocks", "keys", "shapes", "hidden_size", "pollution",
-    "size",
-)  # fmt: skip
+STRUCTURE = (*PARTS, "pollution", "size")
 
 
 def versions(context: CheckContext) -> Outcome:

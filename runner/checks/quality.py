@@ -9,6 +9,7 @@ the status warning.
 """
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from runner.checks.check import skipped
@@ -99,15 +100,15 @@ def generation(context: CheckContext, evaluator: Evaluator) -> Outcome:
         return skipped(f"the prompts fill the model's {longest} positions")
     score = sum(map(_generation_score, rows)) / len(rows)
     by_temperature = [
-        f"{_mean([row['agreement'] for row in rows if row['temperature'] == t]):.0%} at {t}" for t in TEMPERATURES
+        f"{fmean([row['agreement'] for row in rows if row['temperature'] == t]):.0%} at {t}" for t in TEMPERATURES
     ]
     word = word_of(score)
     return _outcome(
         word,
         score,
         f"tokens that agree with the base's: {', '.join(by_temperature)}; repeated 3-grams "
-        f"{_mean([row['repetition'] or 0.0 for row in rows]):.0%}, the base's "
-        f"{_mean([row['reference_repetition'] or 0.0 for row in rows]):.0%}",
+        f"{fmean([row['repetition'] or 0.0 for row in rows]):.0%}, the base's "
+        f"{fmean([row['reference_repetition'] or 0.0 for row in rows]):.0%}",
         None if word == "PASS" else "Continuations part from the base's: train further.",
         {"generation": rows},
     )
@@ -129,7 +130,7 @@ def _outcome(word: str, score: float, details: str, recommendation: str | None, 
 
 
 def _mean_score(rows: Sequence[Mapping[str, Any]]) -> float:
-    return _mean([SCORES[grade(row["mse"], row["cosine"])] for row in rows])
+    return fmean([SCORES[grade(row["mse"], row["cosine"])] for row in rows])
 
 
 def _counts(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -145,7 +146,3 @@ def _figures(row: Mapping[str, Any]) -> str:
     if row["mse"] is None or row["cosine"] is None:
         return "not finite"
     return f"mse {row['mse']:.4g}, cosine {row['cosine']:.4f}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
