@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from runner.comparison.comparison import Comparison
-from runner.comparison.series import Series
+from runner.comparison.comparison import Comparison, Series
 from runner.errors import printable
 from runner.metrics.verdict import thresholds
+from runner.reports.page.charts import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,5 +96,4 @@ def _draw_statuses(axes: "Axes", low: float, high: float) -> None:
 
 def _text(text: str) -> str:
     """Text that fits a legend, and that matplotlib does not take for a formula."""
-    short = text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…"
-    return printable(short).replace("$", r"\$")
+    return printable(shortened(text, _LONGEST_LABEL)).replace("$", r"\$")
