@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
@@ -18,12 +17,9 @@ from runner.evaluation.forward import logit_count
 from runner.evaluation.placement import Placement
 from runner.evaluation.reference import Reference
 from runner.evaluation.tensor_cache import model_cache
-from runner.evaluation.tokenizers import load_tokenizer
+from runner.evaluation.tokenizers import TextTokenizer, load_tokenizer
 from runner.families.family import Auto, Family
 from runner.tasks.context import Context, cache_directory, checkpoint_path
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +79,7 @@ def open_evaluation(config: DiagnoseConfig, context: Context) -> EvaluationSetup
 
 def _tokenizer(
     config: DiagnoseConfig, family: Family, checkpoint: Checkpoint, base: Base | None
-) -> "PreTrainedTokenizerBase | None":
+) -> TextTokenizer | None:
     """The tokenizer; None where there is none and the family can be measured on seeded token ids."""
     directories = [checkpoint.directory, *([base.path] if base else [])]
     if config.tokenizer is None and not family.needs_tokenizer and not any(map(has_tokenizer, directories)):

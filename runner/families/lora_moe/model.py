@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.errors import ConfigError
+from runner.evaluation.attention import KeyValueCache
 from runner.evaluation.base_models import Base
+from runner.evaluation.llama import Llama
 from runner.families.lora.checkpoint import check_fit, read_factors
 from runner.families.lora_moe.checkpoint import check_base, read_experts, read_router
 
@@ -56,8 +57,8 @@ Adapter = Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]
 class MoeCache:
     """The keys and values of both passes: the experts change them, and each pass has its own experts."""
 
-    features: DynamicCache
-    routed: DynamicCache
+    features: Any
+    routed: Any
 
     def fits(self, experts_on: bool) -> bool:
         """Whether both passes have seen the same positions, or the first none where the experts are off."""
@@ -84,7 +85,7 @@ class LoraForCausalLM(nn.Module):
 
     has_cache = True
 
-    def __init__(self, base: PreTrainedModel, adapters: Sequence[Adapter], *, dropout: float = 0.0) -> None:
+    def __init__(self, base: nn.Module, adapters: Sequence[Adapter], *, dropout: float = 0.0) -> None:
         super().__init__()
         from runner.families.lora.model import add_adapters  # imports peft
 
@@ -113,7 +114,7 @@ class LoraForCausalLM(nn.Module):
     @property
     def head(self) -> nn.Module:
         """What makes logits of `hidden`."""
-        return self.lm.lm_head if isinstance(self.lm, LlamaForCausalLM) else nn.Identity()
+        return self.lm.lm_head if isinstance(self.lm, Llama) else nn.Identity()
 
     @contextmanager
     def experts(self, on: bool) -> Iterator[None]:
@@ -167,7 +168,7 @@ class LoraForCausalLM(nn.Module):
         self.routing.active = tuple((name, None) for name in self.names) if self.experts_on else ()
 
     def _final(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        if isinstance(self.lm, LlamaForCausalLM):
+        if isinstance(self.lm, Llama):
             return self.lm.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         return self.lm(input_ids, attention_mask=attention_mask, use_cache=False).logits
 
@@ -181,7 +182,7 @@ class LoraMoeForCausalLM(LoraForCausalLM):
 
     def __init__(
         self,
-        base: PreTrainedModel,
+        base: nn.Module,
         adapters: Sequence[Adapter],
         router: tuple[torch.Tensor, torch.Tensor],
         *,
@@ -218,7 +219,7 @@ class LoraMoeForCausalLM(LoraForCausalLM):
         if cache is not None and not (isinstance(cache, MoeCache) and cache.fits(self.experts_on)):
             raise ValueError("past_key_values must be the cache of this model's own output, with the experts as now")
         if use_cache and cache is None:
-            cache = MoeCache(features=DynamicCache(config=self.config), routed=DynamicCache(config=self.config))
+            cache = MoeCache(features=_empty_cache(self.lm), routed=_empty_cache(self.lm))
         routed = self._route(input_ids, attention_mask, position_ids, cache.features if cache else None)
         output = self.lm(
             input_ids,
@@ -248,7 +249,7 @@ class LoraMoeForCausalLM(LoraForCausalLM):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        cache: DynamicCache | None,
+        cache: Any,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The first pass: sets what the LoRA layers apply in the second; router logits and weights [B, T, E].
 
@@ -279,10 +280,18 @@ class LoraMoeForCausalLM(LoraForCausalLM):
         return logits, weights
 
 
-def _sharing_copy(base: PreTrainedModel) -> PreTrainedModel:
+def _empty_cache(lm: Any) -> Any:
+    if isinstance(lm, Llama):
+        return KeyValueCache()
+    from transformers import DynamicCache
+
+    return DynamicCache(config=lm.config)
+
+
+def _sharing_copy(base: Any) -> Any:
     """Modules of its own over the base's tensors: layers are replaced in the copy only."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-    shared |= {id(each): each for each in (base.config, base.generation_config) if each is not None}
+    shared |= {id(each): each for each in (base.config, getattr(base, "generation_config", None)) if each is not None}
     model = copy.deepcopy(base, shared)
     for module in model.modules():
         module._forward_hooks.clear()

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Literal, TypedDict, cast
 
 import torch
-from transformers import PreTrainedConfig
 
 from runner.checkpoints.detect import open_checkpoint
 from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.evaluation.base_models import Base
 from runner.evaluation.forward import layer_arguments
+from runner.evaluation.llama_config import LlamaConfig
 from runner.families.npt import PROJECTIONS, EquivalenceSettings
 from runner.families.npt import checkpoint as npt_delta
 from runner.families.npt.model import NptDecoderLayer, NptLlamaForCausalLM, RankKUpdate, build_npt, npt_tensors
@@ -84,7 +84,7 @@ def base_outputs(model: NptLlamaForCausalLM, ids: torch.Tensor) -> BaseOutputs:
         if i == first:
             lowest = hidden
         if isinstance(layer, NptDecoderLayer):
-            attention, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **arguments)
+            attention = layer.self_attn(layer.input_layernorm(hidden), **arguments)
             target = attention + layer.mlp(layer.post_attention_layernorm(hidden + attention))
             normed = layer.post_attention_layernorm(hidden)
             layers[i] = LayerOutputs(attention=attention, normed=normed, target=target)
@@ -131,7 +131,7 @@ def cached_base_outputs(model: NptLlamaForCausalLM, batches: Sequence[torch.Tens
     return get
 
 
-def initial_updates(config: PreTrainedConfig, settings: EquivalenceSettings) -> dict[int, dict[str, RankKUpdate]]:
+def initial_updates(config: LlamaConfig, settings: EquivalenceSettings) -> dict[int, dict[str, RankKUpdate]]:
     """Random rank-k updates for a Llama of `config`, by layer and projection; `settings.seed` gives their values."""
     beyond = [i for i in settings.layers if i >= config.num_hidden_layers]
     if beyond:
