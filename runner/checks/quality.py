@@ -8,6 +8,7 @@ the score, WARNING from the score on where each comparison is a WARNING. PASS is
 the status warning.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -59,7 +60,7 @@ def layers(context: CheckContext, evaluator: Evaluator) -> Outcome:
     reference, run = evaluator.layer_run(token_ids)
     rows = layer_measures.isolation(run, reference, token_ids, list(evaluator.switchable.npt_layers))
     score = _mean_score(rows)
-    worst = max(rows, key=_badness)
+    worst = max(rows, key=lambda row: math.inf if row["mse"] is None else row["mse"])
     poor = [str(row["layer"]) for row in rows if grade(row["mse"], row["cosine"]) == "FAIL"]
     return _outcome(
         word_of(score),
@@ -136,10 +137,6 @@ def _mean_score(rows: Sequence[Mapping[str, Any]]) -> float:
 def _counts(rows: Sequence[Mapping[str, Any]]) -> str:
     words = [grade(row["mse"], row["cosine"]) for row in rows]
     return ", ".join(f"{words.count(word)} {word}" for word in SCORES if word in words)
-
-
-def _badness(row: Mapping[str, Any]) -> float:
-    return float("inf") if row["mse"] is None else row["mse"]
 
 
 def _figures(row: Mapping[str, Any]) -> str:

@@ -129,7 +129,10 @@ def _job(sweep: Path, name: str, result: JsonObject, overrides: tuple[str, ...],
     timing = [value for value in _object(result.get("timing")).values() if isinstance(value, (int, float))]
     log = sweep / name / _LOG
     texts: JsonObject = {key: _text(result.get(key)) for key in ("family", "format", "reference", "overall")}
-    rows: JsonObject = {key: _rows(result.get(key)) for key in ("per_prompt", "layers", "progressive", "checks")}
+    rows: JsonObject = {
+        key: tuple(row for row in as_list(result.get(key)) if isinstance(row, dict))
+        for key in ("per_prompt", "layers", "progressive", "checks")
+    }
     return Job(
         name=name,
         sweep=sweep,
@@ -178,10 +181,6 @@ def as_list(value: object) -> list[object]:
 
 def _object(value: object) -> JsonObject:
     return value if isinstance(value, dict) else {}
-
-
-def _rows(value: object) -> tuple[JsonObject, ...]:
-    return tuple(row for row in as_list(value) if isinstance(row, dict))
 
 
 def _text(value: object) -> str | None:

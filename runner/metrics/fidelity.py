@@ -53,6 +53,7 @@ class LogitComparison:
         """The figures of this one sequence, by the names of the result contract; {} where a logit is not finite."""
         if not self.finite:
             return {"mse": None, "cosine": None, "kl": None}
+        differences = self._next_difference()
         return {
             "mse": self.mse,
             "cosine": self.cosine,
@@ -60,7 +61,7 @@ class LogitComparison:
             "kl_reverse": float(self.kl_reverse.mean()),
             "top1": float(self.top1.mean()),
             "top5": float(self.top5.mean()),
-            "dp_rms": _root_mean_square(self._next_difference()),
+            "dp_rms": math.sqrt(float(differences.square().mean())) if len(differences) else None,
             **_scale(self.product, self.subject_square, self.squared_difference, self.reference_square),
         }
 
@@ -182,10 +183,6 @@ def _scale(
     left = reference_square - product * scale
     share = None if squared_difference == 0 else min(1.0, max(0.0, 1 - left / squared_difference))
     return {"scale": scale, "magnitude_share": share}
-
-
-def _root_mean_square(values: torch.Tensor) -> float | None:
-    return math.sqrt(float(values.square().mean())) if len(values) else None
 
 
 def _exp(value: float) -> float | None:

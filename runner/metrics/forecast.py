@@ -219,7 +219,8 @@ def _answer(forecast: Forecast, estimate: TargetEstimate) -> str:
         return _not_reached(forecast, estimate)
     now = forecast.last_step or 0.0
     lower = estimate.lower or 0.0
-    guess = f"best fit at step {_rounded(estimate.best)}, {forecast.confidence:.0%} interval"
+    best = "?" if estimate.best is None else f"{float(f'{estimate.best:.3g}'):,.0f}"
+    guess = f"best fit at step {best}, {forecast.confidence:.0%} interval"
     if estimate.upper is None:
         if lower <= now:
             return f"no bound on the remaining steps: soon, late or never ({guess} without ends)"
@@ -246,10 +247,6 @@ def _not_reached(forecast: Forecast, estimate: TargetEstimate) -> str:
     if estimate.lower <= now:
         return f"{words}, though the points allow it at any step"
     return f"{words}; if at all, ≥ {_more_steps(_down(estimate.lower - now))}"
-
-
-def _rounded(value: float | None) -> str:
-    return "?" if value is None else f"{float(f'{value:.3g}'):,.0f}"
 
 
 def _more_steps(more: float) -> str:

@@ -3,7 +3,6 @@
 import io
 import logging
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from runner.comparison.comparison import Comparison, Series
@@ -53,8 +52,8 @@ def _draw(axes: "Axes", series: list[Series]) -> None:
         values = [v if v is not None and v > 0 else math.nan for v in one.values("mse")]
         # Two tiers of one run have the same figures: dashes let the curve below shine through.
         style = "-" if number == 0 else (0, (4, 1 + number % 4))
-        label, colour = _text(one.label), _colour(number)
-        axes.plot(one.steps, values, marker="o", markersize=4, label=label, linestyle=style, color=colour)
+        label = printable(shortened(one.label, _LONGEST_LABEL)).replace("$", r"\$")  # which begins a formula
+        axes.plot(one.steps, values, marker="o", markersize=4, label=label, linestyle=style, color=_colour(number))
     values = [v for one in series for v in one.values("mse") if v is not None and v > 0]
     low, high = 0.6 * min(values), 1.5 * max(values)
     if any(one.estimate is not None for one in series):
@@ -64,7 +63,9 @@ def _draw(axes: "Axes", series: list[Series]) -> None:
     bands = {one.estimate.band: n for n, one in reversed(list(enumerate(series))) if one.estimate is not None}
     for band, number in bands.items() if len(series) <= _MOST_BANDS else ():
         if band:
-            _draw_estimate(axes, band, _colour(number))
+            steps, lower, median, upper = zip(*band, strict=True)
+            axes.fill_between(steps, lower, upper, color=_colour(number), alpha=0.13, linewidth=0)
+            axes.plot(steps, median, color=_colour(number), linestyle="--", linewidth=1)
     axes.set(xlabel="step", ylabel="mse", yscale="log", ylim=(low, high))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.margins(x=0.02)
@@ -78,12 +79,6 @@ def _colour(number: int) -> str:
     return _COLOURS[number % len(_COLOURS)]
 
 
-def _draw_estimate(axes: "Axes", band: Sequence[tuple[float, ...]], colour: str) -> None:
-    steps, lower, median, upper = zip(*band, strict=True)
-    axes.fill_between(steps, lower, upper, color=colour, alpha=0.13, linewidth=0)
-    axes.plot(steps, median, color=colour, linestyle="--", linewidth=1)
-
-
 def _draw_statuses(axes: "Axes", low: float, high: float) -> None:
     start = low
     for name, bound in [*thresholds().mse.items(), ("poor", high)]:
@@ -92,8 +87,3 @@ def _draw_statuses(axes: "Axes", low: float, high: float) -> None:
             axes.text(0.995, start * 1.03, name, transform=axes.get_yaxis_transform(), ha="right", va="bottom",
                       color="#5c6773", fontsize=8)  # fmt: skip
             start = bound
-
-
-def _text(text: str) -> str:
-    """Text that fits a legend, and that matplotlib does not take for a formula."""
-    return printable(shortened(text, _LONGEST_LABEL)).replace("$", r"\$")

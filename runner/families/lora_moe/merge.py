@@ -104,7 +104,8 @@ def plan_merge(
     step = latest_step(sources)
     base_name, base_findings = base_written(sources, base, output)
     info = _merge_info(sources, experts)
-    config, config_findings = _config(sources, len(experts), base_name, step)
+    named = {} if base_name is None else {"base_model_name_or_path": base_name}
+    config, config_findings = _config(sources, len(experts), {**named, **({} if step is None else {STEP: step})})
     adapters = [chosen.tensors() for chosen in experts]
     router = {gate: rows([_rows(source, experts, gate) for source in sources]) for gate in GATE}
     places = [f"{ADAPTERS}/{expert_name(i)}/{expert_name(i)}" for i in range(len(experts))]
@@ -124,7 +125,10 @@ def plan_merge(
             *([TensorFile(name=SKILLS, value=skills.library)] if skills.library is not None else []),
         ),
         texts={
-            **{f"{p}/{ADAPTER_CONFIG}": _adapter_config(e, base_name) for p, e in zip(places, experts, strict=True)},
+            **{
+                f"{place}/{ADAPTER_CONFIG}": {**chosen.expert.adapter.settings.raw, **named}
+                for place, chosen in zip(places, experts, strict=True)
+            },
             CONFIG: {**config, "merge_info": info},
         },
         summary={
@@ -243,22 +247,12 @@ def _rows(source: Source, experts: Sequence[ChosenExpert], gate: str) -> tuple[L
     return from_source(weights, weights.infos[f"router.{gate}"]), chosen
 
 
-def _adapter_config(chosen: ChosenExpert, base_name: str | None) -> JsonObject:
-    """The expert's own adapter_config.json, with the base as the merged checkpoint names it."""
-    named = {} if base_name is None else {"base_model_name_or_path": base_name}
-    return {**chosen.expert.adapter.settings.raw, **named}
-
-
-def _config(
-    sources: Sequence[Source], count: int, base_name: str | None, step: int | None
-) -> tuple[dict[str, Any], list[str]]:
-    """config.json for `count` experts, and what should be said of settings on which the sources differ."""
+def _config(sources: Sequence[Source], count: int, own: JsonObject) -> tuple[dict[str, Any], list[str]]:
+    """config.json for `count` experts, with the output's `own` values, and where the sources differ in settings."""
     details: list[MoeDetails] = [source.checkpoint.details for source in sources]
     dropped = ("merge_info", "model_name", "lora_r", "lora_alpha")  # of the older layout: adapters say it of themselves
     config = {name: value for name, value in details[0].config.items() if name not in dropped}
-    config |= {"model_type": state.MODEL_TYPE, "num_experts": count}
-    config |= {} if base_name is None else {"base_model_name_or_path": base_name}
-    config |= {} if step is None else {STEP: step}
+    config |= {"model_type": state.MODEL_TYPE, "num_experts": count, **own}
     findings = []
     for name, default in (("top_k", lora_moe.TOP_K), ("temperature", lora_moe.TEMPERATURE)):
         kept = getattr(details[0], name)
