@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 
 from runner.metrics.fidelity import LogitComparison, compare
@@ -111,11 +111,6 @@ def limits(model: nn.Module) -> tuple[int, int | None]:
     """How many tokens the embedding knows, and how many positions the model has (None: any number)."""
     config: Any = model.config
     return config.vocab_size, getattr(config, "max_position_embeddings", None)
-
-
-def has_cache(model: nn.Module) -> bool:
-    """Whether the model takes and gives `past_key_values`: all of transformers, and those that say `has_cache`."""
-    return isinstance(model, PreTrainedModel) or getattr(model, "has_cache", False) is True
 
 
 def device_of(model: nn.Module) -> torch.device:
