@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from runner.errors import ModelError
 from runner.metrics.generation import Sampling, choose, penalised
 
 
@@ -171,7 +170,7 @@ def extend(
     """Let `rows` grow by one id each time until all have a `finish`.
 
     `eos`: ids that end a row, itself kept. `drawable`: ids from there on are never drawn. A row gets the same draws
-    beside others and alone. Raises ModelError where the model's logits are not finite.
+    beside others and alone. A `logprobs` that is NaN says that the model's logits are not finite.
     """
     count = max(row.count for row in rows)
     logits = feed.start([row.prompt for row in rows], count)[:, :drawable]
@@ -195,8 +194,6 @@ def extend(
 
 
 def _append(row: Continuation, drawn: int, logprob: float, eos: frozenset[int]) -> None:
-    if logprob != logprob:
-        raise ModelError(f"the model's logits are not finite after {len(row.prompt) + len(row.new_ids)} tokens")
     row.new_ids.append(drawn)
     row.logprobs.append(logprob)
     if drawn in eos:

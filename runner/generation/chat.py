@@ -122,7 +122,7 @@ class Chat:
         self._compares = compares
         self._history = history
         self._read = read
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False)
         self._interrupts = Interrupts()
         self._feed: Feed | None = None
         self._context: list[int] = []  # the text so far, of a plain model that keeps it

@@ -1,5 +1,6 @@
 """A model with what turns text into its ids and ids into text: samples of prompts, streamed or in batches."""
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -186,6 +187,8 @@ class Speaker:
             steps = extend(feed, [row.growing for row in rows], settings.sampling, eos=eos, drawable=self.drawable)
             active = rows
             for _ in steps:
+                if any(math.isnan(row.growing.logprobs[-1]) for row in active):
+                    raise ModelError("the model's logits are not finite: nothing can be drawn from them")
                 for row in active if live else ():
                     piece = "" if row.growing.finish == "eos" else row.stream.add(row.growing.new_ids[-1])
                     if row.stream.stopped:

@@ -74,8 +74,8 @@ def choose(logits: torch.Tensor, how: Sampling, draws: torch.Tensor | None) -> t
     cumulative = probabilities(logits, how).cumsum(-1)
     total = cumulative[:, -1:].contiguous()
     found = torch.searchsorted(cumulative, draws.unsqueeze(-1) * total, right=True)
-    # The product may round up to the total itself.
-    return torch.minimum(found, torch.searchsorted(cumulative, total)).squeeze(-1)
+    # The product may round up to the total itself; where logits are not finite, any id is as wrong as another.
+    return torch.minimum(found, torch.searchsorted(cumulative, total)).clamp(max=logits.shape[-1] - 1).squeeze(-1)
 
 
 def agreement(subject: Sequence[int], reference: Sequence[int]) -> dict[str, float | None]:

@@ -81,7 +81,7 @@ def _texts(rows: Sequence[JsonObject], several: bool) -> Rows:
 
 
 def _line(text: str) -> str:
-    return printable(text.replace("\n", " "))
+    return printable(text.replace("\n", " ").strip())
 
 
 def marked(text: str, other: str) -> Text:

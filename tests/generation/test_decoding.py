@@ -135,5 +135,9 @@ def test_logits_that_are_not_finite(models):
         def forward(self, ids):
             return type("Output", (), {"logits": torch.full((1, ids.shape[1], 4), torch.nan)})
 
-    with pytest.raises(ModelError, match="not finite after 2 tokens"):
-        grown(Broken(), [(0, [1, 2])], Sampling())
+        config = type("Config", (), {"vocab_size": 4})
+        weight = torch.nn.Parameter(torch.zeros(1))
+
+    for temperature in (0, 1.0):
+        with pytest.raises(ModelError, match="not finite"):
+            next(runner.generate(Broken(), [[1, 2]], temperature=temperature))
