@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
+
+    from runner.evaluation.tokenizers import TextTokenizer
 
 __version__ = "0.1.0"
 __all__ = ["diagnose", "generate", "inspect", "load"]
@@ -83,7 +84,7 @@ def generate(
     prompts: Sequence[str | Sequence[int]],
     *,
     base: str | Path | None = None,
-    tokenizer: "str | Path | PreTrainedTokenizerBase | None" = None,
+    tokenizer: "str | Path | TextTokenizer | None" = None,
     step: int | None = None,
     device: str = "auto",
     dtype: str = "float32",

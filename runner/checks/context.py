@@ -18,10 +18,10 @@ from runner.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
 
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import DeviceMap, Placement
+    from runner.evaluation.tokenizers import TextTokenizer
 
 Item = TypeVar("Item")
 PASS, WARNING, FAIL, SKIPPED = "pass", "warning", "fail", "skipped"
@@ -301,15 +301,14 @@ class CheckContext:
         return self.own_family.build(checkpoint, base, self.placement)
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+    def tokenizer(self) -> TextTokenizer | None:
         """The tokenizer of the checkpoint, its base, or `tokenizer=`; None where there is none."""
         from runner.evaluation.tokenizers import load_tokenizer
 
         directories = [self.checkpoint.directory, *([self.own.path] if self.own else [])]
         if self.config.tokenizer is None and not any(map(has_tokenizer, directories)):
             return None
-        tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.config.tokenizer, directories)
-        return tokenizer
+        return load_tokenizer(self.config.tokenizer, directories)
 
     # Token ids that the model is run on.
 

@@ -1,7 +1,7 @@
 """Continuations, token by token: one loop for every model, with a cache or by computing everything again.
 
 A model that has a cache of its own gives it through two methods (`CachedModel`), one of transformers through
-`TransformersCache`; any other one, and each where no cache is wanted, is run on the whole sequence for every token.
+`PassCache`; any other one, and each where no cache is wanted, is run on the whole sequence for every token.
 """
 
 import inspect
@@ -11,7 +11,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
 
 from runner.metrics.generation import Sampling, choose, penalised
 
@@ -27,28 +26,28 @@ class CachedModel(Protocol):
         """Feed `token_ids` [B, t] → float32 logits [B, V] of the last position."""
 
 
-class TransformersCache:
-    """The keys and values of a transformers model for rows with padding on their left.
+class PassCache:
+    """What a forward pass remembers in `past_key_values`, for rows with `padding` [B] positions on their left.
 
-    Positions of a row count from its first real token.
+    Positions of a row count from its first real token. `config`: the model's.
     """
 
-    def __init__(self, config: Any, padding: torch.Tensor) -> None:
-        self.past = DynamicCache(config=config)
-        self.padding = padding.unsqueeze(1)
-        self.padded = bool(padding.any())
-        self.length = 0
+    def __init__(self, past: Any, padding: torch.Tensor, config: Any) -> None:
+        self._past = past
+        self._padding = padding.unsqueeze(1)
+        self._padded = bool(padding.any())
+        self._length = 0
         # A row that has ended is fed on beside the others: its positions do not matter, but have to exist.
-        self.last = (getattr(config, "max_position_embeddings", None) or (1 << 62)) - 1
+        self._last = (getattr(config, "max_position_embeddings", None) or (1 << 62)) - 1
 
-    def arguments(self, count: int) -> dict[str, object]:
-        """What the forward pass takes beside the next `count` positions; they are counted as fed."""
-        past, self.length = self.length, self.length + count
-        own = torch.arange(self.length, device=self.padding.device) - self.padding
+    def arguments(self, count: int) -> dict[str, Any]:
+        """What the pass takes beside the next `count` positions; they are counted as fed."""
+        past, self._length = self._length, self._length + count
+        own = torch.arange(self._length, device=self._padding.device) - self._padding
         return {
-            "attention_mask": (own >= 0).long() if self.padded else None,
-            "position_ids": own[:, past:].clamp(min=0, max=self.last),
-            "past_key_values": self.past,
+            "attention_mask": (own >= 0).long() if self._padded else None,
+            "position_ids": own[:, past:].clamp(min=0, max=self._last),
+            "past_key_values": self._past,
             "use_cache": True,
         }
 
@@ -56,14 +55,17 @@ class TransformersCache:
 class _Transformers:
     """A transformers model as a `CachedModel`."""
 
-    def __init__(self, model: PreTrainedModel, known: frozenset[str]) -> None:
+    def __init__(self, model: nn.Module, known: frozenset[str]) -> None:
         self._model = model
-        self._last: dict[str, object] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self._last: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
-    def new_cache(self, padding: torch.Tensor, length: int) -> TransformersCache:
-        return TransformersCache(self._model.config, padding)
+    def new_cache(self, padding: torch.Tensor, length: int) -> PassCache:
+        from transformers import DynamicCache
 
-    def advance(self, token_ids: torch.Tensor, cache: TransformersCache) -> torch.Tensor:
+        config: Any = self._model.config
+        return PassCache(DynamicCache(config=config), padding, config)
+
+    def advance(self, token_ids: torch.Tensor, cache: PassCache) -> torch.Tensor:
         logits: torch.Tensor = self._model(token_ids, **cache.arguments(token_ids.shape[1]), **self._last).logits
         return logits[:, -1].float()
 
@@ -97,10 +99,9 @@ def cached(model: nn.Module, *, cache: bool = True) -> CachedModel:
     """`model` as one that remembers what it was fed; without `cache`, or where it has none, by running all again."""
     if cache and isinstance(model, CachedModel):
         return model
-    if cache and isinstance(model, PreTrainedModel):
-        known = frozenset(inspect.signature(model.forward).parameters)
-        if {"position_ids", "past_key_values", "attention_mask"} <= known:  # what left padding needs
-            return _Transformers(model, known)
+    known = frozenset(inspect.signature(model.forward).parameters)
+    if cache and {"position_ids", "past_key_values", "attention_mask"} <= known:  # what left padding needs
+        return _Transformers(model, known)
     return _Recomputing(model)
 
 

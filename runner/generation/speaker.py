@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -13,15 +13,12 @@ from runner.errors import ConfigError, ModelError
 from runner.evaluation.decoding import Continuation, Feed, extend
 from runner.evaluation.evaluator import SwitchableLayers
 from runner.evaluation.forward import device_of, limits, logit_count
-from runner.evaluation.tokenizers import first_line
+from runner.evaluation.tokenizers import TextTokenizer, first_line
 from runner.generation.prompts import Message, Prompt
 from runner.generation.settings import AUTO, Settings
 from runner.generation.text import CONTEXT, TextStream
 from runner.metrics.generation import repetition
 from runner.results import JsonObject
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(kw_only=True)
@@ -39,7 +36,7 @@ class Speaker:
     """`model` with its `tokenizer` (None: ids stand for text). `eos`: the ids that end a text."""
 
     model: nn.Module
-    tokenizer: "PreTrainedTokenizerBase | None"
+    tokenizer: TextTokenizer | None
     eos: frozenset[int] = field(default_factory=frozenset)
 
     @property
@@ -56,8 +53,8 @@ class Speaker:
     def drawable(self) -> int:
         """Ids from there on are never drawn: the embedding does not know them, or a GPT's vocabulary is padded."""
         known = min(self.vocab_size, logit_count(self.model))
-        padded = self.tokenizer is not None and hasattr(self.model.config, "head_rows")
-        return min(known, len(self.tokenizer)) if padded and self.tokenizer is not None else known
+        padded = hasattr(self.model.config, "head_rows")
+        return min(known, self.tokenizer.size) if padded and self.tokenizer is not None else known
 
     def feed(self, settings: Settings, *, spare: int = 0) -> Feed:
         """An empty one; `spare`: positions for what may follow the first continuation."""
@@ -65,7 +62,7 @@ class Speaker:
 
     def has_template(self, settings: Settings) -> bool:
         """Whether prompts are put into the tokenizer's chat template. Raises ConfigError where one is required."""
-        there = bool(getattr(self.tokenizer, "chat_template", None))
+        there = self.tokenizer is not None and bool(self.tokenizer.chat_template)
         if settings.chat is True and not there:
             raise ConfigError(
                 "generate.chat=true: the tokenizer has no chat template; leave it out, or give tokenizer="
@@ -106,13 +103,10 @@ class Speaker:
                 raise ConfigError(
                     f"prompt={text}: without a tokenizer a prompt is token ids, such as '12 7 300'; or give tokenizer="
                 ) from error
-        ids: list[int] = self.tokenizer(text, add_special_tokens=settings.special_tokens is not False, verbose=False)[
-            "input_ids"
-        ]
-        first = self._document_token()
-        return (
-            [first, *ids] if first is not None and settings.special_tokens is not False and ids[:1] != [first] else ids
-        )
+        special = settings.special_tokens is not False
+        ids = self.tokenizer.encode(text, special=special)
+        first = self._document_token() if special else None
+        return ids if first is None or ids[:1] == [first] else [first, *ids]
 
     def _document_token(self) -> int | None:
         """The token that all of the model's training documents began with, where the tokenizer has it."""
@@ -125,19 +119,14 @@ class Speaker:
         if settings.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": settings.system}, *messages]
         try:
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.templated(messages)
         except Exception as error:  # a template raises what it likes
             raise ConfigError(f"the chat template refuses this conversation: {first_line(error)}") from error
-        ids: list[int] = self.tokenizer(text, add_special_tokens=settings.special_tokens is True, verbose=False)[
-            "input_ids"
-        ]
-        return ids
+        return self.tokenizer.encode(text, special=settings.special_tokens is True)
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens left out; without a tokenizer the ids themselves."""
-        if self.tokenizer is None:
-            return " ".join(map(str, ids))
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return " ".join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(ids, skip_special=True)
 
     def samples(self, prompts: Sequence[tuple[Prompt, list[int]]], settings: Settings) -> Iterator[JsonObject]:
         """The samples of `prompts` (each with its ids), in their order, `batch_size` at once."""
@@ -238,7 +227,7 @@ def switched(model: nn.Module, layers: tuple[int, ...] | None) -> AbstractContex
     return model.npt_mode(set(layers))
 
 
-def eos_ids(model: nn.Module, tokenizer: "PreTrainedTokenizerBase | None", *further: object) -> frozenset[int]:
+def eos_ids(model: nn.Module, tokenizer: TextTokenizer | None, *further: object) -> frozenset[int]:
     """The ids that end a text: the tokenizer's, the config's, and `further` ones; each an id, a list, or None."""
     found: set[int] = set()
     for each in (getattr(tokenizer, "eos_token_id", None), getattr(model.config, "eos_token_id", None), *further):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ from runner.config import GenerateConfig
 from runner.errors import ConfigError
 from runner.evaluation.forward import compare_finals, device_of, head_of, logit_chunks, logit_count, trace
 from runner.evaluation.placement import Placement
-from runner.evaluation.tokenizers import load_tokenizer
+from runner.evaluation.tokenizers import TextTokenizer, load_tokenizer
 from runner.families.family import Auto
 from runner.files.strict_json import read_object
 from runner.generation.chat import Chat, Partner
@@ -36,9 +36,6 @@ from runner.metrics.generation import agreement
 from runner.results import JsonObject, Result, versions
 from runner.tasks.context import Context, cache_directory
 from runner.tasks.setup import EvaluationSetup, open_evaluation
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _LARGEST_CONFIG = 1 << 20
 _MEANS = ("agreement", "path_kl", "logprob_mean", "repetition")
@@ -102,6 +99,8 @@ def speaker_of(setup: EvaluationSetup) -> Speaker:
     """The checkpoint's model with its tokenizer and the ids that end a text."""
     directories = [setup.checkpoint.directory, *([setup.base] if setup.base else [])]
     model, tokenizer = setup.evaluator.model, setup.evaluator.tokenizer
+    if tokenizer is not None and not isinstance(tokenizer, TextTokenizer):
+        raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}; give its directory, its file, or a hub name")
     return Speaker(model=model, tokenizer=tokenizer, eos=eos_ids(model, tokenizer, *map(_ends, directories)))
 
 
@@ -122,7 +121,7 @@ def _reference(config: GenerateConfig, setup: EvaluationSetup, speaker: Speaker)
     path = setup.reference
     directory = path if path is None or path.is_dir() else path.parent
     theirs = load_tokenizer(None, [directory]) if directory is not None and has_tokenizer(directory) else None
-    if speaker.tokenizer is not None and theirs is not None and theirs.get_vocab() != speaker.tokenizer.get_vocab():
+    if speaker.tokenizer is not None and theirs is not None and theirs.vocabulary() != speaker.tokenizer.vocabulary():
         raise ConfigError(f"reference={path}: has another tokenizer than {setup.checkpoint.path}; their ids differ")
     return replace(speaker, model=setup.evaluator.reference.model)
 
@@ -246,7 +245,7 @@ def generate(
     prompts: Sequence[str | Sequence[int]],
     *,
     base: str | Path | None = None,
-    tokenizer: "str | Path | PreTrainedTokenizerBase | None" = None,
+    tokenizer: str | Path | TextTokenizer | None = None,
     step: int | None = None,
     device: str = "auto",
     dtype: str = "float32",
@@ -270,7 +269,7 @@ def generate(
 def _speaker_from_python(
     model: "str | Path | nn.Module",
     base: str | Path | None,
-    tokenizer: "str | Path | PreTrainedTokenizerBase | None",
+    tokenizer: str | Path | TextTokenizer | None,
     step: int | None,
     placement: Placement,
 ) -> Speaker:
@@ -283,4 +282,6 @@ def _speaker_from_python(
         directories = [checkpoint.directory, *([own.path] if own else [])]
     if isinstance(tokenizer, (str, Path)) or (tokenizer is None and any(map(has_tokenizer, directories))):
         tokenizer = load_tokenizer(None if tokenizer is None else str(tokenizer), directories)
+    if tokenizer is not None and not isinstance(tokenizer, TextTokenizer):
+        raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}; give its directory, its file, or a hub name")
     return Speaker(model=model, tokenizer=tokenizer, eos=eos_ids(model, tokenizer, *map(_ends, directories)))

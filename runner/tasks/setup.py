@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
@@ -18,13 +19,9 @@ from runner.evaluation.forward import logit_count
 from runner.evaluation.placement import Placement
 from runner.evaluation.reference import Reference
 from runner.evaluation.tensor_cache import model_cache
-from runner.evaluation.tokenizers import load_tokenizer
+from runner.evaluation.tokenizers import TextTokenizer, load_tokenizer
 from runner.families.family import Auto, Family
 from runner.tasks.context import Context, cache_directory, checkpoint_path
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +37,7 @@ class EvaluationSetup:
     reference: Path | None
     against_base: bool
     has_own_base_weights: bool
-    plain_model: "nn.Module | None"
+    plain_model: nn.Module | None
     evaluator: Evaluator
 
 
@@ -91,7 +88,7 @@ def _against_base(config: DiagnoseConfig | GenerateConfig) -> bool:
 
 def _tokenizer(
     config: DiagnoseConfig | GenerateConfig, family: Family, checkpoint: Checkpoint, base: Base | None
-) -> "PreTrainedTokenizerBase | None":
+) -> TextTokenizer | None:
     """The tokenizer; None where there is none and the family can be measured on seeded token ids."""
     directories = [checkpoint.directory, *([base.path] if base else [])]
     if config.tokenizer is None and not family.needs_tokenizer and not any(map(has_tokenizer, directories)):

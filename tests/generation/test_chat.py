@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,7 @@ def partners(run_directory, base):
         path = resolve(run_directory, step)
         if step not in made:
             made[step] = runner.load(path)
-        tokenizer = load_tokenizer(None, [base])
-        tokenizer.chat_template = template
+        tokenizer = replace(load_tokenizer(None, [base]), chat_template=template)
         speaker = Speaker(model=made[step], tokenizer=tokenizer, eos=eos_ids(made[step], tokenizer))
         other = Speaker(model=plain, tokenizer=tokenizer, eos=speaker.eos)
         return Partner(speaker=speaker, base=other, path=path, files=[path / "npt_weights.pt"], step=step)

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedModel
 
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.errors import ConfigError
+from runner.evaluation.attention import KeyValueCache
 from runner.evaluation.base_models import Base
-from runner.evaluation.decoding import CachedModel, cached
+from runner.evaluation.decoding import CachedModel, PassCache, cached
+from runner.evaluation.llama import Llama
 from runner.families.lora.adapter import check_fit, read_factors
 from runner.families.lora_moe.checkpoint import check_base, read_experts, read_router
 
@@ -58,7 +59,7 @@ Adapter = Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]
 class MoeCache:
     """What both passes remember: the experts change it, and each pass has its own experts, or none (`experts_on`)."""
 
-    features: Any
+    features: PassCache
     routed: Any
     experts_on: bool
 
@@ -80,7 +81,7 @@ class LoraForCausalLM(nn.Module):
     expert_0, expert_1, …; `dropout` is that of the adapters in training.
     """
 
-    def __init__(self, base: PreTrainedModel, adapters: Sequence[Adapter], *, dropout: float = 0.0) -> None:
+    def __init__(self, base: nn.Module, adapters: Sequence[Adapter], *, dropout: float = 0.0) -> None:
         super().__init__()
         from runner.families.lora.model import add_adapters  # imports peft
 
@@ -108,7 +109,7 @@ class LoraForCausalLM(nn.Module):
     @property
     def head(self) -> nn.Module:
         """What makes logits of `hidden`."""
-        return self.lm.lm_head if isinstance(self.lm, LlamaForCausalLM) else nn.Identity()
+        return self.lm.lm_head if isinstance(self.lm, Llama) else nn.Identity()
 
     @contextmanager
     def experts(self, on: bool) -> Iterator[None]:
@@ -163,7 +164,7 @@ class LoraForCausalLM(nn.Module):
         self.routing.active = tuple((name, None) for name in self.names) if self.experts_on else ()
 
     def _final(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        if isinstance(self.lm, LlamaForCausalLM):
+        if isinstance(self.lm, Llama):
             return self.lm.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         return self.lm(input_ids, attention_mask=attention_mask, use_cache=False).logits
 
@@ -177,7 +178,7 @@ class LoraMoeForCausalLM(LoraForCausalLM):
 
     def __init__(
         self,
-        base: PreTrainedModel,
+        base: nn.Module,
         adapters: Sequence[Adapter],
         router: tuple[torch.Tensor, torch.Tensor],
         *,
@@ -220,8 +221,11 @@ class LoraMoeForCausalLM(LoraForCausalLM):
 
     def new_cache(self, padding: torch.Tensor, length: int) -> MoeCache:
         """As `CachedModel.new_cache`, for both passes."""
-        caches = (self._cached.new_cache(padding, length) for _ in range(2))
-        return MoeCache(features=next(caches), routed=next(caches), experts_on=self.experts_on)
+        return MoeCache(
+            features=PassCache(_empty_cache(self.lm, length), padding, self.config),
+            routed=self._cached.new_cache(padding, length),
+            experts_on=self.experts_on,
+        )
 
     def advance(self, token_ids: torch.Tensor, cache: MoeCache) -> torch.Tensor:
         """As `CachedModel.advance`; the router sees each token once.
@@ -268,10 +272,18 @@ def _unseen(attention_mask: torch.Tensor | None, position_ids: torch.Tensor | No
     return {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
 
 
-def _sharing_copy(base: PreTrainedModel) -> PreTrainedModel:
+def _empty_cache(lm: Any, length: int) -> Any:
+    if isinstance(lm, Llama):
+        return KeyValueCache(length=length)
+    from transformers import DynamicCache
+
+    return DynamicCache(config=lm.config)
+
+
+def _sharing_copy(base: Any) -> Any:
     """Modules of its own over the base's tensors: layers are replaced in the copy only."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-    shared |= {id(each): each for each in (base.config, base.generation_config) if each is not None}
+    shared |= {id(each): each for each in (base.config, getattr(base, "generation_config", None)) if each is not None}
     model = copy.deepcopy(base, shared)
     for module in model.modules():
         module._forward_hooks.clear()
