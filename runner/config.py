@@ -287,7 +287,7 @@ TASKS: dict[str, type[CommonConfig]] = {
 }
 PATH_KEYS = {
     "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "tracker.dir", "train.resume_from",
-    "prompts", "convert.output", "merge.output", "merge.sources", "junit", "sweep",
+    "prompts", "convert.output", "merge.output", "merge.sources", "merge.base", "merge.file", "junit", "sweep",
     "hydra.run.dir", "hydra.sweep.dir",
 }  # fmt: skip
 # Keys whose value is text as it was typed: `1234e5`, `1_000` and `a, b` are no numbers and no list.
