@@ -81,13 +81,12 @@ def check_archive(path: Path) -> Archive:
     return Archive(path=path, pickle=pickled, entries=entries)
 
 
-def verify_crc(path: Path) -> None:
-    """Read every record of a torch.save file and compare its CRC (about 0.3 s/GB); other layouts carry none.
+def verify_crc(path: Path) -> bool:
+    """Read every record of a torch.save file and compare its CRC (about 0.3 s/GB); whether there are any to compare.
 
-    Raises CheckpointError that names the first damaged record.
+    Other layouts carry none. Raises CheckpointError that names the first damaged record.
     """
-    if kind_of(path) is Kind.ZIP:
-        Crcs(check_archive(path)).check_all()
+    return kind_of(path) is Kind.ZIP and Crcs(check_archive(path)).check_all()
 
 
 def require_crc(path: Path, steps: Steps = whole) -> None:
@@ -130,10 +129,11 @@ class Crcs:
             raise DamagedError(f"{self._path}: record {name} reaches beyond the end of the file")
         return content
 
-    def check_all(self, steps: Steps = whole) -> None:
-        """Raise CheckpointError for the first damaged record, whatever this process found before."""
+    def check_all(self, steps: Steps = whole) -> bool:
+        """Whether there are CRCs. Raises CheckpointError for the first damaged record, whatever was found before."""
         for entry in self._left.values():
             self._compare(entry, steps)
+        return bool(self._left)
 
     def _bytes(self, entry: zipfile.ZipInfo) -> memoryview:
         # The lengths of name and padding stand at bytes 26 to 29 of a record's own header.
