@@ -153,6 +153,21 @@ def test_help_config_and_mistakes_import_nothing_heavy(words, absent, left, tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_a_diagnosis_of_a_llama_imports_no_transformers(tmp_path, base):
+    """NPT layers over a Llama (the demonstration), and a Llama by itself: at the end of both nothing of it is there."""
+    code = (
+        "import sys; from runner.cli import run; codes = run(['tracker=none']), run(['tracker=none', *sys.argv[1:]]); "
+        "heavy = ('transformers', 'torch._dynamo', 'sympy', 'scipy', 'matplotlib', 'wandb', 'peft'); "
+        "print(codes, [m for m in heavy if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"ckpt={base}", f"reference={base}"], cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.strip()) == (0, "(0, 0) []"), done.stderr
+
+
 @pytest.mark.parametrize(("words", "absent"), [
     (["ckpt=nowhere/checkpoint-1"], LIBRARIES),
     (["task=verify", "ckpt=nowhere"], LIBRARIES),
