@@ -38,9 +38,10 @@ MAY_IMPORT = {
     "tracking": KNOWLEDGE | {"comparison"},
     "tasks": KNOWLEDGE | ENGINES | PAGES | {"families"},
     "overrides": KNOWLEDGE,
+    "expand": KNOWLEDGE | {"overrides", "sweeps"},
     "run": KNOWLEDGE | PAGES | {"tasks", "overrides"},
     "sweeps": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "checks"},
-    "cli": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "sweeps"},
+    "cli": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "sweeps", "expand"},
     "__main__": {"cli"},
     "__init__": {"run", "evaluation", "checkpoints", "families", "tasks"},
 }
