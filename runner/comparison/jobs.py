@@ -46,6 +46,7 @@ class Job:
     per_prompt: tuple[JsonObject, ...] = ()
     layers: tuple[JsonObject, ...] = ()
     progressive: tuple[JsonObject, ...] = ()
+    generation: tuple[JsonObject, ...] = ()
     checks: tuple[JsonObject, ...] = ()
     findings: tuple[str, ...] = ()
     verdict: JsonObject | None = None
@@ -131,7 +132,7 @@ def _job(sweep: Path, name: str, result: JsonObject, overrides: tuple[str, ...],
     texts: JsonObject = {key: _text(result.get(key)) for key in ("family", "format", "reference", "overall")}
     rows: JsonObject = {
         key: tuple(row for row in as_list(result.get(key)) if isinstance(row, dict))
-        for key in ("per_prompt", "layers", "progressive", "checks")
+        for key in ("per_prompt", "layers", "progressive", "generation", "checks")
     }
     return Job(
         name=name,

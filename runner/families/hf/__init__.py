@@ -1,6 +1,6 @@
 """Plain causal language models in Hugging Face directories, and one LoRA adapter over such a model (peft)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from runner.checks.context import Check, Example, Traits
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
+    from runner.merge.plan import MergeOutput
+    from runner.merge.spec import MergeSpec
 
 PEFT = "peft"
 
@@ -63,6 +65,14 @@ class Hf(Family):
         with staged(target) as directory:
             model_directory.save(directory, tensors, config=checkpoint.details.config)
         return target
+
+    def plan_merge(
+        self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path
+    ) -> "MergeOutput":
+        """As `Family.plan_merge`."""
+        from runner.families.hf.merge import plan_merge
+
+        return plan_merge(spec, paths, opened, base, output)
 
     def checks(self) -> "Mapping[str, Check]":
         from runner.families.hf.checks import CHECKS

@@ -19,7 +19,6 @@ from runner.errors import CheckpointError, ModelError
 from runner.families.lora.config import ALL_LINEAR, FILE_NAME, LoraSettings, read_settings
 from runner.families.lora_moe.state import ADAPTERS, OLDER, read_trainer_state
 from runner.files.file_type import Kind, kind_of
-from runner.files.staging import staged
 from runner.files.tensors import TensorInfo, TensorSource, is_finite, owned
 
 if TYPE_CHECKING:
@@ -320,6 +319,8 @@ def matrices(factors: Factors) -> dict[str, torch.Tensor]:
 
 def save_peft(details: AdapterDetails, factors: Factors, base: Path | None, target: Path) -> Path:
     """Write the adapter of a peft checkpoint, as its model has it now, below the directory `target`; where it lies."""
+    from runner.files.staging import staged
+
     config = {**details.settings.raw, "base_model_name_or_path": str(base.resolve()) if base else ""}
     with staged(target) as directory:
         save_adapter(directory / "adapter", matrices(factors), config)

@@ -12,7 +12,7 @@ from runner.checkpoints.reading import Parts
 from runner.errors import CheckpointError
 from runner.files.file_type import Kind, kind_of
 from runner.files.strict_json import read_object
-from runner.files.tensors import TensorInfo, TensorSource, load_pickle, open_weights
+from runner.files.tensors import TensorInfo, TensorSource, is_tensor, load_pickle, open_weights, read_pickle
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +114,7 @@ def _router(path: Path, source: TensorSource) -> Router:
     values = {} if kind_of(path) is Kind.SAFETENSORS else dict(source.extras)
     nested = {name.removeprefix("gate.") for name in source.infos} == {"weight", "bias"} and "weight" in source.infos
     weight, bias = ("weight", "bias") if nested else GATE
-    tensors = [name for name, value in values.items() if hasattr(value, "untyped_storage")]
+    tensors = [name for name, value in values.items() if is_tensor(value)]
     missing = sorted({weight, bias} - set(source.infos))
     unexpected = sorted({*source.infos, *tensors, *(n for n in values if n.startswith("gate_state"))} - {weight, bias})
     if missing or unexpected:
@@ -152,7 +152,7 @@ def read_library(root: Path, parts: Parts) -> Skills | None:
         return None
     for path in found:
         with parts.within("files"):
-            loaded = load_pickle(path, tensors="meta")
+            loaded = read_pickle(path)
             with parts.within("skill_library"):
                 content = _skills(path, loaded)
                 size = next((tensor.shape[0] for tensor in content.values()), None)
@@ -175,15 +175,13 @@ def skill_source(skills: Skills) -> TensorSource:
 
 
 def _skills(path: Path, content: Any) -> dict[int | str, torch.Tensor]:
-    import torch
-
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of embeddings")
     for name, tensor in content.items():
         if type(name) not in (int, str):
             raise CheckpointError(f"{path}: a skill's id is {name!r}, neither a number nor a name")
-        if not isinstance(tensor, torch.Tensor) or tensor.ndim != 1 or not tensor.dtype.is_floating_point:
-            what = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        if not is_tensor(tensor) or len(tensor.shape) != 1 or not TensorInfo.of(str(name), tensor).is_floating:
+            what = list(tensor.shape) if is_tensor(tensor) else type(tensor).__name__
             raise CheckpointError(f"{path}: skill {name} is {what}, not a floating-point embedding [d]")
     if len({tensor.shape for tensor in content.values()}) > 1:
         shown = ", ".join(f"{name}: {tensor.shape[0]}" for name, tensor in content.items())
