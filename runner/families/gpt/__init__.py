@@ -11,7 +11,7 @@ from runner.families.family import Family
 if TYPE_CHECKING:
     from torch import nn
 
-    from runner.checkpoints.checkpoint import Checkpoint, Writer
+    from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Writer
     from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.config import Conversion
     from runner.evaluation.base_models import Base
@@ -22,22 +22,54 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Gpt(Family):
-    """A complete GPT in one of two dialects (gpt_small, gpt_medium)."""
+    """A complete GPT of one of the public records of modded-nanogpt.
+
+    `record`: whose checkpoint it is, where nothing in the file says it. `documents`: whether a document sees itself
+    alone; a number is the token that each starts with. `window`: how far attention looks back, in blocks of 128: that
+    of long blocks (short ones see half of it), [long, short], or trained; None: over everything.
+    """
 
     name: str = "gpt"
+    record: str | None = None
+    documents: bool | int = False
+    window: int | Sequence[int] | str | None = None
 
     format_modules: ClassVar[tuple[str, ...]] = ("runner.families.gpt.checkpoint",)
     needs_tokenizer: ClassVar[bool] = False
     can_cut_vocabulary: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.record is not None:
+            from runner.families.gpt.identify import named
+
+            named(str(self.record))
+        if not isinstance(self.documents, int) or self.documents < 0:
+            raise ConfigError(
+                f"family.documents={self.documents}: true, false, or the id of the token of a document's start"
+            )
+        if self.window in (None, "trained"):
+            return
+        sizes = [self.window] if isinstance(self.window, int) else self.window
+        whole = not isinstance(sizes, str) and all(
+            isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes
+        )
+        if not whole or (not isinstance(self.window, int) and len(sizes) != 2):
+            raise ConfigError(f"family.window={self.window}: a number of blocks of 128, [long, short], or trained")
+
+    def formats(self) -> "tuple[CheckpointFormat, ...]":
+        """Its formats; all but the first two for the record that was told."""
+        from runner.families.gpt import checkpoint, identify
+
+        return checkpoint.FORMATS if self.record is None else checkpoint.formats(identify.named(str(self.record)))
+
     def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "nn.Module":
         """As `Family.build`."""
         from runner.families.gpt import model
 
-        return model.build_gpt(checkpoint, placement)
+        return model.build_gpt(checkpoint, placement, documents=self.documents, window=self.window)  # type: ignore[arg-type]
 
     def can_save(self, checkpoint: "Checkpoint") -> bool:
-        """Both dialects."""
+        """All of them."""
         return True
 
     def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> Path:
