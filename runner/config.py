@@ -1,29 +1,33 @@
-"""The typed root of every task's config. Nothing heavy is imported here: `--help` and `--cfg job` stay fast."""
+"""The typed root of every task's config. Hydra and OmegaConf are imported by what needs them: `--help` does not."""
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, TypeAlias, Union, get_args, get_origin, get_type_hints
-
-import yaml
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from runner.errors import ConfigError, did_you_mean
 from runner.installation import config_directory
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# What OmegaConf takes for a value that is yet to be given: `omegaconf.MISSING`.
+MISSING: Any = "???"
 # The family of whatever checkpoint is opened.
 AUTO = "auto"
+# `reference=base`: what the checkpoint stands on, or was made from.
+BASE = "base"
 
 
 def config_directories() -> tuple[Path, ...]:
     """conf/, and the directory that --config-dir names where there is one."""
+    if "hydra" not in sys.modules:
+        return (config_directory(),)
+    from hydra.core.hydra_config import HydraConfig
+
     sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
     given = [Path(source.path).resolve() for source in sources if source.schema == "file"]
     return tuple(dict.fromkeys((config_directory(), *given)))
@@ -46,7 +50,21 @@ def keys_below(root: str, task: str) -> list[str]:
     return [f"{root}.{name}" for name in sorted(names - {"defaults", "_target_"})]
 
 
+def implied_family(keys: Iterable[str]) -> str | None:
+    """The only family that has all of the `family.…` among `keys`; None where they do not say one.
+
+    None as well where `family` itself is among them, or the default family has them.
+    """
+    wanted = {key.partition(".")[2] for key in keys if key.startswith("family.")}
+    if not wanted or "family" in keys:
+        return None
+    owners = [name for name, file in group_files("family").items() if wanted <= _mapping(file).keys()]
+    return owners[0] if len(owners) == 1 else None
+
+
 def _mapping(file: Path) -> dict[str, object]:
+    import yaml
+
     return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
 
 
@@ -89,7 +107,6 @@ class RunningConfig(CommonConfig):
     tokenizer: str | None = None
     device: str = "auto"
     dtype: str = "float32"
-    data: Component = MISSING
 
 
 @dataclass
@@ -103,6 +120,7 @@ class DiagnoseConfig(ModelConfig):
 
     reference: str | None = None
     accuracy: bool = True
+    data: Component = MISSING
     tier: Component = MISSING
     verdict: Component = MISSING
 
@@ -114,12 +132,28 @@ class DiagnoseConfig(ModelConfig):
 
 
 @dataclass
+class GenerateConfig(ModelConfig):
+    """`task=generate`. Without `prompt` and `prompts` it is a chat."""
+
+    reference: str | None = None
+    prompt: Any = None
+    prompts: str | None = None
+    generate: Component = MISSING
+
+    @property
+    def accuracy(self) -> bool:
+        """Whether anything is compared."""
+        return self.reference is not None
+
+
+@dataclass
 class TestConfig(ModelConfig):
     """`task=test`. Without `ckpt` the tiers that need a checkpoint build one, with `experts` where it has experts."""
 
     __test__ = False  # for pytest: no class of tests
 
     ckpt: str | None = None  # type: ignore[assignment]  # only here a checkpoint may be left out
+    data: Component = MISSING
     tier: Component = MISSING
     verdict: Component = MISSING
     experts: int = 2
@@ -144,6 +178,7 @@ class MergeConfig(RunningConfig):
     """`task=merge`; all but `merge` is for `merge.verify=functional`, which runs the models."""
 
     merge: Component = MISSING
+    data: Component = MISSING
     tier: Component = MISSING
     verdict: Component = MISSING
 
@@ -227,6 +262,7 @@ class TrainConfig(RunningConfig):
     """`task=train`; `family` chooses what is trained, and so the keys of `train`."""
 
     family: Component = MISSING
+    data: Component = MISSING
     train: Component = field(default_factory=dict)
 
 
@@ -257,16 +293,20 @@ TASKS: dict[str, type[CommonConfig]] = {
     "diff": DiffConfig,
     "test": TestConfig,
     "train": TrainConfig,
+    "generate": GenerateConfig,
     "compare": SweepConfig,
     "panels": SweepConfig,
 }
 PATH_KEYS = {
     "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "tracker.dir", "train.resume_from",
-    "convert.output", "merge.output", "merge.sources", "junit", "sweep",
+    "prompts", "convert.output", "merge.output", "merge.sources", "merge.base", "merge.file", "junit", "sweep",
     "hydra.run.dir", "hydra.sweep.dir",
 }  # fmt: skip
 # Keys whose value is text as it was typed: `1234e5`, `1_000` and `a, b` are no numbers and no list.
-TEXT_KEYS = {"data.prompts", "data.layer_prompt", "tracker.name", "tracker.project", "tracker.entity"}
+TEXT_KEYS = {
+    "data.prompts", "data.layer_prompt", "tracker.name", "tracker.project", "tracker.entity",
+    "prompt", "generate.system", "generate.stop",
+}  # fmt: skip
 # Keys that a group's choice sets for all tasks alike and that nobody overrides.
 FIXED_KEYS = ("verdict",)
 
@@ -354,8 +394,10 @@ def _is_list(hint: Any) -> bool:
     return origin in (tuple, list, Sequence) or (origin in (Union, UnionType) and any(map(_is_list, get_args(hint))))
 
 
-def one_as_list(node: DictConfig, keys: Iterable[str]) -> None:
+def one_as_list(node: "DictConfig", keys: Iterable[str]) -> None:
     """Make a single value that `node` gives one of `keys` a list of that one: a text is one prompt, not its letters."""
+    from omegaconf import OmegaConf
+
     for key in keys:
         value = None if key not in node or OmegaConf.is_missing(node, key) else node[key]
         if value is not None and not OmegaConf.is_list(value):
@@ -364,6 +406,8 @@ def one_as_list(node: DictConfig, keys: Iterable[str]) -> None:
 
 def register() -> None:
     """Put each task's typed root into Hydra's ConfigStore, where conf/task/<task>.yaml names it."""
+    from hydra.core.config_store import ConfigStore
+
     store = ConfigStore.instance()
     for name, node in TASKS.items():
         store.store(group="schema", name=name, node=node, package="_global_")
@@ -385,6 +429,19 @@ def unknown_key(key: str, task: str) -> ConfigError:
     return ConfigError(f"unknown key {key!r}{did_you_mean(key, known)}")
 
 
+def check_keys(keys: Iterable[str], task: str) -> None:
+    """Raise ConfigError for the first of `keys` that no config file gives `task`; not for one that is added with +."""
+    if task not in TASKS:
+        return
+    for key in keys:
+        root, _, below = key.partition(".")
+        if not (root.isidentifier() and root not in ("hydra", "experiment")):
+            continue
+        known = keys_below(root, task) if below and not below.startswith("_") else []
+        if root not in _keys_of(task) or (known and f"{root}.{below.partition('.')[0]}" not in known):
+            raise unknown_key(key, task)
+
+
 def missing_key(key: str) -> ConfigError:
     """The error for a key without a value."""
     return ConfigError(f"{key} is needed; give it as {key}=…")
@@ -395,6 +452,9 @@ def refused(error: Exception, task: str, given: Mapping[str, str | None], *, mul
 
     Which key is at fault is told by the attributes of the exceptions, else by the keys and values themselves.
     """
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         if group == "train":
@@ -424,6 +484,8 @@ def refused(error: Exception, task: str, given: Mapping[str, str | None], *, mul
 
 
 def _is_sweep(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
     return OverridesParser.create().parse_override(override).is_sweep_override()
 
 

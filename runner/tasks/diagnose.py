@@ -214,6 +214,7 @@ def run(config: DiagnoseConfig, context: Context) -> Result:
         findings=list(checkpoint.findings),
         timing=context.timing,
         versions=versions(),
+        details={"computed_by": setup.evaluator.computed_by},
     )
     job = MeasurementRun(config, context, setup, result)
     if setup.evaluator.tokenizer is None:

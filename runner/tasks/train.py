@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.runs import find_run
 from runner.config import TrainConfig, TrainingSettings
@@ -13,7 +11,7 @@ from runner.data.world import generate
 from runner.errors import ConfigError
 from runner.evaluation.base_models import Base, load_base
 from runner.evaluation.placement import Placement
-from runner.evaluation.tokenizers import encode, load_tokenizer
+from runner.evaluation.tokenizers import TextTokenizer, encode, load_tokenizer
 from runner.families.family import Family
 from runner.installation import demo_run
 from runner.progress import step_bar
@@ -111,7 +109,7 @@ def _documents(data: Data) -> list[str]:
     return list(generate().train) if data.name == "world" else data.documents()
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, base: Base, documents: Sequence[str]) -> list[list[int]]:
+def _token_ids(tokenizer: TextTokenizer, base: Base, documents: Sequence[str]) -> list[list[int]]:
     """Token ids of each document, the end of the text marked where the tokenizer has a mark for it."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [[*encode(tokenizer, text, base.model.config.vocab_size).tolist(), *end] for text in documents]

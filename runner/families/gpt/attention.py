@@ -133,10 +133,12 @@ class Memory:
             return self.keys[:, :, :total], self.values[:, :, :total]
         k = torch.cat([self.keys[:, :, :known], k], dim=2)
         v = torch.cat([self.values[:, :, :known], v], dim=2)
-        self.end = self.start + total
-        self.start = max(keep, self.end - self.keys.shape[2])
-        tail = self.end - self.start
-        self.keys[:, :, :tail], self.values[:, :, :tail] = k[:, :, total - tail :], v[:, :, total - tail :]
+        self.end, self.start = self.start + total, keep
+        tail = self.end - keep
+        if tail > self.keys.shape[2]:  # more was fed than there was to be room for
+            self.keys, self.values = k[:, :, total - tail :].clone(), v[:, :, total - tail :].clone()
+        else:
+            self.keys[:, :, :tail], self.values[:, :, :tail] = k[:, :, total - tail :], v[:, :, total - tail :]
         return k, v
 
 

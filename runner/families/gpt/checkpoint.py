@@ -27,7 +27,7 @@ from runner.families.gpt.script import Script
 from runner.families.gpt.script import read as read_script
 from runner.files.file_type import Kind, kind_of
 from runner.files.strict_json import parse_object
-from runner.files.tensors import TensorInfo, TensorSource, open_weights, read_entry
+from runner.files.tensors import TensorInfo, TensorSource, is_tensor, open_weights, read_number
 
 STATE = "model"
 TOP_LEVEL = ("step", "code", "optimizers", "optimizer", "val_loss", "record")
@@ -80,14 +80,9 @@ def metadata(origin: Provenance) -> dict[str, str]:
 def _value(source: TensorSource, entries: Mapping[str, Any], name: str) -> Any:
     """An entry beside the weights; a tensor of one element as the number that it holds."""
     value: Any = entries.get(name)
-    if _is_tensor(value) and value.numel() == 1:
-        return read_entry(source.path, name).item()
+    if is_tensor(value) and value.numel() == 1:
+        return read_number(source.path, name)
     return value
-
-
-def _is_tensor(value: Any) -> bool:
-    """Told without torch, which is loaded where there is one."""
-    return hasattr(value, "untyped_storage")
 
 
 def _is_number(value: Any) -> bool:
@@ -106,7 +101,7 @@ def optimizer_summaries(optimizers: Any) -> list[dict[str, Any]]:
 def _summary(optimizer: Mapping[Any, Any]) -> dict[str, Any]:
     state, groups = optimizer.get("state"), optimizer.get("param_groups")
     entries = [entry for entry in state.values() if isinstance(entry, Mapping)] if isinstance(state, Mapping) else []
-    tensors = [value for entry in entries for value in entry.values() if _is_tensor(value)]
+    tensors = [value for entry in entries for value in entry.values() if is_tensor(value)]
     return {
         "parameters": len(entries),
         "tensors": len(tensors),
@@ -178,7 +173,7 @@ def _look(listing: Listing, name: str, told: Record | None) -> _File | None:
     nested = isinstance(state, Mapping)
     infos = source.infos
     if nested:
-        short = {key: _PREFIX.sub("", key, count=1) for key in state if isinstance(key, str) and _is_tensor(state[key])}
+        short = {key: _PREFIX.sub("", key, count=1) for key in state if isinstance(key, str) and is_tensor(state[key])}
         infos = {own: TensorInfo.of(own, state[key]) for key, own in short.items()}
     if not any(map(_MARK.fullmatch, infos)):
         return None
@@ -198,10 +193,11 @@ def _decide(source: TensorSource, infos: Mapping[str, TensorInfo], origin: Prove
     """Whose tensors they are."""
 
     def is_tied() -> bool:
-        import torch
-
         weights = open_weights(source.path, state_dict_key=STATE)
-        return torch.equal(weights.read("lm_head.weight"), weights.read("transformer.wte.weight"))
+        head, embedding = (weights.bytes_of(name) for name in ("lm_head.weight", "transformer.wte.weight"))
+        if head is None or embedding is None:
+            return bool((weights.read("lm_head.weight") == weights.read("transformer.wte.weight")).all())
+        return head == embedding
 
     return identify(infos, read_script(origin.code), told=told, noted=origin.record, is_tied=is_tied)
 
@@ -389,7 +385,7 @@ def _scalars(checkpoint: Checkpoint) -> dict[str, Any] | None:
     details: GptDetails = checkpoint.details
     if not details.num_scalars:
         return None
-    values, groups, start = checkpoint.weights.read("scalars").tolist(), {}, 0
+    values, groups, start = checkpoint.weights.numbers("scalars"), {}, 0
     for what, count in details.scalar_counts().items():
         part = values[start : start + count]
         start += count

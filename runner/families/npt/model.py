@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.errors import ModelError
+from runner.evaluation.attention import Rotation
 from runner.evaluation.base_models import Base, build_plain, require_finite
+from runner.evaluation.llama import Llama, LlamaLayer
 from runner.evaluation.placement import Placement, follow, is_spread, torch_device
 from runner.families.npt import checkpoint as npt_delta
 from runner.families.npt.full import NptFullDetails
@@ -69,16 +69,14 @@ class RankKUpdate(nn.Module):
         return update if self.scale == 1 else self.scale * update
 
 
-class NptDecoderLayer(LlamaDecoderLayer):
+class NptDecoderLayer(LlamaLayer):
     """A Llama layer with rank-k updates for some of its projections; `npt_mode = False` is the unchanged layer.
 
-    A subclass that takes over the base layer's submodules: transformers records hidden states by class, and the
-    keys of the base weights stay what they are.
+    It takes over the base layer's submodules: the keys of the base weights stay what they are.
     """
 
-    def __init__(self, base: LlamaDecoderLayer, updates: Mapping[str, RankKUpdate]) -> None:
+    def __init__(self, base: LlamaLayer, updates: Mapping[str, RankKUpdate]) -> None:
         nn.Module.__init__(self)
-        self.hidden_size = base.hidden_size
         self.self_attn = base.self_attn
         self.mlp = base.mlp
         self.input_layernorm = base.input_layernorm
@@ -92,12 +90,14 @@ class NptDecoderLayer(LlamaDecoderLayer):
         """single, dual or triple: how many of the projections are modulated."""
         return ("single", "dual", "triple")[len(self.updates) - 1]
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """[B, T, d] → [B, T, d]; keyword arguments as for `LlamaDecoderLayer`."""
+    def forward(
+        self, hidden: torch.Tensor, rotation: Rotation, mask: torch.Tensor | None = None, cache: Any = None
+    ) -> torch.Tensor:
+        """As `LlamaLayer.forward`: [B, T, d] → [B, T, d]."""
         if not self.npt_mode:
-            return super().forward(hidden_states, *args, **kwargs)
-        attention, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
-        return hidden_states + self.modulated_mlp(attention, self.post_attention_layernorm(hidden_states))
+            return super().forward(hidden, rotation, mask, cache)
+        attention = self.self_attn(self.input_layernorm(hidden), rotation, mask, cache)
+        return hidden + self.modulated_mlp(attention, self.post_attention_layernorm(hidden))
 
     def modulated_mlp(self, attention: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The MLP whose weights `attention` [..., d] modulates, at `x` [..., d] → [..., d]."""
@@ -111,32 +111,26 @@ class NptDecoderLayer(LlamaDecoderLayer):
         return linear(x) + self.updates[name](attention, x)
 
 
-class NptLlamaForCausalLM(LlamaForCausalLM):
+class NptLlamaForCausalLM(Llama):
     """A Llama with NPT layers at some depths. It shares every base weight with `base`, which stays usable by itself.
 
     `updates`: layer index → projection name → `RankKUpdate`. Raises ModelError for a base that is no Llama, IndexError
     for a layer beyond its depth.
     """
 
-    def __init__(self, base: PreTrainedModel, updates: Mapping[int, Mapping[str, RankKUpdate]]) -> None:
-        if not isinstance(base, LlamaForCausalLM):
+    def __init__(self, base: nn.Module, updates: Mapping[int, Mapping[str, RankKUpdate]]) -> None:
+        if not isinstance(base, Llama):
             raise ModelError(f"NPT layers stand on a Llama, not on a {type(base).__name__}")
-        empty = copy.copy(base.config)
-        empty.num_hidden_layers = 0
-        with torch.device("meta"):
-            super().__init__(empty)
+        nn.Module.__init__(self)
         self.config = base.config
-        self.generation_config = base.generation_config
-        # Modules of its own over shared tensors: transformers records hidden states through hooks on modules, and
-        # a module with the hooks of two models would record everything twice.
+        # Modules of its own over shared tensors: what is hooked on one model is not run by the other.
         shared: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
         self.model = copy.deepcopy(base.model, shared)
         self.lm_head = copy.deepcopy(base.lm_head, shared)
-        for module in self.modules():
-            module._forward_hooks.clear()
-        vars(self.model).pop("_output_capturing_hooks_installed", None)
         for index, layer_updates in updates.items():
-            self.model.layers[index] = NptDecoderLayer(self.model.layers[index], layer_updates)
+            layer = self.model.layers[index]
+            assert isinstance(layer, LlamaLayer)
+            self.model.layers[index] = NptDecoderLayer(layer, layer_updates)
         self.train(base.training)
 
     @property
@@ -183,7 +177,7 @@ def build_complete(checkpoint: Checkpoint, details: NptFullDetails, placement: P
     return _with_layers(plain, npt_updates(checkpoint, plain.dtype, device, linear=True, scale=details.scale))
 
 
-def _with_layers(plain: PreTrainedModel, updates: Mapping[int, Mapping[str, RankKUpdate]]) -> NptLlamaForCausalLM:
+def _with_layers(plain: nn.Module, updates: Mapping[int, Mapping[str, RankKUpdate]]) -> NptLlamaForCausalLM:
     model = NptLlamaForCausalLM(plain, updates)
     if is_spread(plain):
         for layer in model.npt_layers.values():
