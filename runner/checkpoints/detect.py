@@ -67,8 +67,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint at `path`, of the one format that matches or of the one that `format_name` forces.
 
-    `family`: as `formats`. A directory that holds exactly one checkpoint is that checkpoint. Raises CheckpointError where no format or
-    several match, with what was seen, and for a checkpoint that its format refuses.
+    `family`: as `formats`. A directory that holds exactly one checkpoint is that checkpoint. Raises CheckpointError
+    where no format or several match, with what was seen, and for a checkpoint that its format refuses.
     """
     known = _known(format_name, module, family)
     listing = Listing.of(path)

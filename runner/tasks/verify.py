@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.checkpoints.detect import open_checkpoint
+from runner.checkpoints.detect import HasFormats, open_checkpoint
 from runner.config import VerifyConfig
 from runner.errors import CheckpointError
 from runner.files import manifest, staging

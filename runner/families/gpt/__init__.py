@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from runner.config import Conversion
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
+    from runner.families.gpt.model import Windows
     from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
 
@@ -32,7 +33,7 @@ class Gpt(Family):
     name: str = "gpt"
     record: str | None = None
     documents: bool | int = False
-    window: int | Sequence[int] | str | None = None
+    window: object = None
 
     format_modules: ClassVar[tuple[str, ...]] = ("runner.families.gpt.checkpoint",)
     needs_tokenizer: ClassVar[bool] = False
@@ -47,14 +48,17 @@ class Gpt(Family):
             raise ConfigError(
                 f"family.documents={self.documents}: true, false, or the id of the token of a document's start"
             )
-        if self.window in (None, "trained"):
-            return
-        sizes = [self.window] if isinstance(self.window, int) else self.window
-        whole = not isinstance(sizes, str) and all(
-            isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes
-        )
-        if not whole or (not isinstance(self.window, int) and len(sizes) != 2):
+        self._windows()
+
+    def _windows(self) -> "Windows":
+        """`window` as `build_gpt` takes it. Raises ConfigError."""
+        if self.window is None or self.window == "trained":
+            return "trained" if self.window else None
+        is_pair = isinstance(self.window, Sequence) and not isinstance(self.window, str) and len(self.window) == 2
+        sizes = [size for size in (self.window if is_pair else [self.window]) if type(size) is int and size > 0]  # type: ignore[union-attr, attr-defined]
+        if len(sizes) != 1 + is_pair:
             raise ConfigError(f"family.window={self.window}: a number of blocks of 128, [long, short], or trained")
+        return sizes if is_pair else sizes[0]
 
     def formats(self) -> "tuple[CheckpointFormat, ...]":
         """Its formats; all but the first two for the record that was told."""
@@ -66,7 +70,7 @@ class Gpt(Family):
         """As `Family.build`."""
         from runner.families.gpt import model
 
-        return model.build_gpt(checkpoint, placement, documents=self.documents, window=self.window)  # type: ignore[arg-type]
+        return model.build_gpt(checkpoint, placement, documents=self.documents, window=self._windows())
 
     def can_save(self, checkpoint: "Checkpoint") -> bool:
         """All of them."""

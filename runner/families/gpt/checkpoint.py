@@ -240,6 +240,7 @@ def _read(name: str, told: Record | None, listing: Listing) -> Reading:
     decision = _decide(weights, weights.infos, origin, told)
     if decision.problem is not None:
         parts.refuse("keys", f"{weights.path}: {decision.problem}")
+        return parts.reading(listing.path, files, None)
     record = decision.record if forced is None or _format_of(decision.record) == name else RECORDS[forced]
     with parts.within("shapes"):
         head_dim = _head_dim(script, weights, record)

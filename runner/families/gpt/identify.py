@@ -18,7 +18,10 @@ from runner.files.tensors import TensorInfo
 
 How = Literal["told", "hash", "metadata", "features", "keys"]
 # What two records may differ in without computing another thing of one document within the window.
-_MASKS = ("name", "new", "documents", "window", "windows", "last_window", "long", "pattern", "least_depth", "depth")
+_MASKS = (
+    "name", "new", "documents", "window", "windows", "last_window", "long", "pattern", "least_depth", "depth",
+    "head_rows",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

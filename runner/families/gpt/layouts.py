@@ -268,7 +268,8 @@ def shapes_of(
 def key_matches(names: Iterable[str]) -> list[Record]:
     """The records whose tensors have exactly these names."""
     names = set(names)
-    return [each for each in RECORDS.values() if set(expanded(each, depth_of(names, each))) == names]
+    found = [(each, depth_of(names, each)) for each in RECORDS.values()]
+    return [each for each, depth in found if each.depth in (None, depth) and set(expanded(each, depth)) == names]
 
 
 def nearest(names: Iterable[str]) -> tuple[Record, float]:
