@@ -190,7 +190,7 @@ class CheckContext:
     @cached_property
     def recognised(self) -> tuple[Listing, CheckpointFormat | None]:
         """What `subject` is, and the format that it shows itself to be, however damaged. Raises CheckpointError."""
-        return recognise(self.subject, self.config.format.name, self.config.format.module)
+        return recognise(self.subject, self.config.format.name, self.config.format.module, self.config.family)
 
     @property
     def format(self) -> CheckpointFormat | None:

@@ -45,7 +45,7 @@ def open_evaluation(config: DiagnoseConfig | GenerateConfig, context: Context) -
     """Open what `config` names, with the models in memory. Raises the errors of `runner.load`."""
     placement = Placement(device=config.device, dtype=config.dtype, device_map=config.family.device_map)
     with context.timed("open"):
-        checkpoint = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module)
+        checkpoint = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module, config.family)
         family: Family = config.family.of(checkpoint)
     with context.timed("load_base"):
         own = family.load_base(checkpoint, config.base, placement)
