@@ -6,6 +6,7 @@ import torch
 import runner
 from runner.families.npt.transfer import combine, extract
 from runner.families.npt.transfer_injection import How, inject
+from runner.families.npt.transfer_permanent import apply, edits_of, reset, save_edited
 
 NAMES = ["single_rank1", "dual_rank4", "mixed_layers", "triple_rank20"]
 FULL = ["full_single_file", "full_updated_base"]
@@ -109,3 +110,64 @@ def test_an_earlier_position(case, cached):
         cached=cached,
     )
     torch.testing.assert_close(found.all_logits, row["logits"][row["position"] :], rtol=0, atol=1e-3)
+
+
+def last_logits(model, ids):
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0, -1]
+
+
+def test_permanent(case):
+    known, model, spaces = case
+    before = last_logits(model, known["ids"]["t"])
+    with model.npt_mode(set()):
+        base = last_logits(model, known["ids"]["t"])
+    for row in known["permanent"]:
+        edit = apply(model, spaces["vectors"][row["modulation"]], row["layers"], row["strength"])
+        norms = {f"{each['layer']}.{each['projection']}_proj": each["delta_norm"] for each in edit.matrices}
+        assert norms == pytest.approx(row["delta_norms"], rel=1e-4)
+        torch.testing.assert_close(last_logits(model, known["ids"]["t"]), row["npt_logits"], rtol=0, atol=1e-3)
+        with model.npt_mode(set()):
+            torch.testing.assert_close(last_logits(model, known["ids"]["t"]), row["base_logits"], rtol=0, atol=1e-3)
+        assert torch.equal(last_logits(model.plain(), known["ids"]["t"]), base)
+        assert reset(model) == row["layers"]
+        assert torch.equal(last_logits(model, known["ids"]["t"]), before)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_permanent_in_complete_models(name, golden, tmp_path):
+    known = torch.load(golden(f"transfer/{name}.pt"), weights_only=True)
+    model = runner.load(golden(known["checkpoint"]))
+    before = last_logits(model, known["target_ids"])
+    torch.testing.assert_close(before, known["baseline"], rtol=0, atol=1e-3)
+    m = extract(model, known["source_ids"])
+    for i, layer in enumerate(m.layers):
+        for found, expected in zip(m[layer]["gate"], (known["vm"][i], known["vf"][i]), strict=True):
+            assert (found[0] - expected).abs().max() <= 1e-4 * expected.abs().max()
+    for sequential, wanted in ((False, "once_logits"), (True, "sequential_logits")):
+        edit = apply(model, m, sequential=sequential)
+        assert edit.strength == known["alpha"]
+        after = last_logits(model, known["target_ids"])
+        torch.testing.assert_close(after, known[wanted], rtol=0, atol=1e-3)
+        if sequential:
+            outer = [row["delta_norm"] / known["alpha"] for row in edit.matrices]
+            assert outer == pytest.approx(known["sequential_outer_norms"], rel=1e-4)
+            save_edited(model, tmp_path / "saved", "hf")
+            assert torch.equal(last_logits(runner.load(tmp_path / "saved"), known["target_ids"]), after)
+        reset(model)
+        assert torch.equal(last_logits(model, known["target_ids"]), before)
+        assert edits_of(model) == []
+
+
+@pytest.mark.parametrize("form", ["delta", "hf"])
+def test_saved_edits_open_as_they_were(case, form, tmp_path):
+    known, model, spaces = case
+    ids = known["ids"]["t"]
+    apply(model, spaces["weights"]["a"], strength=0.05)
+    apply(model, spaces["weights"]["b"], known["layers"][-1:], strength=0.02)
+    save_edited(model, tmp_path / "edited", form)
+    expected = last_logits(model, ids)
+    reset(model)
+    again = runner.load(tmp_path / "edited")
+    assert torch.equal(last_logits(again, ids), expected)
+    assert [edit.layers for edit in edits_of(again)] == [known["layers"], known["layers"][-1:]]

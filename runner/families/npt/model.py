@@ -9,7 +9,7 @@ v_a and v_b are never materialised: v_a_i · x = s_i · (W_a_up[i] x), so ΔW·x
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.errors import ModelError
+from runner.errors import ConfigError, ModelError
 from runner.evaluation.attention import Rotation
 from runner.evaluation.base_models import Base, build_plain, require_finite
 from runner.evaluation.llama import Llama, LlamaLayer
@@ -127,13 +127,18 @@ class NptDecoderLayer(LlamaLayer):
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """The files that a model in memory was made from; `base`: what it runs on, or was made from, as far as known."""
+    """The files that a model in memory was made from; `base`: what it runs on, or was made from, as far as known.
+
+    `edited`: the checkpoint to which the edits of an npt_edit belong, where they lie apart from it.
+    """
 
     checkpoint: Path
     format: str
     base: Path | None
     files: tuple[Path, ...]
     base_files: tuple[Path, ...] = ()
+    edited: Path | None = None
+    step: int | None = None
 
 
 class NptLlamaForCausalLM(Llama):
@@ -157,8 +162,10 @@ class NptLlamaForCausalLM(Llama):
             assert isinstance(layer, LlamaLayer)
             self.model.layers[index] = NptDecoderLayer(layer, layer_updates)
         self.origin: Origin | None = None
-        # The base's weights in place of which others were written for good (transfer_permanent.py), by their names.
+        # The base's weights in place of which others were written for good, by their modules, and the edits that
+        # did it, in order (transfer_permanent.py).
         self.first_weights: dict[str, nn.Parameter] = {}
+        self.written: list[object] = []
         self.train(base.training)
 
     @property
@@ -195,7 +202,7 @@ def build_npt(checkpoint: Checkpoint, base: Base) -> NptLlamaForCausalLM:
     """
     checkpoint.require_complete()
     _check_fit(checkpoint, base)
-    model = _with_layers(base.model, npt_updates(checkpoint, base.model.dtype, base.model.device))
+    model = with_layers(base.model, npt_updates(checkpoint, base.model.dtype, base.model.device))
     model.origin = _origin(checkpoint, base.path, base.files)
     return model
 
@@ -206,17 +213,34 @@ def build_complete(checkpoint: Checkpoint, details: NptFullDetails, placement: P
     names = [name for name in checkpoint.weights.infos if name not in details.adapter_keys]
     plain = build_plain(details.config, checkpoint.weights, names, placement)
     device = torch_device(placement.device)
-    model = _with_layers(plain, npt_updates(checkpoint, plain.dtype, device, linear=True, scale=details.scale))
+    model = with_layers(plain, npt_updates(checkpoint, plain.dtype, device, linear=True, scale=details.scale))
     model.origin = _origin(checkpoint, checkpoint.local_base())
     return model
 
 
+def switch(model: NptLlamaForCausalLM, layers: Collection[int]) -> None:
+    """Let exactly the NPT layers `layers` modulate. Raises ConfigError for one that is none."""
+    if wrong := sorted(set(layers) - set(model.npt_layers)):
+        raise ConfigError(
+            f"layer {wrong[0]} is no NPT layer; the NPT layers are {', '.join(map(str, model.npt_layers))}"
+        )
+    for index, layer in model.npt_layers.items():
+        layer.npt_mode = index in layers
+
+
 def _origin(checkpoint: Checkpoint, base: Path | None, files: tuple[Path, ...] = ()) -> Origin:
-    weights = checkpoint.weights.files
-    return Origin(checkpoint=checkpoint.path, format=checkpoint.format, base=base, files=weights, base_files=files)
+    return Origin(
+        checkpoint=checkpoint.path,
+        format=checkpoint.format,
+        base=base,
+        files=checkpoint.weights.files,
+        base_files=files,
+        step=checkpoint.step,
+    )
 
 
-def _with_layers(plain: nn.Module, updates: Mapping[int, Mapping[str, RankKUpdate]]) -> NptLlamaForCausalLM:
+def with_layers(plain: nn.Module, updates: Mapping[int, Mapping[str, RankKUpdate]]) -> NptLlamaForCausalLM:
+    """An NPT model over `plain`, in evaluation mode, each update where the layer's weights lie."""
     model = NptLlamaForCausalLM(plain, updates)
     if is_spread(plain):
         for layer in model.npt_layers.values():

@@ -119,7 +119,7 @@ class Modulation:
 
 
 def delta_norm(pair: Pair) -> float:
-    """‖Σ_i v_b_i v_a_iᵀ‖ from the Gram matrices of v_a [k, d_in] and v_b [k, d_out]; the mean over several positions."""
+    """‖Σ_i v_b_i v_a_iᵀ‖ from the Gram matrices of v_a [k, d_in] and v_b [k, d_out]; of several positions the mean."""
     v_a, v_b = (tensor.double() for tensor in pair)
     squares = ((v_a @ v_a.mT) * (v_b @ v_b.mT)).sum((-2, -1)).clamp_min(0)
     return float(squares.sqrt().mean())
@@ -291,8 +291,8 @@ def _check_alike(modulations: Sequence[Modulation], space: str) -> None:
                 raise ConfigError(f"layer {layer}: {one} is {first.kind(layer)}, {two} {other.kind(layer)}")
             if space == "vectors" and first.ranks(layer) != other.ranks(layer):
                 raise ConfigError(
-                    f"layer {layer}: {one} has k {first.ranks(layer)}, {two} {other.ranks(layer)}; on vectors they cannot "
-                    "be combined, in space=weights they can"
+                    f"layer {layer}: {one} has k {first.ranks(layer)}, {two} {other.ranks(layer)}; vectors cannot be "
+                    "combined; in space=weights they can"
                 )
             for name, pair in first[layer].items():
                 for which, mine, theirs in zip(("v_a", "v_b"), pair, other[layer][name], strict=True):
