@@ -35,7 +35,7 @@ from runner.config import (
     unknown_key,
 )
 from runner.errors import ConfigError, RunnerError, did_you_mean
-from runner.files.atomic import write_json
+from runner.files.atomic import write_json, write_whole
 from runner.installation import config_directory, uncollected
 from runner.overrides import CommandLine, quoted, spell
 from runner.reports.console import print_result
@@ -214,9 +214,11 @@ def _failed(cfg: DictConfig, error: RunnerError) -> Result:
 def _write(result: dict[str, Any], cfg: DictConfig, directory: Path) -> int:
     """Write `result.json` and `output=FILE`. 2, and one line, where that is not possible."""
     paths = [directory / FILE_NAME, *([Path(cfg.output).expanduser()] if cfg.output else [])]
+    as_file = getattr(_page(cfg.task), "as_file", None) if cfg.output and result["status"] == "ok" else None
     for path in paths:
         try:
-            write_json(path, result)
+            own = as_file(result, path) if as_file and path == paths[-1] else None
+            write_json(path, result) if own is None else write_whole(path, own)
         except OSError as error:
             print(f"runner: error: {path}: cannot be written: {error.strerror}", file=sys.stderr)
             return 2

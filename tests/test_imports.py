@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 # Which folders and modules each may import; the arrows run one way, engines never import a family.
 GROUND = {"errors", "installation", "progress"}
 KNOWLEDGE = GROUND | {"config", "results", "files", "metrics", "data", "checkpoints"}
-ENGINES = {"evaluation", "checks", "merge", "training"}
+ENGINES = {"evaluation", "generation", "checks", "merge", "training"}
 PAGES = {"comparison", "reports", "tracking"}
 MAY_IMPORT = {
     "errors": set(),
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "data": GROUND | {"files"},
     "checkpoints": GROUND | {"files", "config"},
     "evaluation": KNOWLEDGE,
+    "generation": KNOWLEDGE | {"evaluation"},
     "checks": KNOWLEDGE | {"evaluation"},
     "merge": KNOWLEDGE | {"evaluation"},
     "training": KNOWLEDGE | {"evaluation"},
@@ -41,7 +42,7 @@ MAY_IMPORT = {
     "sweeps": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "checks"},
     "cli": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "sweeps"},
     "__main__": {"cli"},
-    "__init__": {"run", "evaluation", "checkpoints", "families"},
+    "__init__": {"run", "evaluation", "checkpoints", "families", "tasks"},
 }
 HYDRA = {"cli", "run", "sweeps", "config"}
 
@@ -144,3 +145,18 @@ def test_help_and_config_import_nothing_heavy(words, tmp_path):
     )  # fmt: skip
     assert (done.returncode, done.stderr.strip()) == (0, "[]")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_diagnosis_of_a_llama_imports_no_transformers(tmp_path, base):
+    """NPT layers over a Llama (the demonstration), and a Llama by itself: at the end of both nothing of it is there."""
+    code = (
+        "import sys; from runner.cli import run; codes = run(['tracker=none']), run(['tracker=none', *sys.argv[1:]]); "
+        "heavy = ('transformers', 'torch._dynamo', 'sympy', 'scipy', 'matplotlib', 'wandb', 'peft'); "
+        "print(codes, [m for m in heavy if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"ckpt={base}", f"reference={base}"], cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.strip()) == (0, "(0, 0) []"), done.stderr

@@ -46,6 +46,7 @@ class Job:
     per_prompt: tuple[JsonObject, ...] = ()
     layers: tuple[JsonObject, ...] = ()
     progressive: tuple[JsonObject, ...] = ()
+    generation: tuple[JsonObject, ...] = ()
     checks: tuple[JsonObject, ...] = ()
     findings: tuple[str, ...] = ()
     verdict: JsonObject | None = None
@@ -149,6 +150,7 @@ def _job(sweep: Path, name: str, result: JsonObject, overrides: tuple[str, ...],
         per_prompt=_rows(result.get("per_prompt")),
         layers=_rows(result.get("layers")),
         progressive=_rows(result.get("progressive")),
+        generation=_rows(result.get("generation")),
         checks=_rows(result.get("checks")),
         passed=result.get("passed") if isinstance(result.get("passed"), bool) else None,
         findings=tuple(map(printable, as_list(result.get("findings")))),

@@ -9,13 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from runner.evaluation.decoding import generate
 from runner.evaluation.forward import (
     CHUNK_ENTRIES,
     compare_finals,
     continue_from,
     device_of,
     first_non_finite,
-    has_cache,
     head_of,
     in_other_precision,
     limits,
@@ -178,7 +178,7 @@ class Evaluator:
         """Continuations of one prompt [T] by model and reference from the same seed, and how far they agree."""
         settings: dict[str, Any] = {"temperature": temperature, "seed": self.seed}
         prompt = token_ids.to(device_of(self.model))
-        tokens = generation.generate(self.model, prompt, count, cache=has_cache(self.model), **settings)
+        tokens = generate(self.model, prompt, count, **settings)
         theirs = self._reference.continuation(token_ids, count, **settings)
         return {
             **settings,

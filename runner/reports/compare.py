@@ -17,6 +17,7 @@ from runner.comparison.series import without_shared_ends
 from runner.errors import printable
 from runner.files.atomic import write_whole
 from runner.reports.console import Fact, Rows, Tables, known, number, percent, print_rows
+from runner.reports.generation import step_rows
 from runner.reports.page.build import page
 from runner.reports.picture import pictures
 from runner.results import JsonObject
@@ -83,6 +84,7 @@ def summary(comparison: Comparison) -> JsonObject:
         "failures": [{"job": job.name, "status": job.status, "message": job.message} for job in comparison.failures],
         "checkpoints": [_row(job, variants.get((job.sweep, job.name), "")) for job in shown],
         "tests": [_test_row(job) for job in comparison.done if job.task == "test"],
+        "continuations": list(step_rows(comparison.done)),
     }
 
 
@@ -149,7 +151,8 @@ def compare_tables(result: JsonObject, verbose: bool) -> Tables:
     """The checkpoints as rows of finished cells, as many columns as the terminal has room for."""
     width = shutil.get_terminal_size().columns - _FRAME if sys.stdout.isatty() and not verbose else None
     rows = fitting(checkpoint_rows(result["checkpoints"], drawn=sys.stdout.isatty()), width, gap=2)
-    return [(title, rows) for title, rows in (("checkpoints", rows), ("tests", test_rows(result["tests"]))) if rows]
+    tables = (("checkpoints", rows), ("tests", test_rows(result["tests"])), ("continuations", result["continuations"]))
+    return [(title, rows) for title, rows in tables if rows]
 
 
 def test_rows(tests: Sequence[JsonObject]) -> Rows:
@@ -223,6 +226,7 @@ def print_comparison(comparison: Comparison, written: ComparisonFiles, console: 
     title = f"{found['jobs']['ok']} of {found['jobs']['all']} jobs"
     print_rows(title, fitting(rows, console.width if terminal else None, gap=gap), console, gap=gap)
     print_rows("tests", test_rows(found["tests"]), console, gap=gap)
+    print_rows("continuations", step_rows(comparison.done), console, gap=gap)
     if found["answers"]:
         lines = known([("Comparison", found["headline"]["words"], ""), *_answer_lines(found["answers"])])
         for label, value, _ in lines:

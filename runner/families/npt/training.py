@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Literal, TypedDict, cast
 
 import torch
 
@@ -20,7 +20,6 @@ from runner.checkpoints.detect import open_checkpoint
 from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.evaluation.base_models import Base
 from runner.evaluation.forward import layer_arguments
-from runner.evaluation.llama_config import LlamaConfig
 from runner.families.npt import PROJECTIONS, EquivalenceSettings
 from runner.families.npt import checkpoint as npt_delta
 from runner.families.npt.model import NptDecoderLayer, NptLlamaForCausalLM, RankKUpdate, build_npt, npt_tensors
@@ -31,6 +30,9 @@ from runner.training.batches import NO_TEXT, document_batches, endless_order
 from runner.training.loop import OnStep, Trained, TrainingInputs, is_logged, naming_the_last, take_steps
 from runner.training.optimization import optimizer_and_schedule, require_finite, require_finite_loss
 from runner.training.resume import is_step, load_optimizer, load_schedule, require_state, require_steps_left
+
+if TYPE_CHECKING:
+    from runner.evaluation.base_models import Config
 
 # How much of what the base computes is kept in memory instead of being computed again in every epoch.
 CACHE_BYTES = 256 << 20
@@ -102,6 +104,7 @@ def losses(model: NptLlamaForCausalLM, base: BaseOutputs) -> tuple[dict[int, tor
     for i, layer in enumerate(model.model.layers):
         if i in base.layers:
             own = base.layers[i]
+            assert isinstance(layer, NptDecoderLayer)
             output = layer.modulated_mlp(own.attention, own.normed)
             direct[i] = (output - own.target).square().mean() / own.target.square().mean()
             # The lowest NPT layer has the base's input in the whole model too.
@@ -131,7 +134,7 @@ def cached_base_outputs(model: NptLlamaForCausalLM, batches: Sequence[torch.Tens
     return get
 
 
-def initial_updates(config: LlamaConfig, settings: EquivalenceSettings) -> dict[int, dict[str, RankKUpdate]]:
+def initial_updates(config: "Config", settings: EquivalenceSettings) -> dict[int, dict[str, RankKUpdate]]:
     """Random rank-k updates for a Llama of `config`, by layer and projection; `settings.seed` gives their values."""
     beyond = [i for i in settings.layers if i >= config.num_hidden_layers]
     if beyond:

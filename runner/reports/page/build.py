@@ -18,6 +18,7 @@ from runner.comparison.insights import headline, insights, leading
 from runner.comparison.jobs import Job
 from runner.comparison.series import spelled
 from runner.metrics.verdict import thresholds
+from runner.reports.generation import step_rows
 from runner.reports.page.charts import charts, shortened, tell_apart
 from runner.results import FILE_NAME, JsonObject, is_number
 
@@ -88,6 +89,7 @@ def page(comparison: Comparison, directory: Path, *, picture: bool) -> str:
         findings=_findings(comparison),
         figures=figures,
         absent=_absent(comparison),
+        texts=step_rows(comparison.done),
         columns=columns,
         jobs=jobs,
         differences=differences(comparison),
