@@ -1,14 +1,19 @@
 """Golden numbers of modulation transfer: vectors, arithmetic, injection, generation, in both spaces, cached and not."""
 
+import json
+import sys
+
 import pytest
 import torch
 
 import runner
 from runner.families.npt.transfer import combine, extract
-from runner.families.npt.transfer_injection import How, inject
+from runner.families.npt.transfer_files import load_session
+from runner.families.npt.transfer_injection import How, continued, inject
 from runner.families.npt.transfer_permanent import apply, edits_of, reset, save_edited
 
 NAMES = ["single_rank1", "dual_rank4", "mixed_layers", "triple_rank20"]
+PARIS = [265, 286, 274, 311, 261, 299, 378]
 FULL = ["full_single_file", "full_updated_base"]
 
 
@@ -171,3 +176,49 @@ def test_saved_edits_open_as_they_were(case, form, tmp_path):
     again = runner.load(tmp_path / "edited")
     assert torch.equal(last_logits(again, ids), expected)
     assert [edit.layers for edit in edits_of(again)] == [known["layers"], known["layers"][-1:]]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_generation(case, cached):
+    known, model, spaces = case
+    prompt = known["ids"]["t"]
+    for row in known["generate"]:
+        m, how = spaces["vectors"][row["modulation"]], how_of(row, "vectors")
+        steps = list(continued(model, prompt, m, how, len(row["steps"]), cached=cached))
+        assert prompt + [token for token, _ in steps] == row["ids"]
+        for (token, found), expected in zip(steps, row["steps"], strict=True):
+            assert found.kl == pytest.approx(expected["kl"], abs=1e-4)
+            probabilities = [expected["baseline_prob"], expected["injected_prob"]]
+            assert found.probabilities(token) == pytest.approx(probabilities, abs=1e-4)
+
+
+def test_the_older_tools_session_injects_to_the_same_logits(golden):
+    """Nothing is imported, opened or run while the pickle is read, but what reads it."""
+    known = json.loads(golden("transfer/session_original.json").read_text())
+    model = runner.load(golden(known["checkpoint"]), base=golden("npt/base"))
+    path = golden("transfer/session_original.pkl")
+    events = []
+    recording = True
+    sys.addaudithook(lambda name, _: events.append(name) if recording else None)
+    session = load_session(path)
+    recording = False
+    assert not {name for name in events if name.startswith(("os.system", "subprocess", "pickle.find_class", "exec"))}
+    assert session.tracked == dict(zip(known["tracked_tokens"], known["tracked_token_ids"], strict=True))
+    assert (list(session.active), list(session.history)) == (known["active_layers"], known["commands"])
+    ids = runner.transfer.tokenizer_of(model).encode("The capital of Germany is", special=False)
+    own = {
+        "paris": extract(model, PARIS[:-2]),
+        "mid": extract(model, PARIS[:-2], 1),
+        "seq": extract(model, PARIS, "mean"),
+    }
+    own["diff"] = combine("subtract", own["paris"], own["mid"], space="vectors")
+    for name, layers in known["modulations"].items():
+        m = session.bank[name]
+        for layer, row in layers.items():
+            assert m.magnitudes()[int(layer)] == pytest.approx(row["magnitude"], rel=1e-6)
+            for (shape, total, norm), tensor in zip(row["tensors"].values(), m[int(layer)]["gate"], strict=True):
+                assert shape[-1] == tensor.shape[-1]
+                assert float(tensor.double().sum()) == pytest.approx(total, abs=1e-9)
+                assert float(tensor.double().norm()) == pytest.approx(norm, abs=1e-9)
+        found, expected = (inject(model, ids, each, How()) for each in (m, own[name]))
+        torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-3)

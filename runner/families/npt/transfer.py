@@ -9,124 +9,20 @@ What is set on a model for a pass is gone after it, however it ends.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
-from runner.errors import ConfigError, ModelError, RunnerError, did_you_mean
-from runner.families.npt.model import NptDecoderLayer, NptLlamaForCausalLM, Origin, Override, RankKUpdate
+from runner.errors import ConfigError, ModelError, did_you_mean
+from runner.families.npt.model import NptDecoderLayer, NptLlamaForCausalLM, Override, RankKUpdate
+from runner.families.npt.modulation import SPACES, Modulation, Pair, Source
 
-Pair = tuple[torch.Tensor, torch.Tensor]
 Position = int | slice | Literal["mean"]
-SPACES = ("weights", "vectors")
 OPERATIONS = ("add", "subtract", "average", "scale", "negate")
-KINDS = ("single", "dual", "triple")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """What one extraction read: `position` -1 and `mean` for the mean over all positions, else the first taken."""
-
-    text: str | None
-    ids: tuple[int, ...]
-    position: int
-    count: int = 1  # positions from there on
-    mean: bool = False
-    special_tokens: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Modulation:
-    """`m[layer][projection]` is (v_a [k, d_in], v_b [k, d_out]) on the CPU; [n, k, …] where it is of n positions.
-
-    `active`: the NPT layers that were on when it was taken. `space`: in which it was combined; one that was extracted
-    is the same in both. `expression`: how it was made, in names. `origin`: the model that it was taken from, or what a
-    file says of that. `taken`: when, in ISO 8601.
-    """
-
-    vectors: Mapping[int, Mapping[str, Pair]]
-    active: tuple[int, ...]
-    space: str = "vectors"
-    expression: str
-    sources: tuple[Source, ...] = ()
-    origin: Origin | Mapping[str, str] | None = None
-    taken: str = ""
-
-    def __getitem__(self, layer: int) -> Mapping[str, Pair]:
-        return self.vectors[layer]
-
-    @property
-    def layers(self) -> list[int]:
-        """The layers that it has, lowest first."""
-        return list(self.vectors)
-
-    @property
-    def count(self) -> int:
-        """For how many positions it is."""
-        first = next(iter(next(iter(self.vectors.values())).values()))[0]
-        return first.shape[0] if first.ndim == 3 else 1
-
-    def kind(self, layer: int) -> str:
-        """single, dual or triple."""
-        return KINDS[len(self.vectors[layer]) - 1]
-
-    def ranks(self, layer: int) -> int:
-        """k."""
-        return next(iter(self.vectors[layer].values()))[0].shape[-2]
-
-    def magnitudes(self) -> dict[int, float]:
-        """By layer: the mean Frobenius norm of its v_a's and v_b's; of one made in weight space that of its ΔW's."""
-        measure = delta_norm if self.space == "weights" else _vector_norm
-        return {
-            layer: sum(measure(pair) for pair in pairs.values()) / len(pairs) for layer, pairs in self.vectors.items()
-        }
-
-    def delta_norms(self) -> dict[int, dict[str, float]]:
-        """‖ΔW‖ (Frobenius) of each layer's projections."""
-        return {layer: {name: delta_norm(p) for name, p in pairs.items()} for layer, pairs in self.vectors.items()}
-
-    def mapped(self, change: Callable[[int, str, Pair], Pair], **fields: Any) -> "Modulation":
-        """The same layers and projections with other vectors, and other `fields`."""
-        vectors = {
-            layer: {name: change(layer, name, pair) for name, pair in pairs.items()}
-            for layer, pairs in self.vectors.items()
-        }
-        return Modulation(**{**vars(self), "vectors": vectors, **fields})
-
-    def only(self, layers: Collection[int]) -> "Modulation":
-        """Without its other layers."""
-        return Modulation(**{**vars(self), "vectors": {i: pairs for i, pairs in self.vectors.items() if i in layers}})
-
-    def require_finite(self) -> "Modulation":
-        """Itself. Raises RunnerError that names the layer where it holds NaN or Inf."""
-        for layer, pairs in self.vectors.items():
-            for name, pair in pairs.items():
-                for which, tensor in zip(("v_a", "v_b"), pair, strict=True):
-                    if not bool(torch.isfinite(tensor).all()):
-                        raise RunnerError(f"layer {layer}: {which} of {name} is not finite")
-        return self
-
-    def save(self, path: object) -> None:
-        """Write it as one safetensors file. Raises CheckpointError or RunnerError."""
-        from runner.families.npt.transfer_files import save_modulation
-
-        save_modulation(self, path)
-
-
-def delta_norm(pair: Pair) -> float:
-    """‖Σ_i v_b_i v_a_iᵀ‖ from the Gram matrices of v_a [k, d_in] and v_b [k, d_out]; of several positions the mean."""
-    v_a, v_b = (tensor.double() for tensor in pair)
-    squares = ((v_a @ v_a.mT) * (v_b @ v_b.mT)).sum((-2, -1)).clamp_min(0)
-    return float(squares.sqrt().mean())
-
-
-def _vector_norm(pair: Pair) -> float:
-    return sum(float(tensor.float().norm(dim=(-2, -1)).mean()) for tensor in pair) / 2
 
 
 def npt_model(model: nn.Module) -> NptLlamaForCausalLM:

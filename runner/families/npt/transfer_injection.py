@@ -9,7 +9,7 @@ from a hidden state that the layers below, injected too, have changed. All other
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,9 @@ import torch
 from runner.errors import ConfigError, ModelError, did_you_mean
 from runner.evaluation.attention import KeyValueCache
 from runner.families.npt.model import NptDecoderLayer, NptLlamaForCausalLM, Override
-from runner.families.npt.transfer import SPACES, Modulation, active_layers, check_ids, overridden, span, update_of
+from runner.families.npt.modulation import SPACES, Modulation
+from runner.families.npt.transfer import active_layers, check_ids, overridden, span, update_of
+from runner.metrics.generation import Sampling, choose, penalised
 
 MODES = ("replace", "blend", "add")
 _TINY = 1e-10  # as today's programs have it: no probability is 0
@@ -258,3 +260,53 @@ def inject(
         notes=tuple(notes),
         all_logits=injected,
     )
+
+
+@torch.inference_mode()
+def continued(
+    model: NptLlamaForCausalLM,
+    ids: Sequence[int],
+    m: Modulation,
+    how: How,
+    count: int,
+    layers: Collection[int] | None = None,
+    *,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    eos: Collection[int] = (),
+    cached: bool = True,
+) -> Iterator[tuple[int, Injection]]:
+    """At most `count` further tokens, each with what it was drawn from: `m` acts at the last position of each step.
+
+    A token is appended as its id; earlier positions, those of new tokens too, keep their own. Ends after one of `eos`.
+    Greedy without `sampling`. Raises ConfigError where the model has not so many positions.
+    """
+    if count < 1:
+        raise ConfigError(f"tokens {count}: give a whole number, at least 1")
+    if m.count != 1:
+        raise ConfigError(f"a modulation of {m.count} positions cannot act at each last one; take one position")
+    active, token_ids = active_layers(model, layers), check_ids(model, ids, count)
+    notes = tuple(check_fit(model, m.require_finite(), how, active))
+    sampling = sampling or Sampling()
+    draws = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    reader = Reader(model, m, how, active, cached=cached, room=len(ids) + count)
+    for step in range(count):
+        injected, baseline = reader.both(token_ids, token_ids.shape[1] - 1)
+        scores = injected[-1:]
+        if sampling.repetition_penalty != 1:
+            seen = torch.zeros_like(scores, dtype=torch.bool).index_fill_(1, token_ids[0], True)
+            scores = penalised(scores, seen, sampling.repetition_penalty)
+        token = choose(scores, sampling, draws[step : step + 1].to(scores.device))
+        yield (
+            int(token),
+            Injection(
+                logits=injected[-1],
+                baseline=baseline[-1],
+                kl=kl_divergence(baseline[-1], injected[-1]),
+                notes=notes,
+                all_logits=injected,
+            ),
+        )
+        if int(token) in eos:
+            return
+        token_ids = torch.cat((token_ids, token[None]), dim=1)

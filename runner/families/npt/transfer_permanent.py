@@ -33,7 +33,8 @@ from runner.families.npt.model import (
     npt_updates,
     with_layers,
 )
-from runner.families.npt.transfer import Modulation, Pair, delta_norm, extract
+from runner.families.npt.modulation import Modulation, Pair, delta_norm
+from runner.families.npt.transfer import extract
 from runner.files.archive import require_crc
 from runner.files.file_type import sha256_of
 from runner.files.staging import staged
