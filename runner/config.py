@@ -1,23 +1,21 @@
-"""The typed root of every task's config. Nothing heavy is imported here: `--help` and `--cfg job` stay fast."""
+"""The typed root of every task's config. Hydra and OmegaConf are imported by what needs them: `--help` does not."""
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, TypeAlias, Union, get_args, get_origin, get_type_hints
-
-import yaml
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from runner.errors import ConfigError, did_you_mean
 from runner.installation import config_directory
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# What OmegaConf takes for a value that is yet to be given: `omegaconf.MISSING`.
+MISSING: Any = "???"
 # The family of whatever checkpoint is opened.
 AUTO = "auto"
 # `reference=base`: what the checkpoint stands on, or was made from.
@@ -26,6 +24,10 @@ BASE = "base"
 
 def config_directories() -> tuple[Path, ...]:
     """conf/, and the directory that --config-dir names where there is one."""
+    if "hydra" not in sys.modules:
+        return (config_directory(),)
+    from hydra.core.hydra_config import HydraConfig
+
     sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
     given = [Path(source.path).resolve() for source in sources if source.schema == "file"]
     return tuple(dict.fromkeys((config_directory(), *given)))
@@ -49,6 +51,8 @@ def keys_below(root: str, task: str) -> list[str]:
 
 
 def _mapping(file: Path) -> dict[str, object]:
+    import yaml
+
     return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
 
 
@@ -283,7 +287,7 @@ TASKS: dict[str, type[CommonConfig]] = {
 }
 PATH_KEYS = {
     "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "tracker.dir", "train.resume_from",
-    "prompts", "convert.output", "merge.output", "merge.sources", "junit", "sweep",
+    "prompts", "convert.output", "merge.output", "merge.sources", "merge.base", "merge.file", "junit", "sweep",
     "hydra.run.dir", "hydra.sweep.dir",
 }  # fmt: skip
 # Keys whose value is text as it was typed: `1234e5`, `1_000` and `a, b` are no numbers and no list.
@@ -378,8 +382,10 @@ def _is_list(hint: Any) -> bool:
     return origin in (tuple, list, Sequence) or (origin in (Union, UnionType) and any(map(_is_list, get_args(hint))))
 
 
-def one_as_list(node: DictConfig, keys: Iterable[str]) -> None:
+def one_as_list(node: "DictConfig", keys: Iterable[str]) -> None:
     """Make a single value that `node` gives one of `keys` a list of that one: a text is one prompt, not its letters."""
+    from omegaconf import OmegaConf
+
     for key in keys:
         value = None if key not in node or OmegaConf.is_missing(node, key) else node[key]
         if value is not None and not OmegaConf.is_list(value):
@@ -388,6 +394,8 @@ def one_as_list(node: DictConfig, keys: Iterable[str]) -> None:
 
 def register() -> None:
     """Put each task's typed root into Hydra's ConfigStore, where conf/task/<task>.yaml names it."""
+    from hydra.core.config_store import ConfigStore
+
     store = ConfigStore.instance()
     for name, node in TASKS.items():
         store.store(group="schema", name=name, node=node, package="_global_")
@@ -409,6 +417,19 @@ def unknown_key(key: str, task: str) -> ConfigError:
     return ConfigError(f"unknown key {key!r}{did_you_mean(key, known)}")
 
 
+def check_keys(keys: Iterable[str], task: str) -> None:
+    """Raise ConfigError for the first of `keys` that no config file gives `task`; not for one that is added with +."""
+    if task not in TASKS:
+        return
+    for key in keys:
+        root, _, below = key.partition(".")
+        if not (root.isidentifier() and root not in ("hydra", "experiment")):
+            continue
+        known = keys_below(root, task) if below and not below.startswith("_") else []
+        if root not in _keys_of(task) or (known and f"{root}.{below.partition('.')[0]}" not in known):
+            raise unknown_key(key, task)
+
+
 def missing_key(key: str) -> ConfigError:
     """The error for a key without a value."""
     return ConfigError(f"{key} is needed; give it as {key}=…")
@@ -419,6 +440,9 @@ def refused(error: Exception, task: str, given: Mapping[str, str | None], *, mul
 
     Which key is at fault is told by the attributes of the exceptions, else by the keys and values themselves.
     """
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         if group == "train":
@@ -448,6 +472,8 @@ def refused(error: Exception, task: str, given: Mapping[str, str | None], *, mul
 
 
 def _is_sweep(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
     return OverridesParser.create().parse_override(override).is_sweep_override()
 
 

@@ -133,18 +133,25 @@ def test_every_folder_has_its_place():
     assert parts <= set(MAY_IMPORT), f"say what {parts - set(MAY_IMPORT)} may import"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--cfg", "job"]])
-def test_help_and_config_import_nothing_heavy(words, tmp_path):
+LIBRARIES = ("torch", "transformers", "wandb", "peft", "numpy", "rich")
+
+
+@pytest.mark.parametrize(("words", "absent", "left"), [
+    (["--help"], (*LIBRARIES, "hydra", "omegaconf", "yaml"), 0),
+    (["--cfg", "job"], LIBRARIES, 0),
+    (["ckp=demo"], (*LIBRARIES, "hydra", "omegaconf"), 2),
+    (["tier.new_token=3"], (*LIBRARIES, "hydra", "omegaconf"), 2),
+])  # fmt: skip
+def test_help_config_and_mistakes_import_nothing_heavy(words, absent, left, tmp_path):
     code = (
         "import sys; from runner.cli import run; code = run(sys.argv[1:]); "
-        "print([m for m in ('torch', 'transformers', 'wandb', 'peft') if m in sys.modules], file=sys.stderr); "
-        "sys.exit(code)"
+        f"print([m for m in {absent} if m in sys.modules], file=sys.stderr); sys.exit(code)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *words], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stderr.strip()) == (0, "[]")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (left, "[]")
     assert not list(tmp_path.iterdir())
 
 
@@ -161,3 +168,21 @@ def test_a_diagnosis_of_a_llama_imports_no_transformers(tmp_path, base):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr.strip()) == (0, "(0, 0) []"), done.stderr
+
+
+@pytest.mark.parametrize(("words", "absent"), [
+    (["ckpt=nowhere/checkpoint-1"], LIBRARIES),
+    (["task=verify", "ckpt=nowhere"], LIBRARIES),
+    (["task=diff", "ckpt=nowhere", "reference=demo"], LIBRARIES),
+])  # fmt: skip
+def test_a_path_that_is_not_there_costs_no_torch(words, absent, tmp_path):
+    code = (
+        "import sys; from runner.cli import run; code = run(sys.argv[1:]); "
+        f"print([m for m in {absent} if m in sys.modules], file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "tracker=none"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "[]")
+    assert "no such file or directory" in done.stderr

@@ -3,17 +3,16 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from runner.comparison.comparison import Comparison
+from runner.comparison.comparison import Comparison, grouped, without_shared_ends
 from runner.comparison.export import to_csv, to_dict
 from runner.comparison.insights import headline, insights, leading
 from runner.comparison.jobs import Job
-from runner.comparison.series import without_shared_ends
 from runner.errors import printable
 from runner.files.atomic import write_whole
 from runner.reports.console import Fact, Rows, Tables, known, number, percent, print_rows
@@ -51,19 +50,18 @@ def write_files(comparison: Comparison, directory: Path) -> ComparisonFiles:
     Nothing that a job left is touched.
     """
     drawn = pictures(comparison)
-    contents: dict[str, Callable[[], bytes]] = {
-        "json": lambda: (
-            json.dumps(to_dict(comparison), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        ).encode(),
-        "csv": lambda: to_csv(comparison).encode(),
-        **{kind: lambda kind=kind: drawn[kind] for kind in drawn},  # type: ignore[misc]
-        "html": lambda: page(comparison, directory, picture=bool(drawn)).encode(),
+    text = json.dumps(to_dict(comparison), indent=1, ensure_ascii=False, allow_nan=False)
+    contents = {
+        "json": f"{text}\n".encode(),
+        "csv": to_csv(comparison).encode(),
+        **drawn,
+        "html": page(comparison, directory, picture=bool(drawn)).encode(),
     }
     files: dict[str, Path] = {}
     for kind, content in contents.items():
         path = directory / f"comparison.{kind}"
         try:
-            write_whole(path, content())
+            write_whole(path, content)
         except OSError as error:
             return ComparisonFiles(files=files, problem=f"{path}: cannot be written: {error.strerror or error}")
         files[kind] = path
@@ -128,11 +126,11 @@ def compare_facts(result: JsonObject) -> list[Fact]:
 
 def failures(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
     """(status, `job: why`) for each job without a result; many of one kind share a line."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        groups.setdefault((row["status"].replace("_", " "), row["message"]), []).append(row["job"])
     lines = []
-    for (status, message), jobs in groups.items():
+    for (status, message), found in grouped(
+        rows, lambda row: (row["status"].replace("_", " "), row["message"])
+    ).items():
+        jobs = [row["job"] for row in found]
         several = len(jobs) > _OWN_LINES
         names = [f"{len(jobs)} jobs, {jobs[0]} … {jobs[-1]}"] if several else jobs
         lines += [(status, f"{printable(name)}: {printable(message)}") for name in names]

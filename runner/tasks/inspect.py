@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.checkpoint import Checkpoint, components, dtype_name, totals
+from runner.checkpoints.checkpoint import Checkpoint, components, totals
 from runner.checkpoints.detect import formats, open_checkpoint
 from runner.checkpoints.runs import Run, find_run
 from runner.config import InspectConfig
@@ -56,7 +56,7 @@ def describe(checkpoint: Checkpoint, module: str | None = None, *, tensors: bool
     }
     if tensors:
         described["tensors"] = [
-            {"name": info.name, "shape": list(info.shape), "dtype": dtype_name(info.dtype), "bytes": info.nbytes}
+            {"name": info.name, "shape": list(info.shape), "dtype": info.dtype_name, "bytes": info.nbytes}
             for info in weights.infos.values()
         ]
     return described

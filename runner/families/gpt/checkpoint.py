@@ -22,7 +22,7 @@ from runner.errors import CheckpointError
 from runner.families.gpt.layouts import MEDIUM_DEPTH, SCALARS, Dialect, GptDetails, component, read_details
 from runner.files.file_type import Kind, kind_of
 from runner.files.strict_json import parse_object
-from runner.files.tensors import TensorSource, open_weights, read_entry
+from runner.files.tensors import TensorSource, is_tensor, open_weights, read_number
 
 STATE = "model"
 TOP_LEVEL = ("step", "code", "optimizers", "val_loss")
@@ -70,14 +70,9 @@ def metadata(origin: Provenance) -> dict[str, str]:
 def _value(source: TensorSource, entries: Mapping[str, Any], name: str) -> Any:
     """An entry beside the weights; a tensor of one element as the number that it holds."""
     value: Any = entries.get(name)
-    if _is_tensor(value) and value.numel() == 1:
-        return read_entry(source.path, name).item()
+    if is_tensor(value) and value.numel() == 1:
+        return read_number(source.path, name)
     return value
-
-
-def _is_tensor(value: Any) -> bool:
-    """Told without torch, which is loaded where there is one."""
-    return hasattr(value, "untyped_storage")
 
 
 def _is_number(value: Any) -> bool:
@@ -94,7 +89,7 @@ def optimizer_summaries(optimizers: Any) -> list[dict[str, Any]]:
 def _summary(optimizer: Mapping[Any, Any]) -> dict[str, Any]:
     state, groups = optimizer.get("state"), optimizer.get("param_groups")
     entries = [entry for entry in state.values() if isinstance(entry, Mapping)] if isinstance(state, Mapping) else []
-    tensors = [value for entry in entries for value in entry.values() if _is_tensor(value)]
+    tensors = [value for entry in entries for value in entry.values() if is_tensor(value)]
     return {
         "parameters": len(entries),
         "tensors": len(tensors),
@@ -247,7 +242,7 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _scalars(checkpoint: Checkpoint) -> dict[str, Any]:
     details: GptDetails = checkpoint.details
-    values = checkpoint.weights.read(SCALARS).tolist()
+    values = checkpoint.weights.numbers(SCALARS)
     groups = {name: [values[i] for i in indices] for name, indices in details.scalar_groups().items()}
     return {
         "count": details.num_scalars,

@@ -23,7 +23,7 @@ from runner.evaluation.attention import KeyValueCache
 from runner.evaluation.base_models import Base
 from runner.evaluation.decoding import CachedModel, PassCache, cached
 from runner.evaluation.llama import Llama
-from runner.families.lora.adapter import check_fit, read_factors
+from runner.families.lora.checkpoint import check_fit, read_factors
 from runner.families.lora_moe.checkpoint import check_base, read_experts, read_router
 
 
@@ -87,6 +87,7 @@ class LoraForCausalLM(nn.Module):
 
         self.lm = _sharing_copy(base)
         self.names = tuple(f"expert_{i}" for i in range(len(adapters)))
+        self.dropout = dropout
         self.routing = add_adapters(self.lm, dict(zip(self.names, adapters, strict=True)), dropout)
         self.experts_on = True
         self.train(base.training)
@@ -314,5 +315,5 @@ def build_adapter(checkpoint: Checkpoint, base: Base) -> LoraForCausalLM:
     checkpoint.require_complete()
     model, details = base.model, checkpoint.details
     check_fit(details, linear_shapes(model), base.path)
-    factors = read_factors(checkpoint.weights, details, dtype=model.dtype, device=model.device)
+    factors = read_factors(details, dtype=model.dtype, device=model.device)
     return LoraForCausalLM(model, [factors]).eval().requires_grad_(False)
