@@ -84,10 +84,11 @@ class TextTokenizer:
 
         Raises whatever the template raises, and KeyError where several have names and none is `default`.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
+        render: Any = chat_template_utils.render_jinja_template
         template = self.chat_template if isinstance(self.chat_template, str) else (self.chat_template or {})["default"]
-        (text,), _ = render_jinja_template(
+        (text,), _ = render(
             conversations=[list(messages)],
             chat_template=template,
             add_generation_prompt=True,
