@@ -219,11 +219,20 @@ class Documents:
         self._read: Iterator[Found] | None = None
         self._found = False
 
-    def __iter__(self) -> Iterator[str]:
-        """Documents without end."""
-        return self
-
     def __next__(self) -> str:
+        while (text := self._advance()) is None:
+            if not self._found:
+                names = self._parts[0].name if len(self._parts) == 1 else f"{self._parts[0].name} and the others"
+                raise ConfigError(f"data.path={names}: holds no text to train on")
+        return text
+
+    def epoch(self) -> Iterator[str]:
+        """The documents up to the end of this epoch; none is no error."""
+        while (text := self._advance()) is not None:
+            yield text
+
+    def _advance(self) -> str | None:
+        """The next document, or None at the end of an epoch."""
         while True:
             if self._read is None:
                 self._read = self._order()[self._at["part"]].read(self._column, self._at["start"])
@@ -232,15 +241,11 @@ class Documents:
                 if text.strip() and self._wanted(text):
                     self._found = True
                     return text
-            self._next_part()
-
-    def epoch(self) -> Iterator[str]:
-        """The documents up to the end of this epoch; none is no error."""
-        before, self._found = self._at["epoch"], True
-        for text in self:
-            if self._at["epoch"] > before:
-                return
-            yield text
+            self._read = None
+            if self._at["part"] + 1 == len(self._parts):
+                self._at = {"epoch": self._at["epoch"] + 1, "part": 0, "start": None}
+                return None
+            self._at = {"epoch": self._at["epoch"], "part": self._at["part"] + 1, "start": None}
 
     def state(self) -> dict[str, object]:
         """Where it stands: epoch, part (and its name), and where in that the next document begins."""
@@ -249,18 +254,10 @@ class Documents:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Stand where `state` says. Raises ValueError where the parts are others."""
         self._at = {"epoch": int(state["epoch"]), "part": int(state["part"]), "start": state["start"]}
-        if self._order()[self._at["part"]].name != state["name"]:
+        order = self._order()
+        if self._at["part"] >= len(order) or order[self._at["part"]].name != state["name"]:
             raise ValueError(f"the data are others than those that were read: {state['name']} is not where it was")
         self._read, self._found = None, True
-
-    def _next_part(self) -> None:
-        self._read = None
-        last = self._at["part"] + 1 == len(self._parts)
-        if last and not self._found:
-            names = self._parts[0].name if len(self._parts) == 1 else f"{self._parts[0].name} and the others"
-            raise ConfigError(f"data.path={names}: holds no text to train on")
-        step = (1, 0) if last else (0, self._at["part"] + 1)
-        self._at = {"epoch": self._at["epoch"] + step[0], "part": step[1], "start": None}
 
     def _order(self) -> list[Part]:
         return random.Random(f"{self._seed}/parts/{self._at['epoch']}").sample(self._parts, len(self._parts))

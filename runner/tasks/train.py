@@ -28,6 +28,7 @@ from runner.progress import step_bar
 from runner.reports.curves import write_curves
 from runner.results import FILE_NAME, Result, finite, versions
 from runner.tasks.context import Context
+from runner.tracking.rows import STEP as CHECKPOINT_STEP
 from runner.training.distributed import World, joined
 from runner.training.inputs import Trained, TrainingInputs
 from runner.training.settings import TrainingSettings
@@ -91,7 +92,7 @@ def run(config: TrainConfig, context: Context) -> Result:
             )
     if world.writes:
         findings += follower.draw()
-    if trained.interrupted and context.in_sweep:
+    if trained.interrupted and context.in_sweep and world.writes:
         raise KeyboardInterrupt  # which is for the whole sweep
     return Result(
         task="train",
@@ -143,6 +144,8 @@ class _Follower:
                 row["training/tokens_per_second"] = (tokens - self._before[0]) / (now - self._before[1])
             self._before = tokens, now
         self._append(LOG, {"step": step, **row})
+        if any(name.startswith("eval/") for name in row):
+            row[CHECKPOINT_STEP] = step
         named = {name if "/" in name else f"train/{name}": value for name, value in row.items()}
         self.context.tracker.log({"train/step": step, **named})
 

@@ -172,7 +172,9 @@ def as_before(
         else:
             kept[name] = before
     try:
-        return replace(settings, **kept), said
+        settings = replace(settings, **kept)
+        settings.check_schedule()
+        return settings, said
     except ConfigError as error:
         raise ConfigError(f"{error} (what is not given is as {path} has it)") from error
 

@@ -70,8 +70,8 @@ class TrainingSettings:
         check_whole("seed", self.seed, 0)
         for name in (*self.positive, *self.not_negative):
             check_number(name, getattr(self, name), zero_allowed=name in self.not_negative)
-        if self.warmup_steps >= self.max_steps:
-            raise ConfigError(f"train.warmup_steps={self.warmup_steps} must be below train.max_steps={self.max_steps}")
+        if getattr(self, "resume_from", None) is None:  # else one of the two may be as the checkpoint says
+            self.check_schedule()
         if self.eval_fraction >= 1:
             raise ConfigError(f"train.eval_fraction={self.eval_fraction}: must be below 1")
         betas = self.betas
@@ -83,6 +83,11 @@ class TrainingSettings:
             near = did_you_mean(str(precision), PRECISIONS)
             raise ConfigError(f"train.precision={precision} is unknown{near}")
         object.__setattr__(self, "precision", precision)
+
+    def check_schedule(self) -> None:
+        """Raise ConfigError where the warm-up does not end before the last step."""
+        if self.warmup_steps >= self.max_steps:
+            raise ConfigError(f"train.warmup_steps={self.warmup_steps} must be below train.max_steps={self.max_steps}")
 
     def values(self) -> dict[str, object]:
         """The fields that say what the trained weights are made with."""
