@@ -10,9 +10,10 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 from runner.errors import ConfigError, RunnerError, printable
-from runner.installation import config_directory, demo_run
+from runner.installation import config_directory, demo_run, uncollected
 from runner.overrides import CommandLine, parse
 
 INTERRUPTED = 130
@@ -51,24 +52,20 @@ def run(words: Sequence[str]) -> int:
 
 
 def _run(line: CommandLine) -> int:
-    from runner import run as runs
-    from runner.sweeps.launchers import check_launcher, use_own_configs
-
-    runs.setup()
-    use_own_configs(config_directory())
     if {"--hydra-help", "--version", *_SHOWING} & set(line.flags):
         _check(line)
+        runs = _hydra(line)
         runs.hand_to_hydra(line, runs.job)
         return 0
-    from runner.sweeps.expand import expand, resume
+    from runner.expand import expand, resume
 
     resumed = None
     if line.get("resume") is not None:
         line, resumed = resume(line)
     _check(line)
-    check_launcher(line, config_directory())
     if resumed is None:
         line = expand(line, demo_run=demo_run)
+    runs = _hydra(line)
     if line.multirun or line.get("hydra.mode") == "MULTIRUN":
         from runner.sweeps.command import run_sweep
 
@@ -76,9 +73,26 @@ def _run(line: CommandLine) -> int:
     return runs.run_once(line)
 
 
+def _hydra(line: CommandLine) -> ModuleType:
+    """The module of runs, with which Hydra is imported, and its launchers where one of them may be asked for."""
+    with uncollected():
+        from runner import run as runs
+
+    runs.setup()
+    if line.flags or any(key.lstrip("+~").startswith("hydra") for key, _ in line.overrides):
+        from runner.sweeps.launchers import check_launcher, use_own_configs
+
+        use_own_configs(config_directory())
+        check_launcher(line, config_directory())
+    return runs
+
+
 def _check(line: CommandLine) -> None:
-    """What Hydra would not answer, or not in a line: a fixed key, a directory that is not there, two things to show."""
-    from runner.config import FIXED_KEYS
+    """What Hydra would not answer, or not in a line: a fixed key, a directory that is not there, two things to show.
+
+    And a key that no config knows, for which Hydra need not be imported.
+    """
+    from runner.config import FIXED_KEYS, check_keys
 
     for key, _ in line.overrides:
         if key.lstrip("+~").partition(".")[0] in FIXED_KEYS:
@@ -89,6 +103,9 @@ def _check(line: CommandLine) -> None:
     given = [flag for flag in line.flags if flag in ("--multirun", "-m", *_SHOWING)]
     if len(set(given)) > 1 and set(given) & set(_SHOWING):
         raise ConfigError(f"{' and '.join(given)} do not go together: --cfg and --info show one run")
+    # A preset may choose the task, a directory of the user's bring keys.
+    if not line.flags_of_hydra and line.get("experiment") is None:
+        check_keys([key for key, _ in line.overrides], line.get("task") or "diagnose")
 
 
 _TEXT = """\
@@ -100,6 +117,7 @@ runner: what a model checkpoint is, how close it is to its base model, how far i
   python -m runner -m task=diagnose ckpt=RUN step=1000,2000,3000      one job a step, then a table
   python -m runner -m task=diagnose ckpt=RUN step=all hydra/launcher=joblib
   python -m runner -m resume=sweeps/NAME                              what has no good result yet
+  python -m runner task=generate ckpt=PATH prompt='The capital of France is'     without prompt= a chat
   python -m runner task=inspect ckpt=PATH_OR_RUN
   python -m runner task=test ckpt=PATH tier=full                      quick: structure only; minimal: builds, saves one
   python -m runner task=convert ckpt=PATH convert.to=safetensors convert.output=DIR
@@ -123,6 +141,7 @@ what is measured
   family=NAME       {family}; family.top_k= family.router_features= family.experts= for lora_moe   [auto]
 
 other tasks
+  prompt=TEXT|[A,B]|-   prompts=FILE   reference=base   task=generate; generate.temperature= top_k= top_p= seed= stop= …
   experts=N   keep=true   strict=true   junit=PATH     task=test: experts to build; keep what was built; warnings fail
   strict=true       task=verify: a checkpoint without MANIFEST.json fails, as nothing is proved
   sweep=DIR|[A,B]   task=compare and task=panels: what they read      merge.…, convert.…, train.…: see --cfg job

@@ -1,29 +1,33 @@
-"""The typed root of every task's config. Nothing heavy is imported here: `--help` and `--cfg job` stay fast."""
+"""The typed root of every task's config. Hydra and OmegaConf are imported by what needs them: `--help` does not."""
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeAlias, Union, get_args, get_origin, get_type_hints
-
-import yaml
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from typing import TYPE_CHECKING, Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from runner.errors import ConfigError, did_you_mean
 from runner.installation import config_directory
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+# What OmegaConf takes for a value that is yet to be given: `omegaconf.MISSING`.
+MISSING: Any = "???"
 # The family of whatever checkpoint is opened.
 AUTO = "auto"
+# `reference=base`: what the checkpoint stands on, or was made from.
+BASE = "base"
 
 
 def config_directories() -> tuple[Path, ...]:
     """conf/, and the directory that --config-dir names where there is one."""
+    if "hydra" not in sys.modules:
+        return (config_directory(),)
+    from hydra.core.hydra_config import HydraConfig
+
     sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
     given = [Path(source.path).resolve() for source in sources if source.schema == "file"]
     return tuple(dict.fromkeys((config_directory(), *given)))
@@ -51,6 +55,8 @@ def given_below(root: str) -> frozenset[str] | None:
 
     What follows from another key of that name, as `train.seed` from `seed`, counts as said with it.
     """
+    from hydra.core.hydra_config import HydraConfig
+
     if not HydraConfig.initialized():
         return None
     keys = [override.partition("=")[0].lstrip("+~") for override in HydraConfig.get().overrides.task]
@@ -58,7 +64,21 @@ def given_below(root: str) -> frozenset[str] | None:
     return frozenset(nested | {key for key in keys if "." not in key})
 
 
+def implied_family(keys: Iterable[str]) -> str | None:
+    """The only family that has all of the `family.…` among `keys`; None where they do not say one.
+
+    None as well where `family` itself is among them, or the default family has them.
+    """
+    wanted = {key.partition(".")[2] for key in keys if key.startswith("family.")}
+    if not wanted or "family" in keys:
+        return None
+    owners = [name for name, file in group_files("family").items() if wanted <= _mapping(file).keys()]
+    return owners[0] if len(owners) == 1 else None
+
+
 def _mapping(file: Path) -> dict[str, object]:
+    import yaml
+
     return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
 
 
@@ -101,7 +121,6 @@ class RunningConfig(CommonConfig):
     tokenizer: str | None = None
     device: str = "auto"
     dtype: str = "float32"
-    data: Component = MISSING
 
 
 @dataclass
@@ -115,6 +134,7 @@ class DiagnoseConfig(ModelConfig):
 
     reference: str | None = None
     accuracy: bool = True
+    data: Component = MISSING
     tier: Component = MISSING
     verdict: Component = MISSING
 
@@ -126,12 +146,28 @@ class DiagnoseConfig(ModelConfig):
 
 
 @dataclass
+class GenerateConfig(ModelConfig):
+    """`task=generate`. Without `prompt` and `prompts` it is a chat."""
+
+    reference: str | None = None
+    prompt: Any = None
+    prompts: str | None = None
+    generate: Component = MISSING
+
+    @property
+    def accuracy(self) -> bool:
+        """Whether anything is compared."""
+        return self.reference is not None
+
+
+@dataclass
 class TestConfig(ModelConfig):
     """`task=test`. Without `ckpt` the tiers that need a checkpoint build one, with `experts` where it has experts."""
 
     __test__ = False  # for pytest: no class of tests
 
     ckpt: str | None = None  # type: ignore[assignment]  # only here a checkpoint may be left out
+    data: Component = MISSING
     tier: Component = MISSING
     verdict: Component = MISSING
     experts: int = 2
@@ -156,6 +192,7 @@ class MergeConfig(RunningConfig):
     """`task=merge`; all but `merge` is for `merge.verify=functional`, which runs the models."""
 
     merge: Component = MISSING
+    data: Component = MISSING
     tier: Component = MISSING
     verdict: Component = MISSING
 
@@ -180,6 +217,7 @@ class TrainConfig(RunningConfig):
     """`task=train`; `family` chooses what is trained, and so the keys of `train`."""
 
     family: Component = MISSING
+    data: Component = MISSING
     train: Component = field(default_factory=dict)
 
 
@@ -210,23 +248,20 @@ TASKS: dict[str, type[CommonConfig]] = {
     "diff": DiffConfig,
     "test": TestConfig,
     "train": TrainConfig,
+    "generate": GenerateConfig,
     "compare": SweepConfig,
     "panels": SweepConfig,
 }
 PATH_KEYS = {
     "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "tracker.dir", "train.resume_from",
-    "convert.output", "merge.output", "merge.sources", "junit", "sweep",
+    "prompts", "convert.output", "merge.output", "merge.sources", "merge.base", "merge.file", "junit", "sweep",
     "hydra.run.dir", "hydra.sweep.dir",
 }  # fmt: skip
 # Keys whose value is text as it was typed: `1234e5`, `1_000` and `a, b` are no numbers and no list.
 TEXT_KEYS = {
-    "train.curriculum",
-    "data.prompts",
-    "data.layer_prompt",
-    "tracker.name",
-    "tracker.project",
-    "tracker.entity",
-}
+    "train.curriculum", "data.prompts", "data.layer_prompt", "tracker.name", "tracker.project", "tracker.entity",
+    "prompt", "generate.system", "generate.stop",
+}  # fmt: skip
 # Keys that a group's choice sets for all tasks alike and that nobody overrides.
 FIXED_KEYS = ("verdict",)
 
@@ -314,8 +349,10 @@ def _is_list(hint: Any) -> bool:
     return origin in (tuple, list, Sequence) or (origin in (Union, UnionType) and any(map(_is_list, get_args(hint))))
 
 
-def one_as_list(node: DictConfig, keys: Iterable[str]) -> None:
+def one_as_list(node: "DictConfig", keys: Iterable[str]) -> None:
     """Make a single value that `node` gives one of `keys` a list of that one: a text is one prompt, not its letters."""
+    from omegaconf import OmegaConf
+
     for key in keys:
         value = None if key not in node or OmegaConf.is_missing(node, key) else node[key]
         if value is not None and not OmegaConf.is_list(value):
@@ -324,6 +361,8 @@ def one_as_list(node: DictConfig, keys: Iterable[str]) -> None:
 
 def register() -> None:
     """Put each task's typed root into Hydra's ConfigStore, where conf/task/<task>.yaml names it."""
+    from hydra.core.config_store import ConfigStore
+
     store = ConfigStore.instance()
     for name, node in TASKS.items():
         store.store(group="schema", name=name, node=node, package="_global_")
@@ -345,6 +384,19 @@ def unknown_key(key: str, task: str) -> ConfigError:
     return ConfigError(f"unknown key {key!r}{did_you_mean(key, known)}")
 
 
+def check_keys(keys: Iterable[str], task: str) -> None:
+    """Raise ConfigError for the first of `keys` that no config file gives `task`; not for one that is added with +."""
+    if task not in TASKS:
+        return
+    for key in keys:
+        root, _, below = key.partition(".")
+        if not (root.isidentifier() and root not in ("hydra", "experiment")):
+            continue
+        known = keys_below(root, task) if below and not below.startswith("_") else []
+        if root not in _keys_of(task) or (known and f"{root}.{below.partition('.')[0]}" not in known):
+            raise unknown_key(key, task)
+
+
 def missing_key(key: str) -> ConfigError:
     """The error for a key without a value."""
     return ConfigError(f"{key} is needed; give it as {key}=…")
@@ -355,6 +407,9 @@ def refused(error: Exception, task: str, given: Mapping[str, str | None], *, mul
 
     Which key is at fault is told by the attributes of the exceptions, else by the keys and values themselves.
     """
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         if group == "train":
@@ -384,6 +439,8 @@ def refused(error: Exception, task: str, given: Mapping[str, str | None], *, mul
 
 
 def _is_sweep(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
     return OverridesParser.create().parse_override(override).is_sweep_override()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.config import PATH_KEYS, TEXT_KEYS
+from runner.config import PATH_KEYS, TEXT_KEYS, implied_family
 from runner.errors import ConfigError
 
 # Hydra's flags that a user may give, and how many words each takes; "?" is at most one.
@@ -38,6 +38,11 @@ class CommandLine:
         """Whether -m was given."""
         return bool({"-m", "--multirun"} & set(self.flags))
 
+    @property
+    def flags_of_hydra(self) -> bool:
+        """Whether any flag but -m was given."""
+        return bool(set(self.flags) - {"-m", "--multirun"})
+
     def get(self, key: str) -> str | None:
         """The last value given for `key`, without quotes around it."""
         values = [value for name, value in self.overrides if name == key]
@@ -57,10 +62,15 @@ def parse(words: Sequence[str]) -> CommandLine:
             overrides.append((word, None))
         elif "=" in word:
             key, _, value = word.partition("=")
-            overrides.append((key, value))
+            if key == "merge" and unquoted(value).endswith((".yml", ".yaml")):
+                overrides += [("merge", "mergekit"), ("merge.file", value)]
+            else:
+                overrides.append((key, value))
         else:
             hint = f"; did you mean ckpt={word}?" if _exists(word) else "; options are written key=value, see --help"
             raise ConfigError(f"{word!r} is no option{hint}")
+    if family := implied_family([key for key, _ in overrides]):
+        overrides.insert(0, ("family", family))
     return CommandLine(flags=tuple(flags), overrides=tuple(overrides))
 
 

@@ -23,10 +23,12 @@ Other fields belong to one task and stand in that task's page (`details` here, t
 """
 
 import math
+import os
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
 from typing import Any, TypeAlias, TypeGuard
 
 import runner
@@ -96,11 +98,22 @@ def finite(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions by package name, read from metadata: nothing is imported."""
+    """Installed versions by package name, as their metadata say it: nothing is imported."""
     found = {"runner": runner.__version__, "python": platform.python_version()}
+    installed = _installed()
     for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+        if (known := installed.get(package.replace("-", "_"))) is not None:
+            found[package] = known
+    return found
+
+
+@cache
+def _installed() -> dict[str, str]:
+    """Version by package from the names of the directories of metadata, the first on sys.path; faster than reading."""
+    found: dict[str, str] = {}
+    for place in filter(os.path.isdir, sys.path):
+        for name in os.listdir(place):  # noqa: PTH208 - thousands of names
+            package, _, rest = name.partition("-")
+            if rest.endswith(".dist-info"):
+                found.setdefault(package.lower(), rest.removesuffix(".dist-info"))
     return found

@@ -5,9 +5,9 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
@@ -16,17 +16,19 @@ from typing import Any
 import hydra
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import TaskFunction
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from rich.console import Console
 
 from runner.config import (
     TASKS,
+    CheckpointConfig,
     CommonConfig,
+    implied_family,
     list_keys,
     missing_key,
     one_as_list,
@@ -34,20 +36,23 @@ from runner.config import (
     register,
     unknown_key,
 )
-from runner.errors import ConfigError, RunnerError, did_you_mean
-from runner.files.atomic import write_json
+from runner.errors import ConfigError, RunnerError, did_you_mean, printable
+from runner.files.atomic import write_json, write_whole
 from runner.installation import config_directory, uncollected
 from runner.overrides import CommandLine, quoted, spell
 from runner.reports.console import print_result
 from runner.results import FILE_NAME, Result
-from runner.tasks.context import Context
+from runner.tasks.context import Context, require_checkpoint
 from runner.tracking.base import RunIdentity, Tracker
 
 log = logging.getLogger(__name__)
+LOG_NAME = "runner.log"  # in a run's directory, as conf/hydra/job_logging/runner.yaml has it
 # Tasks that log while they run, not only at the end.
 _LIVE = ("train",)
 # Tasks that tell the tracker themselves, or that are about its runs and have none of their own.
 _UNTRACKED = ("compare", "panels")
+# Tasks that need one checkpoint, and torch.
+_HEAVY = ("diagnose", "convert", "diff")
 
 
 def run_once(line: CommandLine) -> int:
@@ -87,7 +92,7 @@ def hand_to_hydra(line: CommandLine, task: TaskFunction) -> None:
     before, sys.argv = sys.argv, ["runner", *line.flags, *overrides]
     try:
         with _refusals(line.get("task") or "diagnose", dict(line.overrides), multirun=line.multirun):
-            hydra.main(config_path=str(config_directory()), config_name="config", version_base="1.3")(task)()
+            _through_hydra(line, overrides, task)
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from error
     except BrokenPipeError:
@@ -96,6 +101,17 @@ def hand_to_hydra(line: CommandLine, task: TaskFunction) -> None:
         raise ConfigError(f"{error.filename or Path.cwd()}: cannot be written: {error.strerror}") from error
     finally:
         sys.argv = before
+
+
+def _through_hydra(line: CommandLine, overrides: list[str], task: TaskFunction) -> None:
+    """Hydra's own main composes the config once more than is needed, to see whether it asks for a sweep."""
+    if not line.flags_of_hydra and line.get("hydra.mode") is None:
+        with initialize_config_dir(config_dir=str(config_directory()), job_name="runner", version_base="1.3"):
+            application: Any = GlobalHydra.instance().hydra
+            go = application.multirun if line.multirun else application.run
+            go(config_name="config", task_function=task, overrides=overrides)
+        return
+    hydra.main(config_path=str(config_directory()), config_name="config", version_base="1.3")(task)()
 
 
 @contextmanager
@@ -115,19 +131,35 @@ def _refusals(task: str, given: Mapping[str, str | None], *, multirun: bool = Fa
 
 
 def job(cfg: DictConfig) -> int:
-    """The job of a single run: its result is written and shown; its exit code. Raises nothing but an interrupt."""
+    """The job of a single run: its result is written, shown and then tracked; its exit code.
+
+    Raises nothing but an interrupt.
+    """
     directory = Path(HydraConfig.get().runtime.output_dir)
-    result, code, location = _run_and_record(cfg, directory, None)
-    if result["status"] == "ok":
-        try:
-            print_result(result, Console(), verbose=cfg.verbose, directory=directory, tracked=location)
+    finished = _run_and_write(cfg, directory, None)
+    recording = _recording(finished, cfg, directory, None)
+    if finished.result["status"] != "ok":
+        print(f"runner: error: {finished.result['error']['message']}", file=sys.stderr)
+    with _read_no_more():
+        if finished.result["status"] == "ok":
+            print_result(finished.result, verbose=cfg.verbose, directory=directory)
             sys.stdout.flush()
-        except BrokenPipeError:
-            # Whoever reads (`| head`) has seen enough; what was found still decides the exit code.
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for the interpreter's own flush at exit
-    else:
-        print(f"runner: error: {result['error']['message']}", file=sys.stderr)
-    return code
+    recording()
+    _say_where(finished.tracker)
+    with _read_no_more():
+        if finished.result["status"] == "ok" and finished.tracker.location:
+            print(f"W&B: {printable(finished.tracker.location)}")
+            sys.stdout.flush()
+    return finished.code
+
+
+@contextmanager
+def _read_no_more() -> Iterator[None]:
+    """Whoever reads (`| head`) has seen enough where the block fails; what was found still decides the exit code."""
+    try:
+        yield
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for the interpreter's own flush at exit
 
 
 def sweep_job(cfg: DictConfig) -> str | None:
@@ -139,7 +171,10 @@ def sweep_job(cfg: DictConfig) -> str | None:
     directory = Path(settings.runtime.output_dir)
     # A result from before a sweep was cut off says nothing about this attempt.
     (directory / FILE_NAME).unlink(missing_ok=True)
-    _run_and_record(cfg, directory, Path(settings.sweep.dir).name)
+    finished = _run_and_write(cfg, directory, Path(settings.sweep.dir).name)
+    if cfg.task in _LIVE:  # the sweep tracks the others (runner/sweeps/records.py)
+        _recording(finished, cfg, directory, Path(settings.sweep.dir).name)()
+        _say_where(finished.tracker)
     return None if (directory / FILE_NAME).exists() else f"{FILE_NAME} could not be written"
 
 
@@ -161,6 +196,8 @@ def call(task: str, path: str | Path, **options: Any) -> dict[str, Any]:
     (a nested key as `**{"data.path": …}`). Raises the RunnerError that the command line would print.
     """
     overrides = [f"task={task}", "tracker=none", f"ckpt={quoted(str(path))}"]
+    if family := implied_family(options):
+        overrides.append(f"family={family}")
     for key, value in options.items():
         if value is not None:
             overrides.append(f"{key}={_spelled(value)}")
@@ -179,8 +216,17 @@ def setup() -> None:
     register()
 
 
-def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tuple[dict[str, Any], int, str | None]:
-    """Run the task, write the result, then tell the tracker. Returns result, exit code and where the tracker put it."""
+@dataclass(frozen=True, kw_only=True)
+class _Finished:
+    """A job that has ended: what it found, its exit code, and the tracker, in which a live run is still open."""
+
+    result: dict[str, Any]
+    code: int
+    tracker: Tracker
+
+
+def _run_and_write(cfg: DictConfig, directory: Path, sweep: str | None) -> _Finished:
+    """Run the task and write its result."""
     logging.captureWarnings(True)
     logging.raiseExceptions = False  # where the disk is full the result says so, not a traceback of the log
     tracker: Tracker = Tracker()
@@ -188,7 +234,7 @@ def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tupl
     try:
         tracker = tracker_of(cfg)
         if cfg.task in _LIVE:
-            tracker.start(_identity(cfg, {}, sweep), _plain(cfg))
+            tracker.start(identity(cfg, {}, sweep), plain_config(cfg))
         outcome = _run(cfg, directory, tracker, in_sweep=sweep is not None)
         code = outcome.exit_code
     except RunnerError as error:
@@ -202,16 +248,35 @@ def _run_and_record(cfg: DictConfig, directory: Path, sweep: str | None) -> tupl
         raise
     result = outcome.to_dict()
     code = _write(result, cfg, directory) or code
-    if result["status"] == "ok" and cfg.task not in _UNTRACKED:
-        if cfg.task not in _LIVE:
-            tracker.start(_identity(cfg, result, sweep), _plain(cfg))
-        tracker.record(result)
-    tracker.finish(code)
+    return _Finished(result=result, code=code, tracker=tracker)
+
+
+def _recording(finished: _Finished, cfg: DictConfig, directory: Path, sweep: str | None) -> Callable[[], None]:
+    """What tells the tracker of a job."""
+    tracker, result = finished.tracker, finished.result
+    if result["status"] == "ok" and is_tracked(cfg):
+        own_log = directory / LOG_NAME
+        return tracker.leave(identity(cfg, result, sweep), plain_config(cfg), result, finished.code, own_log)
+
+    def rest() -> None:
+        if result["status"] == "ok" and cfg.task in _LIVE:
+            tracker.record(result)
+        tracker.finish(finished.code)
+
+    return rest
+
+
+def _say_where(tracker: Tracker) -> None:
+    """What went wrong with the tracker, on stderr; where the run is, into the log."""
     for warning in tracker.warnings:
-        print(f"runner: warning: {warning}", file=sys.stderr)
+        print(f"runner: warning: {printable(warning)}", file=sys.stderr)
     if tracker.location:
         log.info("%s", tracker.location)
-    return result, code, tracker.location
+
+
+def is_tracked(cfg: DictConfig) -> bool:
+    """Whether the tracker is told of a job of this task when it has ended."""
+    return cfg.task not in (*_UNTRACKED, *_LIVE)
 
 
 def _unexpected(error: Exception, directory: Path) -> RunnerError:
@@ -234,9 +299,11 @@ def _failed(cfg: DictConfig, error: RunnerError) -> Result:
 def _write(result: dict[str, Any], cfg: DictConfig, directory: Path) -> int:
     """Write `result.json` and `output=FILE`. 2, and one line, where that is not possible."""
     paths = [directory / FILE_NAME, *([Path(cfg.output).expanduser()] if cfg.output else [])]
+    as_file = getattr(_page(cfg.task), "as_file", None) if cfg.output and result["status"] == "ok" else None
     for path in paths:
         try:
-            write_json(path, result)
+            own = as_file(result, path) if as_file and path == paths[-1] else None
+            write_json(path, result) if own is None else write_whole(path, own)
         except OSError as error:
             print(f"runner: error: {path}: cannot be written: {error.strerror}", file=sys.stderr)
             return 2
@@ -246,8 +313,9 @@ def _write(result: dict[str, Any], cfg: DictConfig, directory: Path) -> int:
 def _run(cfg: DictConfig, directory: Path, tracker: Tracker, *, in_sweep: bool = False) -> Result:
     """Check the config, build its components, run the task's page; a sweep's job shows no progress of its own."""
     config = _typed(cfg)
-    console = Console(stderr=True, quiet=in_sweep)
-    context = Context(directory=directory, tracker=tracker, progress=console, in_sweep=in_sweep)
+    if isinstance(config, CheckpointConfig) and config.task in _HEAVY:
+        require_checkpoint(config)  # before torch is imported to no avail
+    context = Context(directory=directory, tracker=tracker, quiet=in_sweep, in_sweep=in_sweep)
     return _page(config.task).run(config, context)
 
 
@@ -321,12 +389,14 @@ def tracker_of(cfg: DictConfig) -> Tracker:
     return tracker
 
 
-def _plain(cfg: DictConfig) -> dict[str, Any]:
+def plain_config(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain values, resolved."""
     container: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     return container
 
 
-def _identity(cfg: DictConfig, result: Mapping[str, Any], sweep: str | None) -> RunIdentity:
+def identity(cfg: DictConfig, result: Mapping[str, Any], sweep: str | None) -> RunIdentity:
+    """What names the run of a job in the tracker; `sweep`: the name of the sweep that it belongs to."""
     ckpt = Path(result.get("ckpt") or cfg.task).absolute()
     return RunIdentity(
         task=cfg.task,

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 # Which folders and modules each may import; the arrows run one way, engines never import a family.
 GROUND = {"errors", "installation", "progress"}
 KNOWLEDGE = GROUND | {"config", "results", "files", "metrics", "data", "checkpoints"}
-ENGINES = {"evaluation", "checks", "merge", "training"}
+ENGINES = {"evaluation", "generation", "checks", "merge", "training"}
 PAGES = {"comparison", "reports", "tracking"}
 MAY_IMPORT = {
     "errors": set(),
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "data": GROUND | {"files"},
     "checkpoints": GROUND | {"files", "config"},
     "evaluation": KNOWLEDGE,
+    "generation": KNOWLEDGE | {"evaluation"},
     "checks": KNOWLEDGE | {"evaluation"},
     "merge": KNOWLEDGE | {"evaluation"},
     "training": KNOWLEDGE | {"evaluation"},
@@ -37,11 +38,13 @@ MAY_IMPORT = {
     "tracking": KNOWLEDGE | {"comparison"},
     "tasks": KNOWLEDGE | ENGINES | PAGES | {"families"},
     "overrides": KNOWLEDGE,
+    "expand": KNOWLEDGE | {"overrides", "sweeps"},
     "run": KNOWLEDGE | PAGES | {"tasks", "overrides"},
     "sweeps": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "checks"},
-    "cli": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "sweeps"},
+    "cli": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "sweeps", "expand"},
     "__main__": {"cli"},
-    "__init__": {"run", "evaluation", "checkpoints", "families"},
+    "transfer": KNOWLEDGE | ENGINES | {"families"},
+    "__init__": {"run", "transfer", "evaluation", "checkpoints", "families", "tasks"},
 }
 HYDRA = {"cli", "run", "sweeps", "config"}
 
@@ -133,16 +136,56 @@ def test_every_folder_has_its_place():
     assert parts <= set(MAY_IMPORT), f"say what {parts - set(MAY_IMPORT)} may import"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--cfg", "job"]])
-def test_help_and_config_import_nothing_heavy(words, tmp_path):
+LIBRARIES = ("torch", "transformers", "wandb", "peft", "numpy", "rich")
+
+
+@pytest.mark.parametrize(("words", "absent", "left"), [
+    (["--help"], (*LIBRARIES, "hydra", "omegaconf", "yaml"), 0),
+    (["--cfg", "job"], LIBRARIES, 0),
+    (["ckp=demo"], (*LIBRARIES, "hydra", "omegaconf"), 2),
+    (["tier.new_token=3"], (*LIBRARIES, "hydra", "omegaconf"), 2),
+])  # fmt: skip
+def test_help_config_and_mistakes_import_nothing_heavy(words, absent, left, tmp_path):
     code = (
         "import sys; from runner.cli import run; code = run(sys.argv[1:]); "
-        "print([m for m in ('torch', 'transformers', 'wandb', 'peft') if m in sys.modules], file=sys.stderr); "
-        "sys.exit(code)"
+        f"print([m for m in {absent} if m in sys.modules], file=sys.stderr); sys.exit(code)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *words], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stderr.strip()) == (0, "[]")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (left, "[]")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_diagnosis_of_a_llama_imports_no_transformers(tmp_path, base):
+    """NPT layers over a Llama (the demonstration), and a Llama by itself: at the end of both nothing of it is there."""
+    code = (
+        "import sys; from runner.cli import run; codes = run(['tracker=none']), run(['tracker=none', *sys.argv[1:]]); "
+        "heavy = ('transformers', 'torch._dynamo', 'sympy', 'scipy', 'matplotlib', 'wandb', 'peft'); "
+        "print(codes, [m for m in heavy if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"ckpt={base}", f"reference={base}"], cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.strip()) == (0, "(0, 0) []"), done.stderr
+
+
+@pytest.mark.parametrize(("words", "absent"), [
+    (["ckpt=nowhere/checkpoint-1"], LIBRARIES),
+    (["task=verify", "ckpt=nowhere"], LIBRARIES),
+    (["task=diff", "ckpt=nowhere", "reference=demo"], LIBRARIES),
+])  # fmt: skip
+def test_a_path_that_is_not_there_costs_no_torch(words, absent, tmp_path):
+    code = (
+        "import sys; from runner.cli import run; code = run(sys.argv[1:]); "
+        f"print([m for m in {absent} if m in sys.modules], file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "tracker=none"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "[]")
+    assert "no such file or directory" in done.stderr

@@ -10,7 +10,7 @@ import torch
 
 import runner
 from runner.checkpoints.checkpoint import plain
-from tests.conftest import MIXED, ROOT, npt_tensors, write_npt
+from tests.conftest import MIXED, ROOT, npt_tensors, write_gpt, write_npt
 
 
 def test_npt_delta(run, checkpoint, base):
@@ -90,12 +90,21 @@ def test_golden(path, expected, golden):
     assert {name: result.get(name) for name in expected} == expected
 
 
-def test_nothing_heavy_is_imported(tmp_path, base):
-    path = tmp_path / "weights.pt"
-    torch.save(npt_tensors(base, MIXED), path)
+HEAVY = ("torch", "transformers", "wandb", "peft", "safetensors", "numpy", "matplotlib", "rich", "tokenizers")
+
+
+@pytest.mark.parametrize("what", ["a pickle", "safetensors", "a run", "a GPT"])
+def test_nothing_heavy_is_imported(what, tmp_path, base, checkpoint):
+    path = {"a pickle": tmp_path / "weights.pt", "safetensors": base, "a run": checkpoint.parent}.get(what, tmp_path)
+    if what == "a pickle":
+        torch.save(npt_tensors(base, MIXED), path)
+    if what == "a run":
+        write_npt(checkpoint.parent / "checkpoint-1000", npt_tensors(base, MIXED), base=base, step=1000)
+    if what == "a GPT":
+        path = write_gpt(tmp_path, "small")
     code = (
         "import sys; from runner.cli import run; code = run(sys.argv[1:]); "
-        "print([m for m in ('transformers', 'wandb', 'peft') if m in sys.modules], file=sys.stderr); sys.exit(code)"
+        f"print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr); sys.exit(code)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "task=inspect", f"ckpt={path}", "tracker=none"], cwd=tmp_path,

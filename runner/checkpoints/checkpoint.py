@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.errors import CheckpointError
 from runner.files.stubs import Inert
-from runner.files.tensors import TensorInfo, TensorSource, open_weights
+from runner.files.tensors import TensorInfo, TensorSource, is_tensor, open_weights
 
 if TYPE_CHECKING:
     import torch
@@ -232,13 +232,11 @@ _ITEMS, _CHARACTERS = 200, 2000
 
 def plain(value: Any, depth: int = 6) -> Any:
     """`value` as JSON values: tensors as dtype and shape, foreign objects as their state, long things cut."""
-    import torch
-
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, str):
         return value if len(value) <= _CHARACTERS else f"{value[:_CHARACTERS]}… ({len(value)} characters)"
-    if isinstance(value, torch.Tensor):
+    if is_tensor(value):
         return f"{dtype_name(value.dtype)} {list(value.shape)}"
     if depth == 0:
         return "…"

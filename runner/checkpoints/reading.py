@@ -22,7 +22,7 @@ from runner.checkpoints.checkpoint import (
 from runner.checkpoints.model_directory import MERGED_MODEL
 from runner.errors import CheckpointError
 from runner.files.file_type import may_be_weights
-from runner.files.tensors import TensorSource, load_pickle
+from runner.files.tensors import TensorSource, read_pickle
 
 
 class Parts:
@@ -110,9 +110,9 @@ def read(listing: Listing, found: CheckpointFormat | None) -> Reading:
     return parts.reading(listing.path, checkpoint.weights.files if checkpoint else (), checkpoint)
 
 
-def some(names: Sequence[str], most: int = 6) -> str:
+def some(names: Sequence[str], most: int = 6, between: str = "; ") -> str:
     """Names for a message: the first of a long list, and how many there are."""
-    return "; ".join(names[:most]) + (f"; … ({len(names)} in all)" if len(names) > most else "")
+    return between.join([*names[:most], *([f"… ({len(names)} in all)"] if len(names) > most else [])])
 
 
 def weight_names(listing: Listing) -> list[str]:
@@ -123,8 +123,8 @@ def weight_names(listing: Listing) -> list[str]:
 
 
 def load_mapping(path: Path) -> dict[str, Any]:
-    """The dict of a trainer's .pt file, its tensors on the meta device. Raises CheckpointError."""
-    content = load_pickle(path, tensors="meta")
+    """The dict of a trainer's .pt file, as `read_pickle` gives it. Raises CheckpointError."""
+    content = read_pickle(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary")
     return content

@@ -1,5 +1,5 @@
 """Base models: where they lie, here or as a snapshot of the Hugging Face hub (never of code), one copy in memory; built
-by transformers from a config's values and named tensors, every key accounted for.
+from a config's values and named tensors, every key accounted for: a Llama here, other architectures by transformers.
 """
 
 import re
@@ -7,32 +7,24 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.utils import logging as transformers_logging
 
 from runner.checkpoints import model_directory
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.errors import CheckpointError, ModelError
+from runner.evaluation.llama import Llama
+from runner.evaluation.llama_config import LlamaConfig, read_config
 from runner.evaluation.placement import Placement, place, torch_device, torch_dtype
 from runner.files.tensors import TensorSource, is_finite, non_finite
 
-# What a Llama's computation and generation depend on; the last three are older names that LlamaConfig still reads.
-_LLAMA = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "hidden_act max_position_embeddings initializer_range rms_norm_eps attention_bias attention_dropout mlp_bias "
-    "tie_word_embeddings rope_parameters pad_token_id bos_token_id eos_token_id "
-    "rope_theta rope_scaling partial_rotary_factor"
-).split()
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    Config = LlamaConfig | PreTrainedConfig
+    LanguageModel = Llama | PreTrainedModel
+
 # For other architectures, what is no part of them, or would fetch and run code.
 _DROPPED = (
     "model_type architectures auto_map custom_pipelines dtype torch_dtype transformers_version _name_or_path "
@@ -42,7 +34,7 @@ _DROPPED = (
 _WAIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
-def config_from(values: Mapping[str, Any], where: object) -> PreTrainedConfig:
+def config_from(values: Mapping[str, Any], where: object) -> "Config":
     """The architecture of a config.json; what could change behaviour otherwise (auto_map, …) is dropped.
 
     Raises ModelError for an architecture that transformers does not know, quantised weights, or impossible values.
@@ -52,7 +44,9 @@ def config_from(values: Mapping[str, Any], where: object) -> PreTrainedConfig:
         raise ModelError(f"{where}: holds quantised weights, which cannot be measured exactly; give full precision")
     try:
         if kind == "llama":
-            return LlamaConfig(**{name: values[name] for name in _LLAMA if name in values})
+            return read_config(values)
+        from transformers import AutoConfig
+
         return AutoConfig.for_model(
             str(kind), **{name: value for name, value in values.items() if name not in _DROPPED}
         )
@@ -61,7 +55,7 @@ def config_from(values: Mapping[str, Any], where: object) -> PreTrainedConfig:
         raise ModelError(f"{where}: config.json (model_type {kind!r}) makes no model: {lines[0]}") from error
 
 
-def names_to_load(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], where: object) -> list[str]:
+def names_to_load(config: "Config", shapes: Mapping[str, tuple[int, ...]], where: object) -> list[str]:
     """The names to load, once all names and shapes agree with the config. Raises ModelError with every difference.
 
     `lm_head.weight` may be absent where the config ties the embeddings; buffers that follow from the config are waived.
@@ -82,9 +76,7 @@ def names_to_load(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]
     return sorted(given)
 
 
-def build(
-    config: PreTrainedConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, where: object
-) -> PreTrainedModel:
+def build(config: "Config", tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, where: object) -> "LanguageModel":
     """The model with `tensors` (checked by `names_to_load`) cast to `dtype`, in evaluation mode, gradients off.
 
     Raises ModelError where the embeddings are tied but the head is there and differs, and for whole numbers.
@@ -97,23 +89,34 @@ def build(
     if whole := sorted(name for name, t in tensors.items() if name in floating and not t.is_floating_point()):
         kind = str(tensors[whole[0]].dtype)[6:]
         raise ModelError(f"{where}: {whole[0]} is {kind}; weights are floating-point, quantised ones are not read")
-    transformers_logging.disable_progress_bar()
-    model = type(empty).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    if isinstance(empty, Llama):
+        model: LanguageModel = empty.assign({name: tensor.to(dtype) for name, tensor in tensors.items()})
+    else:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        model = type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, dtype=dtype)
     return model.eval().requires_grad_(False)
 
 
-def _tied(empty: PreTrainedModel) -> dict[str, str]:
+def _tied(empty: "LanguageModel") -> dict[str, str]:
     """The names that are tied, and the names that they are tied to."""
-    return dict(empty.all_tied_weights_keys or {}) if empty.config.tie_word_embeddings else {}
+    if not empty.config.tie_word_embeddings:
+        return {}
+    if isinstance(empty, Llama):
+        return {"lm_head.weight": "model.embed_tokens.weight"}
+    return dict(empty.all_tied_weights_keys or {})
 
 
-def _empty(config: PreTrainedConfig, where: object) -> PreTrainedModel:
+def _empty(config: "Config", where: object) -> "LanguageModel":
     """The model without memory for its weights."""
+    if isinstance(config, LlamaConfig):
+        return Llama(config)
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
-        if isinstance(config, LlamaConfig):
-            return LlamaForCausalLM(config)
         try:
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return cast("PreTrainedModel", AutoModelForCausalLM.from_config(config, trust_remote_code=False))
         except ValueError as error:
             raise ModelError(f"{where}: a {config.model_type} is no causal language model") from error
 
@@ -161,7 +164,7 @@ class Base:
     `files`: all that determines it, config and weights.
     """
 
-    model: PreTrainedModel
+    model: "LanguageModel"
     path: Path
     key: tuple[object, ...]
     files: tuple[Path, ...]
@@ -202,7 +205,7 @@ def load_base(
 
 def build_plain(
     values: Mapping[str, object], weights: TensorSource, names: Iterable[str], placement: Placement
-) -> PreTrainedModel:
+) -> "LanguageModel":
     """The model that config.json's `values` describe, from the tensors `names` of `weights`, all accounted for."""
     config = config_from(values, weights.path)
     chosen = names_to_load(config, {name: weights.infos[name].shape for name in names}, weights.path)

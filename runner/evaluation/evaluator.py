@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
 
 from runner.evaluation.forward import (
     CHUNK_ENTRIES,
@@ -16,7 +15,6 @@ from runner.evaluation.forward import (
     continue_from,
     device_of,
     first_non_finite,
-    has_cache,
     head_of,
     in_other_precision,
     limits,
@@ -24,13 +22,13 @@ from runner.evaluation.forward import (
     logits,
     trace,
 )
+from runner.evaluation.llama import Llama
 from runner.evaluation.reference import Reference
-from runner.evaluation.tokenizers import encode, seeded_ids
-from runner.metrics import generation, layers
+from runner.evaluation.tokenizers import TextTokenizer, encode, seeded_ids
 from runner.metrics.fidelity import LogitComparison
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from runner.metrics import layers
 
 # Tokens that stand for a prompt where there is no tokenizer.
 SEEDED_LENGTH = 64
@@ -62,7 +60,7 @@ class Evaluator:
     model: nn.Module
     reference: Reference | None = None
     plain: Reference | None = None
-    tokenizer: "PreTrainedTokenizerBase | None" = None
+    tokenizer: TextTokenizer | None = None
     seed: int = 0
 
     @property
@@ -80,6 +78,14 @@ class Evaluator:
     def max_length(self) -> int | None:
         """How many positions the model has; None for any number."""
         return limits(self.model)[1]
+
+    @property
+    def computed_by(self) -> dict[str, str]:
+        """The packages that the model and the tokenizer come from."""
+        theirs = getattr(getattr(self.model, "config", None), "theirs", None)
+        package = type(self.model).__module__.partition(".")[0]
+        found = {"model": package if theirs is None else f"{package}, with the rotation and activation of transformers"}
+        return found if self.tokenizer is None else {**found, "tokenizer": self.tokenizer.by}
 
     @property
     def _reference(self) -> Reference:
@@ -107,7 +113,7 @@ class Evaluator:
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of token ids."""
-        return " ".join(map(str, token_ids)) if self.tokenizer is None else str(self.tokenizer.decode(token_ids))
+        return " ".join(map(str, token_ids)) if self.tokenizer is None else self.tokenizer.decode(token_ids)
 
     def compare(self, token_ids: torch.Tensor) -> LogitComparison:
         """The model's logits against the reference's on one sequence [T]."""
@@ -132,12 +138,12 @@ class Evaluator:
 
     def has_floor(self) -> bool:
         """Whether the reference can be run in another precision here."""
-        return self.reference is not None and isinstance(self.reference.model, LlamaForCausalLM)
+        return self.reference is not None and isinstance(self.reference.model, Llama)
 
     def compare_to_floor(self, token_ids: torch.Tensor) -> LogitComparison:
         """The reference in the other of float32 and bfloat16 against itself: what no model can beat."""
         model = self._reference.model
-        assert isinstance(model, LlamaForCausalLM)
+        assert isinstance(model, Llama)
         head, final = in_other_precision(model, token_ids)
         return compare_finals(self._reference.logit_chunks(token_ids), head, final, token_ids, logit_count(self.model))
 
@@ -146,7 +152,7 @@ class Evaluator:
         assert self.plain is not None
         llama = self._llama
         with self.switchable.npt_mode(set()), torch.inference_mode():
-            output = llama.model(token_ids.to(llama.device).unsqueeze(0), use_cache=False)
+            output = llama.model(token_ids.to(llama.device).unsqueeze(0))
         return self._compare(self.plain, self.model, output.last_hidden_state, token_ids)
 
     def plain_against_reference(self, token_ids: torch.Tensor) -> LogitComparison:
@@ -155,7 +161,7 @@ class Evaluator:
         final = self.plain.trace(token_ids, []).final
         return self._compare(self._reference, self.plain.model, final, token_ids)
 
-    def layer_run(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, layers.Run]:
+    def layer_run(self, token_ids: torch.Tensor) -> "tuple[torch.Tensor, layers.Run]":
         """The reference's logits [T, V] and a function from the layers that are on to the model's, for per-layer tests.
 
         Layers below the first that is on give the plain model's hidden states, so a run starts there.
@@ -171,9 +177,12 @@ class Evaluator:
 
     def continuation(self, token_ids: torch.Tensor, count: int, *, temperature: float) -> dict[str, Any]:
         """Continuations of one prompt [T] by model and reference from the same seed, and how far they agree."""
+        from runner.evaluation.decoding import generate
+        from runner.metrics import generation
+
         settings: dict[str, Any] = {"temperature": temperature, "seed": self.seed}
         prompt = token_ids.to(device_of(self.model))
-        tokens = generation.generate(self.model, prompt, count, cache=has_cache(self.model), **settings)
+        tokens = generate(self.model, prompt, count, **settings)
         theirs = self._reference.continuation(token_ids, count, **settings)
         return {
             **settings,
@@ -198,9 +207,9 @@ class Evaluator:
         return findings
 
     @property
-    def _llama(self) -> LlamaForCausalLM:
+    def _llama(self) -> Llama:
         """The model with switchable layers: today's are Llamas, which can be run from any layer on."""
-        assert isinstance(self.model, LlamaForCausalLM)
+        assert isinstance(self.model, Llama)
         return self.model
 
     def _compare(
@@ -212,7 +221,7 @@ class Evaluator:
 
 
 def _head_weight(model: object) -> torch.Tensor | None:
-    return model.lm_head.weight if isinstance(model, LlamaForCausalLM) else None
+    return model.lm_head.weight if isinstance(model, Llama) else None
 
 
 def plain_reference(model: nn.Module, base: Reference | None) -> Reference | None:

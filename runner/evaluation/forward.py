@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
 
+from runner.evaluation.llama import Llama, Rotation
 from runner.metrics.fidelity import LogitComparison, compare
 
 # Entries of one chunk of logits: 16 MiB in float32, and a few times that in float64 while they are compared.
@@ -19,7 +18,7 @@ LogitChunks = Iterable[torch.Tensor]
 
 
 def run_layers(
-    model: LlamaForCausalLM,
+    model: Llama,
     hidden_states: torch.Tensor,
     start: int = 0,
     record: list[torch.Tensor] | None = None,
@@ -45,23 +44,10 @@ def run_layers(
     return cast(llama.norm)(hidden_states)
 
 
-def layer_arguments(model: LlamaForCausalLM, hidden_states: torch.Tensor) -> dict[str, object]:
+def layer_arguments(model: Llama, hidden_states: torch.Tensor) -> dict[str, Rotation]:
     """What `LlamaModel.forward` hands to each layer, for unpadded `hidden_states` [B, T, d]."""
-    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-    mask = create_causal_mask(
-        config=model.config,
-        inputs_embeds=hidden_states,
-        attention_mask=None,
-        past_key_values=None,
-        position_ids=positions,
-    )
-    return {
-        "attention_mask": mask,
-        "position_embeddings": model.model.rotary_emb(hidden_states, position_ids=positions),
-        "position_ids": positions,
-        "past_key_values": None,
-        "use_cache": False,
-    }
+    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+    return {"rotation": model.model.rotary_emb(hidden_states, positions)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +65,7 @@ def trace(model: nn.Module, token_ids: torch.Tensor, keep: frozenset[int] | None
     A model that is no Llama gives no layer inputs; one without a head of its own (`head`) gives its logits as `final`.
     """
     ids = token_ids.to(device_of(model)).unsqueeze(0)
-    if isinstance(model, LlamaForCausalLM):
+    if isinstance(model, Llama):
         record: list[torch.Tensor] = []
         final = run_layers(model, model.model.embed_tokens(ids), record=record)
         return Trace(inputs={i: h for i, h in enumerate(record) if keep is None or i in keep}, final=final)
@@ -88,14 +74,14 @@ def trace(model: nn.Module, token_ids: torch.Tensor, keep: frozenset[int] | None
 
 
 @torch.inference_mode()
-def continue_from(model: LlamaForCausalLM, start: Trace, layer: int) -> torch.Tensor:
+def continue_from(model: Llama, start: Trace, layer: int) -> torch.Tensor:
     """The input of the head [1, T, d] when `model` takes over at `layer`."""
     return run_layers(model, start.inputs[layer], start=layer)
 
 
 def head_of(model: nn.Module) -> Head:
     """What turns a trace's `final` into logits."""
-    if isinstance(model, LlamaForCausalLM):
+    if isinstance(model, Llama):
         return model.lm_head
     head = getattr(model, "head", None)
     return head if callable(head) else nn.Identity()
@@ -111,11 +97,6 @@ def limits(model: nn.Module) -> tuple[int, int | None]:
     """How many tokens the embedding knows, and how many positions the model has (None: any number)."""
     config: Any = model.config
     return config.vocab_size, getattr(config, "max_position_embeddings", None)
-
-
-def has_cache(model: nn.Module) -> bool:
-    """Whether the model takes and gives `past_key_values`: all of transformers, and those that say `has_cache`."""
-    return isinstance(model, PreTrainedModel) or getattr(model, "has_cache", False) is True
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -170,7 +151,7 @@ def first_non_finite(model: nn.Module, token_ids: torch.Tensor) -> tuple[str, in
 
 
 @torch.inference_mode()
-def in_other_precision(model: LlamaForCausalLM, token_ids: torch.Tensor) -> tuple[Head, torch.Tensor]:
+def in_other_precision(model: Llama, token_ids: torch.Tensor) -> tuple[Head, torch.Tensor]:
     """The head and its input [1, T, d] when a float32 model runs in bfloat16, or another one in float32."""
     other = torch.bfloat16 if model.dtype == torch.float32 else torch.float32
     embedded = model.model.embed_tokens(token_ids.to(model.device).unsqueeze(0))

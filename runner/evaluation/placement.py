@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from runner.errors import ConfigError, ModelError
 from runner.files.tensors import TensorSource
@@ -54,14 +53,14 @@ def torch_dtype(name: str, weights: TensorSource, embedding: str = "model.embed_
     return DTYPES[name]
 
 
-def place(model: PreTrainedModel, device: torch.device, device_map: DeviceMap | None) -> None:
+def place(model: nn.Module, device: torch.device, device_map: DeviceMap | None) -> None:
     """Move `model` to `device`, or its parts to where `device_map` says.
 
     `device_map`: one of STRATEGIES, or module name → device (the number of a GPU, or cpu); "" is the whole model.
     Raises ConfigError for a map that names no such strategy, module or device, or leaves weights out.
     """
     if device_map is None:
-        model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to without its types
+        model.to(device)
         return
     parts = _by_strategy(model, device_map) if isinstance(device_map, str) else dict(device_map)
     places = {name: _device(place) for name, place in parts.items()}
@@ -104,20 +103,20 @@ def _to(value: object, device: torch.device) -> object:
     return tuple(_to(item, device) for item in value) if type(value) is tuple else value
 
 
-def _by_strategy(model: PreTrainedModel, strategy: str) -> dict[str, int | str]:
+def _by_strategy(model: nn.Module, strategy: str) -> dict[str, int | str]:
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory, get_max_memory
 
     if strategy not in STRATEGIES:
         raise ConfigError(f"family.device_map={strategy}: choose {', '.join(STRATEGIES)} or give {{module: device}}")
-    whole = list(model._no_split_modules or ())
+    whole, dtype = list(getattr(model, "_no_split_modules", None) or ()), next(model.parameters()).dtype
     if strategy == "sequential":
         memory = get_max_memory()
     else:
         memory = get_balanced_memory(
-            model, no_split_module_classes=whole, dtype=model.dtype, low_zero=strategy == "balanced_low_0"
+            model, no_split_module_classes=whole, dtype=dtype, low_zero=strategy == "balanced_low_0"
         )
-    found = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole, dtype=model.dtype)
+    found = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole, dtype=dtype)
     if "disk" in found.values():
         raise ConfigError(f"family.device_map={strategy}: the model is larger than the memory of all devices together")
     return dict(found)

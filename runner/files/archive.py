@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from runner.errors import CheckpointError, DamagedError
 from runner.files.file_type import LEGACY_MAGIC, ZIP_START, Kind, kind_of
@@ -81,13 +81,12 @@ def check_archive(path: Path) -> Archive:
     return Archive(path=path, pickle=pickled, entries=entries)
 
 
-def verify_crc(path: Path) -> None:
-    """Read every record of a torch.save file and compare its CRC (about 0.3 s/GB); other layouts carry none.
+def verify_crc(path: Path) -> bool:
+    """Read every record of a torch.save file and compare its CRC (about 0.3 s/GB); whether there are any to compare.
 
-    Raises CheckpointError that names the first damaged record.
+    Other layouts carry none. Raises CheckpointError that names the first damaged record.
     """
-    if kind_of(path) is Kind.ZIP:
-        Crcs(check_archive(path)).check_all()
+    return kind_of(path) is Kind.ZIP and Crcs(check_archive(path)).check_all()
 
 
 def require_crc(path: Path, steps: Steps = whole) -> None:
@@ -112,6 +111,7 @@ class Crcs:
     def __init__(self, archive: Archive) -> None:
         self._path = archive.path
         self._file = _identity(archive.path)
+        self._entries = archive.entries
         self._left = dict(archive.entries) if _has_crc(archive.entries.values()) else {}
         self._view = mapped(archive.path)
 
@@ -121,23 +121,39 @@ class Crcs:
             self._compare(self._left[name], whole)
             self._left.pop(name, None)
 
-    def check_all(self, steps: Steps = whole) -> None:
-        """Raise CheckpointError for the first damaged record, whatever this process found before."""
+    def read(self, name: str) -> memoryview:
+        """The bytes of the record `name`, mapped. Raises CheckpointError where it is damaged."""
+        self.check(name)
+        content = self._bytes(self._entries[name])
+        if len(content) != self._entries[name].file_size:
+            raise DamagedError(f"{self._path}: record {name} reaches beyond the end of the file")
+        return content
+
+    def check_all(self, steps: Steps = whole) -> bool:
+        """Whether there are CRCs. Raises CheckpointError for the first damaged record, whatever was found before."""
         for entry in self._left.values():
             self._compare(entry, steps)
+        return bool(self._left)
 
-    def _compare(self, entry: zipfile.ZipInfo, steps: Steps) -> None:
+    def _bytes(self, entry: zipfile.ZipInfo) -> memoryview:
         # The lengths of name and padding stand at bytes 26 to 29 of a record's own header.
         at = entry.header_offset
         start = at + 30 + sum(int.from_bytes(self._view[i : i + 2], "little") for i in (at + 26, at + 28))
-        crc = 0
-        for step in steps(self._view[start : start + entry.file_size]):
+        return self._view[start : start + entry.file_size]
+
+    def _compare(self, entry: zipfile.ZipInfo, steps: Steps) -> None:
+        content, crc = self._bytes(entry), 0
+        for step in steps(content):
             crc = zlib.crc32(step, crc)
-        if crc != entry.CRC or start + entry.file_size > len(self._view):
+        if crc != entry.CRC or len(content) != entry.file_size:
             raise DamagedError(
-                f"{self._path}: record {entry.filename} (at byte {at}) is damaged: its CRC does not match; copy or "
-                "download the file again"
+                f"{self._path}: record {entry.filename} (at byte {entry.header_offset}) is damaged: its CRC does not "
+                "match; copy or download the file again"
             )
+        # Whoever reads the tensors maps the file once more: these pages need not stay in memory beside those.
+        first = entry.header_offset - entry.header_offset % mmap.PAGESIZE
+        view: Any = self._view.obj
+        view.madvise(mmap.MADV_DONTNEED, first, min(len(self._view), entry.header_offset + len(content)) - first)
 
 
 def mapped(path: Path) -> memoryview:
@@ -261,8 +277,11 @@ _PROTOCOL = 1001
 _COUNT = struct.Struct("<q")
 
 
-def check_legacy(path: Path) -> None:
-    """Check a non-zip torch.save file: its pickles, and each storage's size against the file's. No data is read."""
+def check_legacy(path: Path) -> object:
+    """Check a non-zip torch.save file: its pickles, and each storage's size against the file's. No data is read.
+
+    Returns the record of the object in it. Raises CheckpointError.
+    """
     with path.open("rb") as file:
         magic = scan(file, path).value
         version = scan(file, path).value
@@ -271,7 +290,8 @@ def check_legacy(path: Path) -> None:
         system = scan(file, path).value
         if not _little_endian(system):
             raise CheckpointError(f"{path}: only little-endian checkpoints are read")
-        storages = scan(file, path).storages
+        found = scan(file, path)
+        storages = found.storages
         keys = scan(file, path).value
         if not isinstance(keys, Container) or not all(isinstance(key, str) for key in keys.items):
             raise CheckpointError(f"{path}: damaged torch.save file (no list of storages)")
@@ -282,6 +302,7 @@ def check_legacy(path: Path) -> None:
             _check_storage(path, file, key, storages[key].record_bytes // storages[key].item_bytes)
             file.seek(storages[key].record_bytes, 1)
         _check_size(path, file.tell())
+    return found.value
 
 
 def _little_endian(system: object) -> bool:

@@ -1,17 +1,16 @@
 """What a checkpoint's pickle may make: plain containers, dense tensors, inert records; each a record of its own here.
 
-A tensor is described by its storage and shape alone, and every element must lie inside the storage. What is called,
-referred to or nested otherwise is refused.
+A tensor is described by its storage, dtype and shape alone, and every element must lie inside the storage. What is
+called, referred to or nested otherwise is refused. `value_of` makes plain Python of the records, all without torch.
 """
 
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-
-from runner.files.stubs import FUNCTIONS, STAND_INS
+from runner.files.stubs import FUNCTIONS, STAND_INS, Inert
 
 
 class Refused(Exception):
@@ -22,37 +21,78 @@ class Refused(Exception):
         self.about_tensor = about_tensor
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Global:
     """A name that the pickle refers to."""
 
     name: str
 
+    def __repr__(self) -> str:
+        return self.name
+
+
+_NO_STATE = object()
+
 
 @dataclass(kw_only=True, slots=True)
 class Container:
-    """A list, dict (keys and values in turn), set or foreign record in the making."""
+    """A list, dict (keys and values in turn) or set in the making; else `kind` is what is called with `items`.
+
+    `state`: what is given to the object once it is made.
+    """
 
     kind: str
     items: list[object] = field(default_factory=list)
+    state: object = _NO_STATE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Storage:
-    """`count` elements of `item_bytes` each, in a record that holds `record_bytes`."""
+    """`count` elements of `item_bytes` each, in a record that holds `record_bytes`; `dtype` as torch calls it."""
 
     key: str
     count: int
+    dtype: str
     item_bytes: int
     record_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Tensor:
-    """A dense tensor over a storage."""
+    """A dense tensor over a storage, from its element `offset` on; `dtype` as torch calls it, as float32."""
 
     storage: Storage
+    dtype: str
+    offset: int
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel() * self.itemsize
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements stand in order, without gaps."""
+        step = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size > 1 and stride != step:
+                return False
+            step *= size
+        return True
+
+    def numel(self) -> int:
+        """Number of elements; a method, as that of torch's tensors."""
+        return math.prod(self.shape)
 
 
 def entries(record: object) -> dict[object, object]:
@@ -77,7 +117,9 @@ def check_shape(root: object) -> None:
         value, left = stack.pop()
         if not left and id(value) in sizes:
             continue
-        items: Sequence[object] = value.items if isinstance(value, Container) else value
+        items: Sequence[object] = value
+        if isinstance(value, Container):
+            items = value.items if value.state is _NO_STATE else [*value.items, value.state]
         if left:
             path.remove(id(value))
             sizes[id(value)] = 1 + sum(sizes.get(id(item), 1) for item in items)
@@ -96,19 +138,21 @@ def check_shape(root: object) -> None:
 MAX_DIMENSIONS = 64
 # A tensor that repeats its storage (stride 0) may have this many elements; a larger one claims memory out of nothing.
 MAX_REPEATED = 1 << 20
-_STORAGE_BYTES = {
-    "Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1,
-    "Bool": 1, "ComplexDouble": 16, "ComplexFloat": 8,
-}  # fmt: skip
-STORAGES = {f"{module}.{name}Storage": n for name, n in _STORAGE_BYTES.items() for module in ("torch", "torch.cuda")}
-STORAGES |= {"torch.storage.UntypedStorage": 1, "torch.UntypedStorage": 1}
 # Not torch's quantised dtypes, nor those of less than a byte, with which nothing can be computed.
-_DTYPE_NAMES = (
-    "float64", "float32", "float16", "bfloat16", "complex64", "complex128", "bool", "int64", "int32", "int16", "int8",
-    "uint64", "uint32", "uint16", "uint8", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
-    "float8_e8m0fnu",
-)  # fmt: skip
-DTYPES = {f"torch.{name}": getattr(torch, name) for name in _DTYPE_NAMES}
+ITEM_BYTES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "complex64": 8, "complex128": 16, "bool": 1, "int64": 8,
+    "int32": 4, "int16": 2, "int8": 1, "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1, "float8_e5m2": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
+}  # fmt: skip
+DTYPES = {f"torch.{name}": name for name in ITEM_BYTES}
+_STORED = {
+    "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64", "Int": "int32",
+    "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool", "ComplexDouble": "complex128",
+    "ComplexFloat": "complex64",
+}  # fmt: skip
+_STORAGE_DTYPES = {f"{module}.{name}Storage": d for name, d in _STORED.items() for module in ("torch", "torch.cuda")}
+_STORAGE_DTYPES |= {"torch.storage.UntypedStorage": "uint8", "torch.UntypedStorage": "uint8"}
+STORAGES = {name: ITEM_BYTES[dtype] for name, dtype in _STORAGE_DTYPES.items()}
 
 
 def storage(identity: object) -> Storage:
@@ -128,7 +172,7 @@ def storage(identity: object) -> Storage:
         if offset + size > count:
             raise Refused(f"a view beyond the end of storage {key}")
         count = size
-    return Storage(key=key, count=count, item_bytes=item, record_bytes=record)
+    return Storage(key=key, count=count, dtype=_STORAGE_DTYPES[kind.name], item_bytes=item, record_bytes=record)
 
 
 def _check_count(value: object) -> None:
@@ -153,12 +197,10 @@ def tensor_v3(base: object, offset: object, shape: object, strides: object, grad
     if not isinstance(dtype, Global) or dtype.name not in DTYPES:
         raise Refused("a tensor without a known dtype", about_tensor=True)
     tensor_v2(base, 0, (), (), grad, hooks, metadata)
-    return _tensor(base, offset, shape, strides, hooks, DTYPES[dtype.name].itemsize)
+    return _tensor(base, offset, shape, strides, hooks, DTYPES[dtype.name])
 
 
-def _tensor(
-    base: object, offset: object, shape: object, strides: object, hooks: object, item_bytes: int | None
-) -> Tensor:
+def _tensor(base: object, offset: object, shape: object, strides: object, hooks: object, dtype: str | None) -> Tensor:
     """The record of a tensor whose every element lies inside its storage."""
     if not isinstance(base, Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise TypeError("not a tensor's arguments")
@@ -167,8 +209,8 @@ def _tensor(
     for value in (offset, *shape, *strides):
         _check_count(value)
     check_hooks(hooks)
-    item = item_bytes or base.item_bytes
-    available = base.count * base.item_bytes // item
+    dtype = dtype or base.dtype
+    available = base.count * base.item_bytes // ITEM_BYTES[dtype]
     elements = math.prod(shape)
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if elements and last >= available:
@@ -180,7 +222,7 @@ def _tensor(
             f"shape {list(shape)} repeats a storage of {available} elements (stride 0); save it contiguous",
             about_tensor=True,
         )
-    return Tensor(storage=base, shape=shape)
+    return Tensor(storage=base, dtype=dtype, offset=offset, shape=shape, strides=strides)
 
 
 def check_hooks(hooks: object) -> None:
@@ -233,7 +275,7 @@ def reduce(function: object, arguments: object) -> object:
     if not isinstance(function, Global) or not isinstance(arguments, tuple):
         raise TypeError("not a call")
     if function.name in STAND_INS or function.name in FUNCTIONS:
-        return Container(kind="foreign", items=list(arguments))
+        return Container(kind=function.name, items=list(arguments))
     if function.name not in _CALLS:
         raise Refused(f"calls {function.name}, which torch.save never writes")
     return _CALLS[function.name](*arguments)
@@ -245,24 +287,25 @@ def new(cls: object, arguments: object) -> Container:
         raise TypeError("not a class")
     if cls.name not in STAND_INS:
         raise Refused(f"makes a {cls.name}, which torch.save never writes")
-    return Container(kind="foreign", items=list(arguments))
+    return Container(kind=cls.name, items=list(arguments))
 
 
 def build(target: object, state: object) -> None:
     """State given to an object: a foreign record takes any, an OrderedDict only attributes that shadow no method."""
-    if not isinstance(target, Container) or target.kind not in ("foreign", "dict"):
+    if not isinstance(target, Container) or target.kind not in (*STAND_INS, "dict"):
         raise Refused("gives state to something that takes none")
+    if target.state is not _NO_STATE:
+        raise Refused("gives state to one object twice, which torch.save never does")
     if target.kind == "dict":
         _check_attributes(state, OrderedDict)
-        target.items.append(None)
-    target.items.append(state)
+    target.state = state
 
 
 def _parameter(data: object, grad: object = False, hooks: object = None, state: object = None) -> Tensor:
     if not isinstance(data, Tensor):
         raise TypeError("not a tensor")
     check_hooks(hooks)
-    _check_attributes(state, torch.nn.Parameter)
+    _check_tensor_attributes(state)
     return data
 
 
@@ -270,8 +313,16 @@ def _typed_tensor(function: object, cls: object, arguments: object, state: objec
     made = reduce(function, arguments)
     if not isinstance(made, Tensor) or not isinstance(cls, Global) or cls.name not in _TENSOR_CLASSES:
         raise Refused("a tensor of a foreign class; save plain tensors", about_tensor=True)
-    _check_attributes(state, torch.Tensor)
+    _check_tensor_attributes(state)
     return made
+
+
+def _check_tensor_attributes(state: object) -> None:
+    """Hardly any tensor has attributes of its own; only for those torch is imported here."""
+    if state is not None:
+        from torch.nn import Parameter
+
+        _check_attributes(state, Parameter)
 
 
 def _check_attributes(state: object, owner: type) -> None:
@@ -321,16 +372,19 @@ def _bytes(text: object, codec: object = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _bytearray(content: object, codec: object = "latin1") -> bytes:
+def _bytearray(content: object, codec: object = "latin1") -> bytearray:
     if isinstance(content, int):
         raise Refused("a bytearray that is made out of nothing")
-    return content if isinstance(content, bytes) else _bytes(content, codec)
+    return bytearray(content if isinstance(content, bytes) else _bytes(content, codec))
 
 
-def _record(*arguments: object) -> Container:
-    if not all(isinstance(a, (*_CONSTANTS, tuple)) for a in arguments):
-        raise TypeError("not constants")
-    return Container(kind="value", items=list(arguments))
+def _record(kind: str) -> Callable[..., Container]:
+    def made(*arguments: object) -> Container:
+        if not all(isinstance(a, (*_CONSTANTS, tuple)) for a in arguments):
+            raise TypeError("not constants")
+        return Container(kind=kind, items=list(arguments))
+
+    return made
 
 
 _CALLS: dict[str, Callable[..., object]] = {
@@ -342,10 +396,54 @@ _CALLS: dict[str, Callable[..., object]] = {
     "torch._tensor._rebuild_from_type_v2": _typed_tensor,
     "collections.OrderedDict": _mapping,
     "collections.Counter": _mapping,
-    "torch.Size": _record,
-    "torch.device": _record,
-    "builtins.complex": _record,
+    "torch.Size": _record("torch.Size"),
+    "torch.device": _record("torch.device"),
+    "builtins.complex": _record("builtins.complex"),
     "builtins.set": _set_of,
     "builtins.bytearray": _bytearray,
     "_codecs.encode": _bytes,
 }
+
+
+def _device(kind: str, index: int | None = None) -> Global:
+    """Written as torch writes it."""
+    return Global(name=f"device(type={kind!r})" if index is None else f"device(type={kind!r}, index={index})")
+
+
+_MADE: dict[str, Callable[..., object]] = {
+    **STAND_INS,
+    **FUNCTIONS,
+    "torch.Size": tuple,
+    "torch.device": _device,
+    "builtins.complex": complex,
+}
+
+
+def value_of(record: object, made: dict[int, object] | None = None) -> Any:
+    """The plain Python value of a checked record: what is shared stays shared, foreign objects are `Inert`.
+
+    Tensors stay records. Raises TypeError, ValueError or OverflowError for a call whose arguments do not fit.
+    """
+    made = {} if made is None else made
+    if not isinstance(record, (Container, tuple)):
+        return record
+    if id(record) not in made:
+        items = record.items if isinstance(record, Container) else record
+        made[id(record)] = _made(record, [value_of(item, made) for item in items], made)
+    return made[id(record)]
+
+
+def _made(record: Container | tuple[object, ...], items: list[Any], made: dict[int, object]) -> object:
+    if isinstance(record, tuple):
+        return tuple(items)
+    match record.kind:
+        case "list":
+            return items
+        case "dict":
+            return dict(zip(items[::2], items[1::2], strict=True))
+        case "set":
+            return set(items)
+    value = _MADE[record.kind](*items)
+    if record.state is not _NO_STATE and isinstance(value, Inert):
+        value.__setstate__(value_of(record.state, made))
+    return value

@@ -1,7 +1,7 @@
 """Weights behind one interface: names, shapes and dtypes from headers; tensors one at a time from mapped files.
 
 Nothing in a torch.save file is executed, and what is foreign in it becomes an inert record. torch is imported when a
-torch.save file is opened or a tensor is read: for the headers of safetensors nothing heavy is needed.
+tensor is read: for headers nothing heavy is needed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
     import torch
 
     from runner.files.archive import Archive, Crcs
+    from runner.files.pickle_values import Tensor
 
-__all__ = ["Inert", "check_pickle", "file_offset", "load_pickle", "map_pickle"]
+__all__ = ["Inert", "file_offset", "load_pickle", "map_pickle", "read_pickle"]
 
 Key = TypeVar("Key", bound=int | str)
 # torch's table of allowed names belongs to the process, not to the call.
@@ -62,8 +64,24 @@ def load_pickle(path: Path, *, tensors: Literal["meta", "mmap"] = "meta") -> Any
         content = map_pickle(path).content
         require_crc(path)
         return content
-    check_pickle(path)
+    _check(path)
     return _load(path, {"map_location": "meta"})
+
+
+def read_pickle(path: Path) -> Any:
+    """As `load_pickle`, without torch: tensors are the records of the checker, with shape, dtype and size."""
+    from runner.files.pickle_values import value_of
+
+    checked = _check(path)
+    try:
+        return value_of(checked.value)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged, or not a dict of plain tensors ({error})") from error
+
+
+def is_tensor(value: object) -> bool:
+    """Whether it is a tensor of torch, or what `read_pickle` gives for one; told without torch."""
+    return hasattr(value, "itemsize") and hasattr(value, "numel")
 
 
 def map_pickle(path: Path) -> Mapped:
@@ -77,10 +95,9 @@ def map_pickle(path: Path) -> Mapped:
 
 
 def _load(path: Path, options: dict[str, Any]) -> Any:
-    import torch
+    with first_torch():
+        import torch
 
-    if path.name.endswith(".safetensors"):
-        raise CheckpointError(f"{path}: a torch.save file named .safetensors: rename it to .pt")
     try:
         # The old layout keeps its data in one stream, which torch would read through even for shapes alone.
         skip = torch.serialization.skip_data() if options["map_location"] == "meta" else nullcontext()
@@ -108,11 +125,6 @@ class _Checked:
     value: Any = None
 
 
-def check_pickle(path: Path) -> Kind:
-    """Check the structure of a torch.save file without loading it; its layout. Raises CheckpointError."""
-    return _check(path).kind
-
-
 def _check(path: Path) -> _Checked:
     from runner.files.archive import check_archive, check_legacy
     from runner.files.pickle_check import scan
@@ -120,9 +132,10 @@ def _check(path: Path) -> _Checked:
     kind = kind_of(path)
     if kind is Kind.SAFETENSORS:
         raise CheckpointError(f"{path}: not a torch.save file: its content is safetensors")
+    if path.name.endswith(".safetensors"):
+        raise CheckpointError(f"{path}: a torch.save file named .safetensors: rename it to .pt")
     if kind is Kind.LEGACY:
-        check_legacy(path)
-        return _Checked(kind=kind)
+        return _Checked(kind=kind, value=check_legacy(path))
     archive = check_archive(path)
     found = scan(io.BytesIO(archive.pickle), path)
     records = archive.records
@@ -147,8 +160,8 @@ class TensorInfo:
     itemsize: int
 
     @classmethod
-    def of(cls, name: str, tensor: torch.Tensor) -> TensorInfo:
-        """That of a tensor in memory."""
+    def of(cls, name: str, tensor: torch.Tensor | Tensor) -> TensorInfo:
+        """That of a tensor in memory, or of its record."""
         dtype = str(tensor.dtype).removeprefix("torch.")
         return cls(name=name, shape=tuple(tensor.shape), dtype_name=dtype, itemsize=tensor.itemsize)
 
@@ -181,8 +194,8 @@ class TensorSource:
     """The tensors of one checkpoint, whatever files they lie in. Nothing but headers is read until `read`.
 
     `path` is what the user named, `files` the weight files, `infos` the tensors in file order, `extras` what a .pt
-    holds beside its tensors (nested tensors on meta, foreign objects as `Inert`) or the metadata of a safetensors
-    file, `stripped_prefix` what was removed from the front of every name.
+    holds beside its tensors (as `read_pickle` gives it) or the metadata of a safetensors file, `stripped_prefix` what
+    was removed from the front of every name.
     """
 
     path: Path
@@ -191,6 +204,7 @@ class TensorSource:
     extras: Mapping[str, Any] = field(default_factory=dict)
     stripped_prefix: str = ""
     reader: Callable[[str], torch.Tensor] = field(repr=False)
+    stored: Callable[[str], memoryview | None] = field(default=lambda name: None, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -206,6 +220,18 @@ class TensorSource:
         if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
             raise CheckpointError(f"{self.path}: {name}: changed since it was opened")
         return tensor
+
+    def bytes_of(self, name: str) -> memoryview | None:
+        """The elements of the tensor `name` in order, as they are stored, read without torch; None where they are not
+        in one piece. Raises CheckpointError."""
+        return self.stored(self.stripped_prefix + name)
+
+    def numbers(self, name: str) -> list[Any]:
+        """The elements of a small tensor as Python's numbers. Raises CheckpointError."""
+        stored, dtype = self.bytes_of(name), self.infos[name].dtype_name
+        if stored is None or dtype not in _NUMBERS:
+            return self.read(name).flatten().tolist()
+        return _numbers(dtype, stored)
 
 
 def open_weights(path: Path, *, state_dict_key: str | None = None) -> TensorSource:
@@ -229,32 +255,61 @@ def open_sharded(index: Path) -> TensorSource:
     infos = {name: info for source in sources.values() for name, info in source.infos.items()}
     files = tuple(source.path for source in sources.values())
     return _without_prefix(
-        TensorSource(path=index, files=files, infos=infos, reader=lambda name: sources[listed[name]].read(name))
+        TensorSource(
+            path=index,
+            files=files,
+            infos=infos,
+            reader=lambda name: sources[listed[name]].read(name),
+            stored=lambda name: sources[listed[name]].bytes_of(name),
+        )
     )
 
 
-def read_entry(path: Path, name: str) -> torch.Tensor:
-    """The tensor under `name` in the dict of the torch.save file `path`; no other is read. Raises CheckpointError."""
-    return _PickleReader(path, None).read(name)
+# How struct reads an element; bfloat16 is the upper half of a float32, and the others are read by torch.
+_NUMBERS = {
+    "float64": "d", "float32": "f", "float16": "e", "int64": "q", "int32": "i", "int16": "h", "int8": "b", "uint8": "B",
+    "bool": "?", "bfloat16": "f",
+}  # fmt: skip
+
+
+def _numbers(dtype: str, stored: memoryview) -> list[Any]:
+    data: bytes | memoryview = stored
+    if dtype == "bfloat16":
+        data = b"".join(b"\0\0" + bytes(stored[at : at + 2]) for at in range(0, len(stored), 2))
+    return [number for (number,) in struct.iter_unpack(f"<{_NUMBERS[dtype]}", data)]
+
+
+def read_number(path: Path, name: str) -> Any:
+    """The one element of the tensor under `name` in the dict of the torch.save file `path`; no other is read.
+
+    Raises CheckpointError.
+    """
+    tensor, stored = _PickleBytes(path, None).find(name)
+    if stored is None or tensor.dtype not in _NUMBERS:
+        return _PickleReader(path, None).read(name).item()
+    return _numbers(tensor.dtype, stored)[0]
 
 
 def _open_file(path: Path, state_dict_key: str | None) -> TensorSource:
     """One weights file with its names as they stand in it."""
     if kind_of(path) is Kind.SAFETENSORS:
         return _open_safetensors(path)
-    with first_torch():
-        import torch
-
-    content = _mapping(path, load_pickle(path, tensors="meta"))
+    content = _mapping(path, read_pickle(path))
     nested = state_dict_key if state_dict_key in content else None
     extras = {str(key): value for key, value in content.items() if key != nested} if nested else {}
     state = _mapping(path, content[nested]) if nested else content
-    tensors = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    tensors = {key: value for key, value in state.items() if isinstance(key, str) and is_tensor(value)}
     at = f"{nested}." if nested else ""
     extras |= {f"{at}{key}": value for key, value in state.items() if key not in tensors}
     infos = {key: TensorInfo.of(key, t) for key, t in tensors.items()}
-    reader = _PickleReader(path, nested).read
-    return TensorSource(path=path, files=(path,), infos=infos, extras=extras, reader=reader)
+    return TensorSource(
+        path=path,
+        files=(path,),
+        infos=infos,
+        extras=extras,
+        reader=_PickleReader(path, nested).read,
+        stored=lambda name: _PickleBytes(path, nested).find(name)[1],
+    )
 
 
 def _open_safetensors(path: Path) -> TensorSource:
@@ -263,8 +318,17 @@ def _open_safetensors(path: Path) -> TensorSource:
         name: TensorInfo(name=name, shape=entry.shape, dtype_name=entry.dtype, itemsize=entry.itemsize)
         for name, entry in header.entries.items()
     }
+
+    def stored(name: str) -> memoryview:
+        from runner.files.archive import mapped
+
+        entry = header.entries[name]
+        return mapped(path)[header.data + entry.begin : header.data + entry.end]
+
     reader = _SafetensorsReader(path).read
-    return TensorSource(path=path, files=(path,), infos=infos, extras=dict(header.metadata), reader=reader)
+    return TensorSource(
+        path=path, files=(path,), infos=infos, extras=dict(header.metadata), reader=reader, stored=stored
+    )
 
 
 def _without_prefix(source: TensorSource) -> TensorSource:
@@ -325,6 +389,31 @@ class _PickleReader:
                 raise CheckpointError(f"{self._path}: {name}: its record is not known")
             self._mapped.crcs.check(f"{STORAGE}{record.storage.key}")
         return tensor.detach()
+
+
+class _PickleBytes:
+    """The stored bytes of tensors of one torch.save file, without torch; the CRC of what is read is compared first."""
+
+    def __init__(self, path: Path, nested: str | None) -> None:
+        self._path = path
+        self._nested = nested
+
+    def find(self, name: str) -> tuple[Tensor, memoryview | None]:
+        """The tensor's record, and its elements in order; None for those of the old layout, or not in one piece."""
+        from runner.files.archive import STORAGE, Crcs
+        from runner.files.pickle_values import Tensor, entries
+
+        checked = _check(self._path)
+        records = entries(checked.value)
+        tensor = (entries(records.get(self._nested)) if self._nested else records).get(name)
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{self._path}: {name}: changed since it was opened")
+        whole = tensor.storage.count * tensor.storage.item_bytes == tensor.storage.record_bytes
+        if checked.archive is None or not tensor.is_contiguous or not whole:
+            return tensor, None
+        record = Crcs(checked.archive).read(f"{STORAGE}{tensor.storage.key}")
+        start = tensor.offset * tensor.itemsize
+        return tensor, record[start : start + tensor.nbytes]
 
 
 class _SafetensorsReader:

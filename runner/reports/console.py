@@ -1,16 +1,22 @@
-"""What a person reads in a terminal, and what grep reads in a pipe; figures as people read them."""
+"""What a person reads in a terminal, and what grep reads in a pipe; figures as people read them.
 
+rich is imported where something is drawn, which a pipe does not need.
+"""
+
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-
-from rich.console import Console, Group, RenderableType
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from runner.errors import printable
 from runner.results import JsonObject
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
 
 # (label, value, word that decides the colour)
 Fact = tuple[str, str, str]
@@ -81,16 +87,30 @@ _TEXTS = (
 )  # fmt: skip
 
 
-def print_result(
-    result: JsonObject, console: Console, *, verbose: bool, directory: Path, tracked: str | None = None
-) -> None:
+def terminal() -> "Console | None":
+    """The terminal that stdout is; None where it is a pipe or a file."""
+    if not sys.stdout.isatty() and not os.environ.get("FORCE_COLOR"):
+        return None
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else None
+
+
+def print_result(result: JsonObject, *, verbose: bool, directory: Path) -> None:
     """The whole report: a panel in a terminal, plain unwrapped lines in a pipe; last, where it lies."""
     facts, tables = _report(result["task"])
-    left = [f"Result: {printable(directory)}/result.json", *([f"W&B: {printable(tracked)}"] if tracked else [])]
-    if not console.is_terminal:
+    left = f"Result: {printable(directory)}/result.json"
+    console = terminal()
+    if console is None:
         _print_plain(result, facts(result), tables(result, verbose))
-        print("\n".join(left))
+        print(left)
         return
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -104,10 +124,10 @@ def print_result(
     for finding in result.get("findings", []):
         parts.append(Text(f"! {printable(finding)}", style="yellow"))
     console.print(Panel(Group(*parts), title=f"runner · {result['task']}", title_align="left", padding=(1, 2)))
-    console.print(Text("\n".join(left), style="dim"), soft_wrap=True)
+    console.print(Text(left, style="dim"), soft_wrap=True)
 
 
-def print_line(result: JsonObject, console: Console, *, number: int, job: str = "?") -> None:
+def print_line(result: JsonObject, console: "Console", *, number: int, job: str = "?") -> None:
     """One job of a sweep in one line, as it ends; where it has no checkpoint it is called `job`."""
     name = printable(Path(result.get("ckpt") or job).name)
     if result["status"] != "ok":
@@ -130,7 +150,7 @@ def _failed_checks(checks: Sequence[JsonObject]) -> list[str]:
     return [f"{len(failed)} check{'s' if len(failed) > 1 else ''} failed: {names}{why}"]
 
 
-def print_rows(title: str, rows: Rows, console: Console, *, gap: int = 2) -> None:
+def print_rows(title: str, rows: Rows, console: "Console", *, gap: int = 2) -> None:
     """Finished cells as a table in a terminal, as plain columns in a pipe; nothing where there are none."""
     if not rows:
         return
@@ -140,7 +160,9 @@ def print_rows(title: str, rows: Rows, console: Console, *, gap: int = 2) -> Non
         _print_columns(rows)
 
 
-def _table(title: str, rows: Rows, gap: int = 2) -> Table:
+def _table(title: str, rows: Rows, gap: int = 2) -> "Table":
+    from rich.table import Table
+
     table = Table(
         title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, gap, 0, 0)
     )
@@ -150,13 +172,23 @@ def _table(title: str, rows: Rows, gap: int = 2) -> Table:
             name, overflow="fold" if wide else "ellipsis", no_wrap=not wide, justify="left" if wide else "right"
         )
     for row in rows:
-        table.add_row(*(Text(str(value), style=COLOURS.get(str(value), "")) for value in row.values()))
+        table.add_row(*map(_text, row.values()))
     return table
+
+
+def _text(value: object) -> "Text":
+    from rich.text import Text
+
+    return value if isinstance(value, Text) else Text(str(value), style=COLOURS.get(str(value), ""))
+
+
+# The tasks whose report has a module of its own.
+_MODULES = {"compare": "compare", "generate": "generation"}
 
 
 def _report(task: str) -> tuple[Callable[..., list[Fact]], Callable[..., Tables]]:
     """The lines and the tables (if any) of a task's report, imported when it is printed."""
-    module = import_module(f"runner.reports.{'compare' if task == 'compare' else 'tasks'}")
+    module = import_module(f"runner.reports.{_MODULES.get(task, 'tasks')}")
     return getattr(module, f"{task}_facts"), getattr(module, f"{task}_tables", lambda result, verbose: [])
 
 

@@ -100,6 +100,7 @@ def diagnose_tables(result: JsonObject, verbose: bool) -> Tables:
     return tables if not verbose else tables + _some(
         ("more figures", [{"figure": n, "value": cell(n, metrics[n])} for n in _DETAILS if n in metrics]),
         ("checks", chosen(result.get("checks", []), _CHECK_COLUMNS)),
+        ("computed by", [{"part": k, "package": v} for k, v in result.get("computed_by", {}).items()]),
         ("seconds", [{"phase": k, "seconds": f"{v:.2f}"} for k, v in result.get("timing", {}).items()]),
     )  # fmt: skip
 

@@ -29,13 +29,13 @@ from runner.overrides import CommandLine, unquoted
 from runner.reports.console import print_line
 from runner.reports.junit import is_directory
 from runner.results import FILE_NAME
+from runner.sweeps.here import Here, can_run, composed_kinds
 from runner.sweeps.launchers import check_values, launch, one_line
 from runner.sweeps.plan import PLAN_NAME, PlannedJob, SweepPlan, good_result, plan_of, write_plan
+from runner.sweeps.records import Records
 
 # Held by the process that runs the sweep; the system lets go of it when that process dies.
 LOCK_NAME = ".lock"
-# Keys that take any value: they cannot make a job that does not compose.
-_PLAIN = ("ckpt", "step")
 # Keys that name a file which each job writes, and replaces.
 _FILES = ("output", "junit")
 _PLUGIN = "hydra_plugins.runner"
@@ -54,6 +54,7 @@ class Sweep:
     plan: SweepPlan | None = None
     directory: Path | None = None
     config: DictConfig | None = None
+    records: Records | None = None
     reasons: dict[int, str] = field(default_factory=dict)
 
     def finished(self) -> tuple[int, int]:
@@ -95,7 +96,7 @@ class _Sweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Make the launcher that the config names. Raises ConfigError for values with which it would run nothing."""
         check_values(config.hydra.launcher)
-        self.hydra_context, self.config = hydra_context, config
+        self.hydra_context, self.config, self.task_function = hydra_context, config, task_function
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -107,11 +108,9 @@ class _Sweeper(Sweeper):
         assert self.launcher is not None
         state = self.sweep_state
         plan = plan_of(self.config, arguments, self.hydra_context.config_loader, state.line)
-        # Of jobs that differ in nothing but checkpoint and step, one composes if all do.
-        kinds = {
-            tuple(w for w in job.overrides if w.partition("=")[0] not in _PLAIN): job.overrides for job in plan.jobs
-        }
-        self.validate_batch_is_legal(list(kinds.values()))
+        kinds = composed_kinds(self.config, self.hydra_context.config_loader, plan.jobs)
+        if plan.launcher == "basic" and can_run(self.config):
+            self.launcher = Here(self.config, self.task_function, kinds)
         directory = Path(str(self.config.hydra.sweep.dir))
         if state.resumed is not None:
             if [job.overrides for job in plan.jobs] != [job.overrides for job in state.resumed.jobs]:
@@ -124,9 +123,13 @@ class _Sweeper(Sweeper):
             OmegaConf.save(self.config, directory / "multirun.yaml")  # as Hydra's own sweepers leave it
             state.plan, state.directory, state.config = plan, directory, self.config
             size = self.max_batch_size or len(plan.jobs)
+            state.records = Records(directory)
             try:
-                for first in range(0, len(plan.jobs), size):
-                    run_jobs(state, self.launcher, plan.jobs[first : first + size])
+                with state.records.open():
+                    for job in plan.jobs if state.resumed else ():
+                        state.records.add(directory / job.directory)  # perhaps done, and not told before
+                    for first in range(0, len(plan.jobs), size):
+                        run_jobs(state, self.launcher, plan.jobs[first : first + size])
             finally:
                 write_reasons(state)
 
@@ -137,7 +140,7 @@ def run_jobs(sweep: Sweep, launcher: Launcher, jobs: Sequence[PlannedJob]) -> No
     assert sweep.directory is not None
     directory = sweep.directory
     todo = [job for job in jobs if good_result(directory / job.directory) is None]
-    with _watched(sweep.plan, directory):
+    with _watched(sweep, sweep.plan, directory):
         while todo:
             marks = {job.number: _start_mark(directory / job.directory) for job in todo}
             try:
@@ -213,7 +216,7 @@ def _modified(file: Path) -> int | None:
 
 
 @contextmanager
-def _watched(plan: SweepPlan, directory: Path) -> Iterator[None]:
+def _watched(sweep: Sweep, plan: SweepPlan, directory: Path) -> Iterator[None]:
     """Within the block, report each job of `plan` whose result arrives in `directory`, whichever process wrote it."""
     out = Console()
     console = out if out.is_terminal else Console(stderr=True)
@@ -235,6 +238,8 @@ def _watched(plan: SweepPlan, directory: Path) -> Iterator[None]:
                 if arrived and _report(job, directory, out):
                     waiting.remove(job)
                     progress.advance(bar)
+                    if sweep.records is not None:
+                        sweep.records.add(directory / job.directory)
 
         def watch() -> None:
             while not stop.wait(_INTERVAL):

@@ -2,38 +2,46 @@
 checkpoint that `ckpt` and `step` name. No model is imported here.
 """
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-from runner.checkpoints.checkpoint import Checkpoint
+from runner.checkpoints.checkpoint import Checkpoint, Listing
 from runner.checkpoints.runs import resolve
 from runner.config import AUTO, CheckpointConfig
 from runner.errors import ConfigError
 from runner.installation import demo_run
 from runner.tracking.base import Tracker
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """`directory`: the run's own; `progress`: the console (stderr) for bars, silent where it is no terminal.
+    """`directory`: the run's own; `quiet`: no progress is shown.
 
     `in_sweep`: whether other jobs follow that will want the same things again.
     """
 
     directory: Path
     tracker: Tracker
-    progress: Console
+    quiet: bool = False
     in_sweep: bool = False
     timing: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def progress(self) -> "Console":
+        """The console (stderr) for bars, silent where it is no terminal."""
+        from rich.console import Console
+
+        return Console(stderr=True, quiet=self.quiet)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -46,6 +54,11 @@ class Context:
 
     def track(self, items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
         """`items` one by one, under a bar that says `what`; nothing is shown for work that is done at once."""
+        if self.quiet or not sys.stderr.isatty():  # rich is not imported to show nothing
+            yield from items
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -53,9 +66,7 @@ class Context:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
-        with Progress(
-            *columns, console=self.progress, transient=True, disable=not self.progress.is_terminal
-        ) as progress:
+        with Progress(*columns, console=self.progress, transient=True) as progress:
             yield from progress.track(items, description=what, total=total)
 
 
@@ -69,6 +80,11 @@ def checkpoint_path(config: CheckpointConfig) -> Path:
     if config.ckpt != DEMO:
         return resolve(Path(config.ckpt).expanduser(), config.step)
     return resolve(demo_run(), -1 if config.step is None else config.step)
+
+
+def require_checkpoint(config: CheckpointConfig) -> None:
+    """Raise ConfigError or CheckpointError where `ckpt` and `step` name nothing that is there."""
+    Listing.of(checkpoint_path(config))
 
 
 def cache_directory(cache: str | None) -> Path:

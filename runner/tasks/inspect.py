@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.checkpoint import Checkpoint, components, dtype_name, totals
+from runner.checkpoints.checkpoint import Checkpoint, components, totals
 from runner.checkpoints.detect import formats, open_checkpoint
 from runner.checkpoints.runs import Run, find_run
 from runner.config import InspectConfig
@@ -24,7 +24,7 @@ def run(config: InspectConfig, context: Context) -> Result:
         )
         if run_directory is not None and len(run_directory.checkpoints) > 1:
             return _run_table(run_directory, config, context)
-        checkpoint = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module)
+        checkpoint = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module, config.family)
     config.family.of(checkpoint)
     return Result(
         task="inspect",
@@ -56,7 +56,7 @@ def describe(checkpoint: Checkpoint, module: str | None = None, *, tensors: bool
     }
     if tensors:
         described["tensors"] = [
-            {"name": info.name, "shape": list(info.shape), "dtype": dtype_name(info.dtype), "bytes": info.nbytes}
+            {"name": info.name, "shape": list(info.shape), "dtype": info.dtype_name, "bytes": info.nbytes}
             for info in weights.infos.values()
         ]
     return described
@@ -82,7 +82,7 @@ def _run_table(found: Run, config: InspectConfig, context: Context) -> Result:
     for step, path in context.track(found.checkpoints, "reading headers"):
         row: dict[str, Any] = {"step": step, "path": str(path)}
         try:
-            checkpoint = open_checkpoint(path, config.format.name, config.format.module)
+            checkpoint = open_checkpoint(path, config.format.name, config.format.module, config.family)
         except RunnerError as error:
             row["error"] = str(error)
         else:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.runs import find_run
@@ -18,7 +17,7 @@ from runner.evaluation.base_models import Base, load_base
 from runner.evaluation.evaluator import Evaluator, plain_reference
 from runner.evaluation.placement import Placement
 from runner.evaluation.reference import Reference
-from runner.evaluation.tokenizers import encode, load_tokenizer
+from runner.evaluation.tokenizers import TextTokenizer, encode, load_tokenizer
 from runner.families.family import Family
 from runner.files.atomic import write_json
 from runner.installation import demo_run
@@ -125,7 +124,7 @@ class _Follower:
     """What is seen of a training while it runs: rows of the log, evaluations, continuations of prompts."""
 
     def __init__(
-        self, context: Context, config: TrainConfig, base: Base, tokenizer: PreTrainedTokenizerBase, world: World
+        self, context: Context, config: TrainConfig, base: Base, tokenizer: TextTokenizer, world: World
     ) -> None:
         self.context, self.config, self.tokenizer, self.base, self.world = context, config, tokenizer, base, world
         self.samples: list[dict[str, object]] = []
@@ -239,7 +238,7 @@ def _base(config: TrainConfig, resume_from: Path | None, world: World, *, llama:
 
 
 def _data(
-    data: Data, family: Family, tokenizer: PreTrainedTokenizerBase, base: Base
+    data: Data, family: Family, tokenizer: TextTokenizer, base: Base
 ) -> tuple[TextStream | None, dict[str, list[list[int]]], list[str]]:
     """A stream of the text, or the documents in memory by what they are about; and what the reader should know."""
     vocabulary = base.model.config.vocab_size
@@ -256,12 +255,12 @@ def _data(
     return None, texts, [unused] if cut else []
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Callable[[Sequence[str]], list[list[int]]]:
+def _encoder(tokenizer: TextTokenizer, vocabulary: int) -> Callable[[Sequence[str]], list[list[int]]]:
     """Token ids of documents, special tokens as the tokenizer adds them, the end marked where it has a mark for it."""
     end = tokenizer.eos_token_id
 
     def of(texts: Sequence[str]) -> list[list[int]]:
-        found: list[list[int]] = tokenizer(list(texts), verbose=False, return_attention_mask=False)["input_ids"]
+        found = tokenizer.encode_all(texts)
         if (highest := max((max(ids) for ids in found if ids), default=0)) >= vocabulary:
             raise ModelError(
                 f"the tokenizer gives token id {highest}, but the model's vocabulary has {vocabulary}; "

@@ -5,10 +5,13 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from runner.results import JsonObject
-from runner.tracking.rows import Record
+
+if TYPE_CHECKING:
+    from runner.tracking.rows import Record
 
 # A group that was chosen but says nothing about the checkpoint.
 _UNDECIDED = "auto"
@@ -98,7 +101,7 @@ class Tracker:
     def log(self, row: Mapping[str, float]) -> None:
         """Log one live row, as {"train/step": 10, "train/loss": 0.3}. Without a started run: nothing happens."""
 
-    def record(self, result: JsonObject, record: Record | None = None) -> None:
+    def record(self, result: JsonObject, record: "Record | None" = None) -> None:
         """Log a finished result, the dict of `runner.results`; `record` in the place of what is made of it.
 
         Without a started run nothing happens.
@@ -113,3 +116,18 @@ class Tracker:
 
     def finish(self, exit_code: int) -> None:
         """End the run; `exit_code` is that of the job."""
+
+    def leave(
+        self, identity: RunIdentity, config: JsonObject, result: JsonObject, exit_code: int, log: Path
+    ) -> Callable[[], None]:
+        """What records a run from its start to its end, to be called once its figures are printed.
+
+        It may go on after that returns: then nothing is lost whatever ends this process; `log` says what went wrong.
+        """
+
+        def whole() -> None:
+            self.start(identity, config)
+            self.record(result)
+            self.finish(exit_code)
+
+        return whole

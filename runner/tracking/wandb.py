@@ -1,19 +1,22 @@
 """`tracker=wandb`: a run in Weights & Biases, on this machine's disk first and on a server where there is one.
 
 W&B is a guest: it runs in a process of its own (runner/tracking/worker.py), and whatever goes wrong with it becomes one
-line in `warnings`, and costs a bounded time. That process starts with the first run, not before.
+line in `warnings`, and costs a bounded time. That process starts with the first run, not before. Nobody waits for a
+single run: it is left on the disk for a recorder (runner/tracking/recorder.py), which outlives the command.
 """
 
 import os
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from runner.errors import ConfigError, printable
 from runner.results import JsonObject
+from runner.tracking import recorder
 from runner.tracking import worker as there
 from runner.tracking.base import RunIdentity, SavedView, Tracker, WorkspaceBuilder, flat_config, run_id
 from runner.tracking.rows import Record, job_record
@@ -64,8 +67,8 @@ class WandbTracker(Tracker):
 
     `mode`: online, offline, or auto: WANDB_MODE where it is set, else online where a credential is found.
     `name` replaces `<task>/<run>@<step>`. `dir`: one folder for the project, relative to the current directory.
-    `init_timeout`, `finish_timeout`: seconds that W&B has for an answer, and for the upload at the end.
-    Raises ConfigError for values of another kind.
+    `init_timeout`, `finish_timeout`: seconds that W&B has for an answer, and for the upload at the end. `wait`: whether
+    the command waits for its record. Raises ConfigError for values of another kind.
     """
 
     project: str = "runner"
@@ -75,6 +78,8 @@ class WandbTracker(Tracker):
     dir: str = "outputs/wandb"
     init_timeout: float = 15
     finish_timeout: float = 60
+    wait: bool = False
+    _claimed: str | None = field(default=None, init=False, repr=False)
     _identity: RunIdentity | None = field(default=None, init=False, repr=False)
     _worker: Worker | None = field(default=None, init=False, repr=False)
     _run: OpenedRun | None = field(default=None, init=False, repr=False)
@@ -87,6 +92,8 @@ class WandbTracker(Tracker):
                 raise ConfigError(f"tracker.{key} must be a text{' or null' if optional else ''}, not {value!r}")
         if set(self.project) & set(_NOT_IN_PROJECT) or len(self.project) > 128:
             raise ConfigError(f"tracker.project: at most 128 characters, none of {' '.join(_NOT_IN_PROJECT)}")
+        if not isinstance(self.wait, bool):
+            raise ConfigError(f"tracker.wait must be true or false, not {self.wait!r}")
         if self.mode not in MODES:
             raise ConfigError(f"tracker.mode must be one of {', '.join(MODES)}, not {self.mode!r}")
         for key in ("init_timeout", "finish_timeout"):
@@ -144,6 +151,43 @@ class WandbTracker(Tracker):
         _PROCESS.open_run = None
         self._run = self._worker = None
 
+    def leave(
+        self, identity: RunIdentity, config: JsonObject, result: JsonObject, exit_code: int, log: Path
+    ) -> Callable[[], None]:
+        """Leave the run on the disk for a recorder that outlives this process; what is returned starts that.
+
+        With `wait` it records by itself.
+        """
+        if self.wait:
+            return super().leave(identity, config, result, exit_code, log)
+        if self._wanted_mode() == "disabled":
+            return lambda: None
+        settings = {each.name: getattr(self, each.name) for each in fields(WandbTracker) if each.init}
+        folder = self._folder()
+        try:
+            own = claim_id(folder, run_id(identity, config))
+            left = recorder.Left(
+                tracker=settings, identity=asdict(identity), config=config, result=result, exit_code=exit_code,
+                log=str(log.absolute()), run_id=own, cwd=str(Path.cwd()),
+            )  # fmt: skip
+            recorder.leave(folder, left)
+        except OSError as error:
+            self.warnings.append(f"W&B: this run is not logged there ({error_line(error)})")
+            return lambda: None
+        self.location = (
+            f"run {own}, recorded in {self._shown(folder)} from now on; {log} says where, or what went wrong"
+        )
+        return partial(recorder.start, folder)
+
+    def record_claimed(self, left: recorder.Left) -> None:
+        """Record what `leave` left, in the place of what an earlier attempt that was killed made of it."""
+        for cut_off in self._folder().glob(f"*run-*-{left.run_id}"):
+            shutil.rmtree(cut_off, ignore_errors=True)
+        self._claimed = left.run_id
+        self.start(RunIdentity(**left.identity), left.config)
+        self.record(left.result)
+        self.finish(left.exit_code)
+
     def save_workspace(self, build: WorkspaceBuilder) -> SavedView | None:
         """Save a workspace; None, and at most one warning, where that is not possible."""
         mode = self._wanted_mode()
@@ -186,7 +230,7 @@ class WandbTracker(Tracker):
             "group": identity.series,
             "job_type": identity.task,
             "tags": identity.tags,
-            "id": claim_id(folder, run_id(identity, config)),
+            "id": self._claimed or claim_id(folder, run_id(identity, config)),
             "dir": str(folder.parent),
             "config": flat_config(identity, config),
         }
@@ -240,11 +284,22 @@ class WandbTracker(Tracker):
 
     def _on_disk(self, run: OpenedRun) -> str:
         """Where the run lies and how it is uploaded; a comparison goes with all the runs that it compares."""
-        path = run.path.relative_to(Path.cwd()) if run.path.is_relative_to(Path.cwd()) else run.path
-        shown = shlex.quote(str(path))
+        shown = self._shown(run.path)
         if self._identity is not None and self._identity.task == "compare":
-            return f"{shown} (upload all runs with: wandb sync {shlex.quote(str(path.parent))}/offline-run-*)"
+            return f"{shown} (upload all runs with: wandb sync {self._shown(run.path.parent)}/offline-run-*)"
         return f"{shown} (upload it with: wandb sync {shown})"
+
+    def _shown(self, path: Path) -> str:
+        """`path` as a shell takes it, relative where it lies below the current directory."""
+        return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+
+
+def record_left(folder: str) -> None:
+    """The recorder's whole work: what is left in `folder`."""
+    for left in recorder.left_in(Path(folder)):
+        tracker = WandbTracker(**left.tracker)
+        tracker.record_claimed(left)
+        recorder.log(left, tracker.warnings, tracker.location)
 
 
 def claim_id(folder: Path, wanted: str) -> str:

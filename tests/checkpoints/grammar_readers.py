@@ -18,7 +18,7 @@ from runner.evaluation.base_models import load_base
 from runner.evaluation.placement import Placement
 from runner.families.npt import EquivalenceSettings
 from runner.families.npt.training import train_run
-from runner.files.tensors import load_pickle
+from runner.files.tensors import load_pickle, read_pickle
 from runner.merge.spec import MergeSpec
 from runner.tasks.merge import plan
 from tests.checkpoints import hostile
@@ -33,6 +33,7 @@ def read(path: Path) -> None:
     """As a file of its own."""
     for tensors in ("meta", "mmap"):
         json.dumps(plain(load_pickle(path, tensors=tensors)))
+    json.dumps(plain(read_pickle(path)))
 
 
 def opened(path: Path) -> None:

@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 import torch
 
+from runner.checkpoints.checkpoint import plain
 from runner.errors import CheckpointError
 from runner.files.archive import verify_crc
 from runner.files.file_type import sha256_of
-from runner.files.tensors import Inert, load_pickle
+from runner.files.tensors import Inert, load_pickle, read_number, read_pickle
 from tests.checkpoints import hostile
 from tests.machine import LIMIT
 
@@ -309,13 +310,12 @@ def test_foreign_objects_become_inert_records(tmp_path: Path) -> None:
     assert isinstance(loaded["when"], Inert)
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("tensors", ["meta", "mmap"])
-def test_what_torch_saves_loads_to_the_same(tmp_path: Path, legacy: bool, tensors: Any) -> None:
+def everything() -> dict[str, Any]:
+    """One of each kind of value that torch.save writes."""
     weight = torch.arange(12.0).reshape(3, 4)
     marked = torch.nn.Parameter(torch.ones(2))
     marked.lr_mul = 2.0  # type: ignore[attr-defined]
-    content = {
+    return {
         "weight": weight,
         "tied": weight,
         "row": weight[1],
@@ -332,6 +332,12 @@ def test_what_torch_saves_loads_to_the_same(tmp_path: Path, legacy: bool, tensor
         "optimizer": torch.optim.AdamW(torch.nn.Linear(2, 3).parameters()).state_dict(),
         "dtype": torch.bfloat16,
     }
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("tensors", ["meta", "mmap"])
+def test_what_torch_saves_loads_to_the_same(tmp_path: Path, legacy: bool, tensors: Any) -> None:
+    content = everything()
     path = hostile.saved(tmp_path, content, _use_new_zipfile_serialization=not legacy)
     loaded = load_pickle(path, tensors=tensors)
     assert list(loaded) == list(content)
@@ -345,6 +351,21 @@ def test_what_torch_saves_loads_to_the_same(tmp_path: Path, legacy: bool, tensor
                 assert loaded[name].is_meta
             else:
                 assert torch.equal(loaded[name], value)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_headers_are_read_without_torch_as_with_it(tmp_path: Path, legacy: bool) -> None:
+    content = {
+        **everything(),
+        "args": argparse.Namespace(folder=Path("/a"), tensor=torch.ones(3)),
+        "numpy": [np.float32(0.5), np.arange(3), np.random.get_state()],
+        "when": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+    }
+    path = hostile.saved(tmp_path, content, _use_new_zipfile_serialization=not legacy)
+    assert plain(read_pickle(path)) == plain(load_pickle(path))
+    for name, tensor in content.items():
+        if isinstance(tensor, torch.Tensor) and tensor.numel() == 1:
+            assert read_number(path, name) == tensor.item()
 
 
 def test_crc_finds_a_flipped_bit_that_torch_loads(tmp_path: Path) -> None:

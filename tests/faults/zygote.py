@@ -1,25 +1,24 @@
-"""A process that has imported everything a merge needs, and forks a child for each command line it is given.
+"""A process that has merged once, so has imported all it takes, and forks a child for each command line it is given.
 
 A child is the command line itself, `runner.cli.run`, in a process of its own that strace can be attached to before it
 starts. What is different: names that are drawn by chance are fixed, so that a call can be found again in another run,
 and files are written in small steps, so that there are many.
 """
 
+import contextlib
+import io
 import json
 import os
 import sys
+import tempfile
 import uuid
 from pathlib import Path
 
 import torch
 
 from runner import cli
-from runner.families.npt import merge as npt_merge  # noqa: F401
-from runner.files import staging as commit  # noqa: F401 - imported here so that no child has to
-from runner.files import staging as leftovers  # noqa: F401 - imported here so that no child has to
-from runner.merge import inputs, verify  # noqa: F401
 from runner.merge import writer as sinks
-from runner.tasks import merge  # noqa: F401
+from tests.merge.sources import write_source
 
 
 class Fixed:
@@ -40,8 +39,18 @@ def child(job: dict, go: int) -> int:
     return code
 
 
+def warm_up() -> None:
+    """One merge here, so that no child imports anything: a child costs a quarter of the CPU seconds."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        for seed, name in enumerate("ab"):
+            write_source(Path(folder, name), {seed: ("single", 2, 2)}, seed=seed)
+        words = [f"merge.sources=[{folder}/a,{folder}/b]", f"merge.output={folder}/out", f"hydra.run.dir={folder}/log"]
+        assert cli.run(["task=merge", "tracker=none", *words]) == 0
+
+
 def main() -> None:
     """For each line of JSON: fork, say the child's number, wait for `go`, say how it ended."""
+    warm_up()
     uuid.uuid4 = Fixed
     sinks.BUFFER = 2048
     torch.set_num_threads(1)

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 
 from runner import load
 from runner.config import TrainConfig
@@ -29,7 +28,7 @@ def rows():
 
 @pytest.fixture
 def context(tmp_path, rows):
-    return Context(directory=tmp_path / "run", tracker=SimpleNamespace(log=rows.append), progress=Console(quiet=True))
+    return Context(directory=tmp_path / "run", tracker=SimpleNamespace(log=rows.append), quiet=True)
 
 
 def config(base, data="world", path=None, **train_values):
@@ -59,7 +58,7 @@ def test_it_leaves_checkpoints_that_open_and_logs_what_it_does(base, context, ro
 
 def test_it_goes_on_from_the_last_checkpoint_of_a_run(base, context, tmp_path):
     train.run(config(base), context)
-    elsewhere = Context(directory=tmp_path / "more", tracker=context.tracker, progress=context.progress)
+    elsewhere = Context(directory=tmp_path / "more", tracker=context.tracker, quiet=True)
     result = train.run(config(base, resume_from=str(context.directory), max_steps=36), elsewhere)
     assert result.details["checkpoints"] == [str(tmp_path / "more" / "checkpoint-36")]
 

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 
 from runner.config import TrainConfig
 from runner.data.text import Data
@@ -106,11 +105,10 @@ def test_the_tracker_hears_of_it_while_it_runs(base, text, tmp_path):
         data=Data(name="text", prompts=("a",), layer_prompt="a", path=str(text)),
         train=MoeTrainSettings(lora_r=2, max_steps=12, save_every=12, warmup_steps=1, batch_size=4),
     )  # fmt: skip
-    console = Console(quiet=True)
     torch.manual_seed(9)
     expected = torch.rand(3)
     torch.manual_seed(9)
-    result = train.run(config, Context(directory=tmp_path / "run", tracker=SimpleNamespace(log=log), progress=console))
+    result = train.run(config, Context(directory=tmp_path / "run", tracker=SimpleNamespace(log=log), quiet=True))
     assert [row["train/step"] for row in rows] == [10, 12]
     assert seen == [False, False]
     assert rows[-1]["train/loss"] == result.metrics["loss"]

@@ -14,7 +14,7 @@ def test_a_merge_with_its_joint_figures(a_machine_of_its_own: Path, capfd: pytes
     base = write_base(Path("base").absolute())
     for name, layer, step in (("a", 0, 300), ("b", 2, 100)):
         write_npt(Path(name), npt_tensors(base, {layer: ("dual", 2, 2)}, seed=layer + 1), base=base, step=step)
-    words = ["merge.sources=[a,b]", "merge.output=out", "merge.verify=functional", "tracker=wandb"]
+    words = ["merge.sources=[a,b]", "merge.output=out", "merge.verify=functional", "tracker=wandb", "tracker.wait=true"]
     assert cli.run(["task=merge", *words]) == 0, capfd.readouterr().err
     (file,) = Path("outputs").rglob("result.json")
     result = json.loads(file.read_text())

@@ -4,13 +4,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from runner.evaluation.llama import Llama
 from runner.families.npt import EquivalenceSettings
 from runner.families.npt.model import NptLlamaForCausalLM
 from runner.families.npt.training_start import initial_updates
+from tests.llamas import own
 
 
 @pytest.fixture
-def base() -> LlamaForCausalLM:
+def their_base() -> LlamaForCausalLM:
     """Three layers, d 16, f 24, grouped heads, 40 tokens."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -24,6 +26,12 @@ def base() -> LlamaForCausalLM:
         max_position_embeddings=64,
     )
     return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def base(their_base) -> Llama:
+    """The same, as the package runs it."""
+    return own(their_base)
 
 
 @pytest.fixture

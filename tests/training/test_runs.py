@@ -18,8 +18,8 @@ from runner.files.staging import verify
 
 
 @pytest.fixture
-def saved_base(base, tmp_path):
-    base.save_pretrained(tmp_path / "base")
+def saved_base(their_base, tmp_path):
+    their_base.save_pretrained(tmp_path / "base")
     return load_base(None, tmp_path / "base", Placement(device="cpu"), llama=True)
 
 

@@ -12,11 +12,12 @@ from runner.checkpoints.reading import Parts
 from runner.errors import CheckpointError
 from runner.files.file_type import Kind, kind_of
 from runner.files.strict_json import read_object
-from runner.files.tensors import TensorInfo, TensorSource, load_pickle, open_weights
+from runner.files.tensors import TensorInfo, TensorSource, is_tensor, load_pickle, open_weights, read_pickle
 
 if TYPE_CHECKING:
     import torch
 
+ADAPTERS = "peft_adapters"
 OLDER = "dylo_moe_state"
 MODEL_TYPE = "dylora-moe"
 CONFIG = "config.json"
@@ -34,6 +35,7 @@ class Router:
     """The router: `weight` and `bias` name gate.weight [num_experts, hidden_size] and gate.bias [num_experts] in the
     file; `values` are the numbers that an older router.pt holds beside them."""
 
+    source: TensorSource
     file: Path
     weight: str
     bias: str
@@ -49,14 +51,6 @@ class Skills:
     file: Path
     ids: tuple[int | str, ...]
     size: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StrayFile:
-    """A file that does not belong in such a checkpoint; `name` is relative to the checkpoint."""
-
-    name: str
-    nbytes: int
 
 
 def read_config(directory: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -94,7 +88,7 @@ def router_files(root: Path) -> list[Path]:
     return [path for path in places if path.exists()]
 
 
-def open_router(root: Path, parts: Parts) -> tuple[Router, TensorSource] | None:
+def open_router(root: Path, parts: Parts) -> Router | None:
     """The router from headers; None, and a problem of `files` or `gate`, where there is none, or several, or no router.
 
     An older router.pt has its tensors under gate_state_dict, and numbers beside it.
@@ -112,7 +106,7 @@ def open_router(root: Path, parts: Parts) -> tuple[Router, TensorSource] | None:
             parts.sources.append(source)
     if len(found) == 1 and source is not None:
         with parts.within("gate"):
-            return _router(found[0], source), source
+            return _router(found[0], source)
     return None
 
 
@@ -120,7 +114,7 @@ def _router(path: Path, source: TensorSource) -> Router:
     values = {} if kind_of(path) is Kind.SAFETENSORS else dict(source.extras)
     nested = {name.removeprefix("gate.") for name in source.infos} == {"weight", "bias"} and "weight" in source.infos
     weight, bias = ("weight", "bias") if nested else GATE
-    tensors = [name for name, value in values.items() if hasattr(value, "untyped_storage")]
+    tensors = [name for name, value in values.items() if is_tensor(value)]
     missing = sorted({weight, bias} - set(source.infos))
     unexpected = sorted({*source.infos, *tensors, *(n for n in values if n.startswith("gate_state"))} - {weight, bias})
     if missing or unexpected:
@@ -137,7 +131,15 @@ def _router(path: Path, source: TensorSource) -> Router:
             raise CheckpointError(f"{path}: {info.name} is {info.dtype_name}; a router is floating-point")
     if values.get("input_size", shape[1]) != shape[1]:
         raise CheckpointError(f"{path}: says input_size {values['input_size']}, but {weight} is {list(shape)}")
-    return Router(file=path, weight=weight, bias=bias, num_experts=shape[0], hidden_size=shape[1], values=values)
+    return Router(
+        source=source,
+        file=path,
+        weight=weight,
+        bias=bias,
+        num_experts=shape[0],
+        hidden_size=shape[1],
+        values=values,
+    )
 
 
 def read_library(root: Path, parts: Parts) -> Skills | None:
@@ -150,7 +152,7 @@ def read_library(root: Path, parts: Parts) -> Skills | None:
         return None
     for path in found:
         with parts.within("files"):
-            loaded = load_pickle(path, tensors="meta")
+            loaded = read_pickle(path)
             with parts.within("skill_library"):
                 content = _skills(path, loaded)
                 size = next((tensor.shape[0] for tensor in content.values()), None)
@@ -167,22 +169,19 @@ def read_skills(skills: Skills) -> dict[int | str, torch.Tensor]:
 
 def skill_source(skills: Skills) -> TensorSource:
     """The embeddings as tensors that can be looked at one by one, under their ids."""
-    content = _skills(skills.file, load_pickle(skills.file, tensors="mmap"))
-    tensors = {str(name): tensor for name, tensor in content.items()}
+    tensors = {str(name): tensor for name, tensor in read_skills(skills).items()}
     infos = {name: TensorInfo.of(name, tensor) for name, tensor in tensors.items()}
     return TensorSource(path=skills.file, files=(skills.file,), infos=infos, reader=tensors.__getitem__)
 
 
 def _skills(path: Path, content: Any) -> dict[int | str, torch.Tensor]:
-    import torch
-
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of embeddings")
     for name, tensor in content.items():
         if type(name) not in (int, str):
             raise CheckpointError(f"{path}: a skill's id is {name!r}, neither a number nor a name")
-        if not isinstance(tensor, torch.Tensor) or tensor.ndim != 1 or not tensor.dtype.is_floating_point:
-            what = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        if not is_tensor(tensor) or len(tensor.shape) != 1 or not TensorInfo.of(str(name), tensor).is_floating:
+            what = list(tensor.shape) if is_tensor(tensor) else type(tensor).__name__
             raise CheckpointError(f"{path}: skill {name} is {what}, not a floating-point embedding [d]")
     if len({tensor.shape for tensor in content.values()}) > 1:
         shown = ", ".join(f"{name}: {tensor.shape[0]}" for name, tensor in content.items())

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, NptLayer, describe_training, plain
+from runner.checkpoints.model_directory import INJECTION_HISTORY
 from runner.checkpoints.reading import Parts, Reading, load_mapping, look_for_merged_model, some, weight_names
 from runner.errors import CheckpointError
 from runner.files.strict_json import read_object
-from runner.files.tensors import TensorInfo, load_pickle, owned
+from runner.files.tensors import TensorInfo, owned, read_pickle
 
 if TYPE_CHECKING:
     import torch
@@ -269,6 +270,8 @@ def read(listing: Listing) -> Reading:
 
 def _weights_file(listing: Listing) -> str | None:
     """The name of the file that holds the NPT weights, or None. Raises CheckpointError for several candidates."""
+    if INJECTION_HISTORY in listing.entries:
+        return None  # another format: the base beside the weights is not the one that they were trained on
     if not listing.path.is_dir():
         return listing.path.name if any(map(is_key, listing.weights(listing.path.name).infos)) else None
     named = [name for name in WEIGHT_FILES if name in listing.entries]
@@ -283,7 +286,7 @@ def _weights_file(listing: Listing) -> str | None:
 
 
 def _side_files(listing: Listing, parts: Parts) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The training state and the curriculum (tensors on the meta device) and the config beside the weights; {} where
+    """The training state and the curriculum (as `read_pickle` gives them) and the config beside the weights; {} where
     there is none."""
     directory = listing if listing.path.is_dir() else Listing.of(listing.path.parent)
     state: dict[str, Any] = {}
@@ -295,7 +298,7 @@ def _side_files(listing: Listing, parts: Parts) -> tuple[dict[str, Any], dict[st
     if MULTI_LAYER_STATE in directory.entries:
         file = directory.file(MULTI_LAYER_STATE)
         try:
-            content = load_pickle(file, tensors="meta")
+            content = read_pickle(file)
         except CheckpointError as error:
             parts.fail("files", str(error))  # only inspect shows it
         else:
@@ -378,7 +381,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         described["training"] = describe_training(state, config)
     listing = Listing.of(checkpoint.directory)
     if MULTI_LAYER_STATE in listing.entries:
-        described["curriculum"] = plain(load_pickle(listing.file(MULTI_LAYER_STATE), tensors="meta"))
+        described["curriculum"] = plain(read_pickle(listing.file(MULTI_LAYER_STATE)))
     found = config.get("merge_info") or state.get("merge_info")
     merge = plain(found) if isinstance(found, Mapping) else {}
     if MERGE_SUMMARY in listing.entries:

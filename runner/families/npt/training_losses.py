@@ -78,7 +78,7 @@ def base_outputs(model: NptLlamaForCausalLM, ids: torch.Tensor, *, inputs: bool 
         if i == first:
             lowest = hidden
         if isinstance(layer, NptDecoderLayer):
-            attention, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **arguments)
+            attention = layer.self_attn(layer.input_layernorm(hidden), **arguments)
             target = attention + layer.mlp(layer.post_attention_layernorm(hidden + attention))
             normed = layer.post_attention_layernorm(hidden)
             kept = hidden if inputs else None
@@ -163,7 +163,7 @@ def _by_itself(
     if alone:
         output = layer.modulated_mlp(own.attention, own.normed)
         return own.attention, output, hidden + output
-    attention, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden), **arguments)
+    attention = layer.self_attn(layer.input_layernorm(hidden), **arguments)
     # Both at once: a matrix product of twice the rows costs less than two.
     both = layer.modulated_mlp(
         torch.cat((own.attention, attention)), torch.cat((own.normed, layer.post_attention_layernorm(hidden)))
@@ -186,7 +186,7 @@ def _stage_inputs(
     of_attention, of_mlp = ratios
     attention, x = own.attention, own.normed
     if of_attention:
-        attention, _ = layer.self_attn(hidden_states=layer.input_layernorm(mixed(of_attention)), **arguments)
+        attention = layer.self_attn(layer.input_layernorm(mixed(of_attention)), **arguments)
     if of_mlp:
         x = layer.post_attention_layernorm(mixed(of_mlp))
     return attention, x

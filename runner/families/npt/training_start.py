@@ -5,11 +5,10 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
@@ -22,6 +21,9 @@ from runner.families.npt.merge import optimizer_order
 from runner.families.npt.model import NptLlamaForCausalLM, RankKUpdate, build_npt, npt_tensors, npt_updates
 from runner.files.tensors import load_pickle
 from runner.training.resume import as_before, is_step, require_state, require_steps_left
+
+if TYPE_CHECKING:
+    from runner.evaluation.base_models import Config
 
 KIND = ("modulation", "np_rank", "num_ranks")
 # Beyond so many terms the original starts a single modulation from normal values.
@@ -48,7 +50,7 @@ class Start:
 
 
 def initial_updates(
-    config: PreTrainedConfig, settings: EquivalenceSettings, layers: Iterable[int] | None = None
+    config: "Config", settings: EquivalenceSettings, layers: Iterable[int] | None = None
 ) -> dict[int, dict[str, RankKUpdate]]:
     """Random rank-k updates for a Llama of `config`, by layer (None: those of the settings) and projection, in float32.
 

@@ -5,12 +5,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from runner.checkpoints.detect import several
 from runner.checkpoints.runs import Run, find_run, select, spell, step_in_name
 from runner.errors import ConfigError
 from runner.overrides import CommandLine, parse, quoted, split_list, unquoted
-from runner.sweeps.plan import SweepPlan, read_plan
+
+if TYPE_CHECKING:
+    from runner.sweeps.plan import SweepPlan
 
 # Tasks that go over every checkpoint of a run when no step is named.
 OVER_RUNS = ("diagnose", "test")
@@ -39,8 +41,11 @@ def expand(line: CommandLine, *, demo_run: Callable[[], Path]) -> CommandLine:
     path = None if ckpt is None else Path(ckpt).expanduser()
     if step is None:
         run = find_run(path) if path is not None and path.is_dir() else None
-        if run is None and task == "test" and path is not None and (inside := several(path)):
-            return _with_checkpoints(line, inside)
+        if run is None and task == "test" and path is not None:
+            from runner.checkpoints.detect import several
+
+            if inside := several(path):
+                return _with_checkpoints(line, inside)
         if run is None or len(run.checkpoints) == 1:
             return line
         return _with_steps(line, run, "all")
@@ -170,12 +175,14 @@ def _expand_glob(line: CommandLine, pattern: str) -> CommandLine:
     return replace(line, overrides=overrides)
 
 
-def resume(line: CommandLine) -> tuple[CommandLine, SweepPlan]:
+def resume(line: CommandLine) -> tuple[CommandLine, "SweepPlan"]:
     """The command line of the sweep that `line` names with resume=, and its plan.
 
     Launchers may be given anew. Raises ConfigError for a directory that is no sweep, and for an option that differs
     from what the sweep was started with.
     """
+    from runner.sweeps.plan import read_plan
+
     directory = Path(line.get("resume") or "").expanduser()
     if not line.multirun:
         raise ConfigError(f"resume={directory} goes on with a sweep: add -m")
