@@ -3,17 +3,20 @@
 import runner
 model = runner.load("run7/checkpoint-22000", base="path/to/base")     # model(input_ids).logits
 result = runner.diagnose("run7/checkpoint-22000", base="path/to/base")  # the dict of result.json
+for sample in runner.generate("run7/checkpoint-22000", ["Two and two"], temperature=0): print(sample["text"])
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from runner.evaluation.tokenizers import TextTokenizer
+
 __version__ = "0.1.0"
-__all__ = ["diagnose", "inspect", "load"]
+__all__ = ["diagnose", "generate", "inspect", "load"]
 
 # What a key of the command line may be given from Python; None leaves its default.
 Option = str | int | float | Path | Sequence[object] | Mapping[str, object] | None
@@ -74,3 +77,30 @@ def inspect(path: str | Path, *, step: int | None = None, **options: Option) -> 
     from runner.run import call
 
     return call("inspect", path, step=step, **options)
+
+
+def generate(
+    model: "str | Path | nn.Module",
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    base: str | Path | None = None,
+    tokenizer: "str | Path | TextTokenizer | None" = None,
+    step: int | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    stream: bool = False,
+    **options: Option,
+) -> Iterator[Any]:
+    """Continuations of `prompts` (texts, or lists of token ids) by a checkpoint, or by a model that `load` gave.
+
+    Yields the dicts of `generation` in result.json, a sample each, in the order of the prompts: `ids` (the prompt's),
+    `new_ids`, `text`, `seed`, `finish`, …. With `stream=True`, for one prompt, the pieces of its text instead.
+    `tokenizer`: by default the checkpoint's or its base's; a model by itself needs one for prompts that are texts.
+    `options`: the keys `generate.…` (max_new_tokens, temperature, top_p, seed, stop, …). Raises as `load`.
+    """
+    from runner.tasks.generate import generate as made
+
+    return made(
+        model, prompts, base=base, tokenizer=tokenizer, step=step, device=device, dtype=dtype, stream=stream,
+        options=options,
+    )  # fmt: skip

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 MISSING: Any = "???"
 # The family of whatever checkpoint is opened.
 AUTO = "auto"
+# `reference=base`: what the checkpoint stands on, or was made from.
+BASE = "base"
 
 
 def config_directories() -> tuple[Path, ...]:
@@ -93,7 +95,6 @@ class RunningConfig(CommonConfig):
     tokenizer: str | None = None
     device: str = "auto"
     dtype: str = "float32"
-    data: Component = MISSING
 
 
 @dataclass
@@ -107,6 +108,7 @@ class DiagnoseConfig(ModelConfig):
 
     reference: str | None = None
     accuracy: bool = True
+    data: Component = MISSING
     tier: Component = MISSING
     verdict: Component = MISSING
 
@@ -118,12 +120,28 @@ class DiagnoseConfig(ModelConfig):
 
 
 @dataclass
+class GenerateConfig(ModelConfig):
+    """`task=generate`. Without `prompt` and `prompts` it is a chat."""
+
+    reference: str | None = None
+    prompt: Any = None
+    prompts: str | None = None
+    generate: Component = MISSING
+
+    @property
+    def accuracy(self) -> bool:
+        """Whether anything is compared."""
+        return self.reference is not None
+
+
+@dataclass
 class TestConfig(ModelConfig):
     """`task=test`. Without `ckpt` the tiers that need a checkpoint build one, with `experts` where it has experts."""
 
     __test__ = False  # for pytest: no class of tests
 
     ckpt: str | None = None  # type: ignore[assignment]  # only here a checkpoint may be left out
+    data: Component = MISSING
     tier: Component = MISSING
     verdict: Component = MISSING
     experts: int = 2
@@ -148,6 +166,7 @@ class MergeConfig(RunningConfig):
     """`task=merge`; all but `merge` is for `merge.verify=functional`, which runs the models."""
 
     merge: Component = MISSING
+    data: Component = MISSING
     tier: Component = MISSING
     verdict: Component = MISSING
 
@@ -231,6 +250,7 @@ class TrainConfig(RunningConfig):
     """`task=train`; `family` chooses what is trained, and so the keys of `train`."""
 
     family: Component = MISSING
+    data: Component = MISSING
     train: Component = field(default_factory=dict)
 
 
@@ -261,16 +281,20 @@ TASKS: dict[str, type[CommonConfig]] = {
     "diff": DiffConfig,
     "test": TestConfig,
     "train": TrainConfig,
+    "generate": GenerateConfig,
     "compare": SweepConfig,
     "panels": SweepConfig,
 }
 PATH_KEYS = {
     "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "tracker.dir", "train.resume_from",
-    "convert.output", "merge.output", "merge.sources", "junit", "sweep",
+    "prompts", "convert.output", "merge.output", "merge.sources", "merge.base", "merge.file", "junit", "sweep",
     "hydra.run.dir", "hydra.sweep.dir",
 }  # fmt: skip
 # Keys whose value is text as it was typed: `1234e5`, `1_000` and `a, b` are no numbers and no list.
-TEXT_KEYS = {"data.prompts", "data.layer_prompt", "tracker.name", "tracker.project", "tracker.entity"}
+TEXT_KEYS = {
+    "data.prompts", "data.layer_prompt", "tracker.name", "tracker.project", "tracker.entity",
+    "prompt", "generate.system", "generate.stop",
+}  # fmt: skip
 # Keys that a group's choice sets for all tasks alike and that nobody overrides.
 FIXED_KEYS = ("verdict",)
 

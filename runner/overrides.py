@@ -62,7 +62,10 @@ def parse(words: Sequence[str]) -> CommandLine:
             overrides.append((word, None))
         elif "=" in word:
             key, _, value = word.partition("=")
-            overrides.append((key, value))
+            if key == "merge" and unquoted(value).endswith((".yml", ".yaml")):
+                overrides += [("merge", "mergekit"), ("merge.file", value)]
+            else:
+                overrides.append((key, value))
         else:
             hint = f"; did you mean ckpt={word}?" if _exists(word) else "; options are written key=value, see --help"
             raise ConfigError(f"{word!r} is no option{hint}")

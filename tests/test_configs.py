@@ -101,6 +101,8 @@ SINGLE = {
     "merge.sources": ("a/checkpoint-1", ["task=merge"]),
     "merge.layers": (3, ["task=merge"]),
     "merge.drop": (3, ["task=merge"]),
+    "generate.stop": ("end", ["task=generate"]),
+    "generate.layers": (1, ["task=generate"]),
     "train.layers": (2, ["task=train"]),
     "train.target_modules": ("q_proj", ["task=train", "family=lora_moe"]),
 }

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 # Which folders and modules each may import; the arrows run one way, engines never import a family.
 GROUND = {"errors", "installation", "progress"}
 KNOWLEDGE = GROUND | {"config", "results", "files", "metrics", "data", "checkpoints"}
-ENGINES = {"evaluation", "checks", "merge", "training"}
+ENGINES = {"evaluation", "generation", "checks", "merge", "training"}
 PAGES = {"comparison", "reports", "tracking"}
 MAY_IMPORT = {
     "errors": set(),
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "data": GROUND | {"files"},
     "checkpoints": GROUND | {"files", "config"},
     "evaluation": KNOWLEDGE,
+    "generation": KNOWLEDGE | {"evaluation"},
     "checks": KNOWLEDGE | {"evaluation"},
     "merge": KNOWLEDGE | {"evaluation"},
     "training": KNOWLEDGE | {"evaluation"},
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "sweeps": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "checks"},
     "cli": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "sweeps", "expand"},
     "__main__": {"cli"},
-    "__init__": {"run", "evaluation", "checkpoints", "families"},
+    "__init__": {"run", "evaluation", "checkpoints", "families", "tasks"},
 }
 HYDRA = {"cli", "run", "sweeps", "config"}
 

@@ -3,10 +3,9 @@
 import csv
 import io
 
-from runner.comparison.comparison import Comparison
+from runner.comparison.comparison import Comparison, Series
 from runner.comparison.insights import headline, insights
 from runner.comparison.jobs import Job, flat
-from runner.comparison.series import Series
 from runner.results import JsonObject, finite
 
 # A spreadsheet would take a cell that begins so for a formula.

@@ -15,7 +15,6 @@ from runner.evaluation.forward import (
     continue_from,
     device_of,
     first_non_finite,
-    has_cache,
     head_of,
     in_other_precision,
     limits,
@@ -178,11 +177,12 @@ class Evaluator:
 
     def continuation(self, token_ids: torch.Tensor, count: int, *, temperature: float) -> dict[str, Any]:
         """Continuations of one prompt [T] by model and reference from the same seed, and how far they agree."""
-        settings: dict[str, Any] = {"temperature": temperature, "seed": self.seed}
-        prompt = token_ids.to(device_of(self.model))
+        from runner.evaluation.decoding import generate
         from runner.metrics import generation
 
-        tokens = generation.generate(self.model, prompt, count, cache=has_cache(self.model), **settings)
+        settings: dict[str, Any] = {"temperature": temperature, "seed": self.seed}
+        prompt = token_ids.to(device_of(self.model))
+        tokens = generate(self.model, prompt, count, **settings)
         theirs = self._reference.continuation(token_ids, count, **settings)
         return {
             **settings,

@@ -65,6 +65,33 @@ class TextTokenizer:
         return found
 
     @property
+    def size(self) -> int:
+        """How many tokens there are, added ones too."""
+        backend: Any = self.backend
+        return int(backend.get_vocab_size() if self.by == "tokenizers" else len(backend))
+
+    def vocabulary(self) -> dict[str, int]:
+        """Every token with its id, added ones too."""
+        backend: Any = self.backend
+        return dict(backend.get_vocab())
+
+    def templated(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation [{role, content}, …] as the chat template writes it, up to where the answer begins.
+
+        Raises whatever the template raises, and KeyError where several have names and none is `default`.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self.chat_template if isinstance(self.chat_template, str) else (self.chat_template or {})["default"]
+        (text,), _ = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=template,
+            add_generation_prompt=True,
+            **self.special_tokens,
+        )
+        return str(text)
+
+    @property
     def eos_token_id(self) -> int | None:
         """The id of the end-of-text token; None where there is none."""
         eos = self.special_tokens.get("eos_token")

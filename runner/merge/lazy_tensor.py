@@ -4,7 +4,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, partial, reduce
 from typing import Any
 
 import torch
@@ -20,12 +20,16 @@ class LazyTensor:
     """One tensor of an output: `parts()` gives its elements in order, as 1-D tensors of at most PART elements.
 
     `origin` says where it comes from, for messages. It can be asked for its parts any number of times.
+    `elements(indices)`: those at flat indices [N], each fetched by itself. `computed`: it is no copy of a stored
+    tensor, and what is written of it is held against some of its elements.
     """
 
     origin: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     parts: Callable[[], Iterator[torch.Tensor]]
+    elements: Callable[[torch.Tensor], torch.Tensor] | None = None
+    computed: bool = False
 
     @property
     def numel(self) -> int:
@@ -40,7 +44,13 @@ class LazyTensor:
 
 def from_tensor(tensor: torch.Tensor, origin: str) -> LazyTensor:
     """A tensor as it is, which may be a view of a mapped file."""
-    return LazyTensor(origin=origin, dtype=tensor.dtype, shape=tuple(tensor.shape), parts=lambda: split(tensor))
+    return LazyTensor(
+        origin=origin,
+        dtype=tensor.dtype,
+        shape=tuple(tensor.shape),
+        parts=lambda: split(tensor),
+        elements=partial(_pick, tensor),
+    )
 
 
 def from_source(source: TensorSource, info: TensorInfo) -> LazyTensor:
@@ -50,7 +60,13 @@ def from_source(source: TensorSource, info: TensorInfo) -> LazyTensor:
         dtype=info.dtype,
         shape=info.shape,
         parts=lambda: split(source.read(info.name)),
+        elements=lambda indices: _pick(source.read(info.name), indices),
     )
+
+
+def _pick(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The elements at flat `indices`, of a tensor in any layout."""
+    return tensor.detach()[torch.unravel_index(indices, tensor.shape)]
 
 
 def replaced(value: Any, change: Callable[[LazyTensor], LazyTensor]) -> Any:
@@ -106,7 +122,13 @@ def rows(parts: Sequence[tuple[LazyTensor, Sequence[int]]]) -> LazyTensor:
         yield from split(torch.cat(whole))
 
     count = sum(len(chosen) for _, chosen in parts)
-    return LazyTensor(origin=_origins(found), dtype=dtype, shape=(count, *found[0].shape[1:]), parts=stacked)
+    return LazyTensor(
+        origin=_origins(found),
+        dtype=dtype,
+        shape=(count, *found[0].shape[1:]),
+        parts=stacked,
+        elements=lambda indices: torch.cat(list(stacked()))[indices],
+    )
 
 
 def linear(first: LazyTensor, second: LazyTensor, t: float) -> LazyTensor:
@@ -130,10 +152,18 @@ def slerp(first: LazyTensor, second: LazyTensor, t: float) -> LazyTensor:
     Where one is zero or they point (almost) the same or opposite way, which has no arc, it is linear.
     """
 
-    def parts() -> Iterator[torch.Tensor]:
-        yield from weighted((first, second), _slerp_weights(first, second, t)).parts()
+    @cache
+    def found() -> LazyTensor:
+        return weighted((first, second), _slerp_weights(first, second, t))
 
-    return LazyTensor(origin=_origins((first, second)), dtype=_dtype((first, second)), shape=first.shape, parts=parts)
+    return LazyTensor(
+        origin=_origins((first, second)),
+        dtype=_dtype((first, second)),
+        shape=first.shape,
+        parts=lambda: found().parts(),
+        elements=lambda indices: found().elements(indices),
+        computed=True,
+    )
 
 
 def combined(how: str, tensors: Sequence[LazyTensor], weights: Sequence[float], t: float) -> LazyTensor:
@@ -172,11 +202,31 @@ def _elementwise(
         for group in zip(*(tensor.parts() for tensor in tensors), strict=True):
             yield combine([part.double() for part in group]).to(dtype)
 
-    return LazyTensor(origin=_origins(like or tensors), dtype=dtype, shape=tensors[0].shape, parts=parts)
+    def elements(indices: torch.Tensor) -> torch.Tensor:
+        return combine([_elements(tensor, indices).double() for tensor in tensors]).to(dtype)
+
+    return LazyTensor(
+        origin=_origins(like or tensors),
+        dtype=dtype,
+        shape=tensors[0].shape,
+        parts=parts,
+        elements=elements,
+        computed=True,
+    )
+
+
+def _elements(tensor: LazyTensor, indices: torch.Tensor) -> torch.Tensor:
+    assert tensor.elements is not None, f"{tensor.origin}: has no elements by index"
+    return tensor.elements(indices)
 
 
 def _dtype(tensors: Sequence[LazyTensor]) -> torch.dtype:
-    return reduce(_promoted, (tensor.dtype for tensor in tensors))
+    return promoted([tensor.dtype for tensor in tensors])
+
+
+def promoted(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """A dtype that holds all values of all of these."""
+    return reduce(_promoted, dtypes)
 
 
 def _promoted(a: torch.dtype, b: torch.dtype) -> torch.dtype:

@@ -89,8 +89,9 @@ class MergeOutput:
     """Everything that a merge writes and says.
 
     `weights`: the tensors as a reader of the output names them, in its order; they are among those of `tensor_files`.
-    `texts`: JSON files by name. `summary`: merge_summary.json without the hashes of what was read. `details`, `layers`,
-    `conflicts`: fields of the result. `content`: what the bytes must equal, in words.
+    `texts`: JSON files by name; `copies`: other files, as bytes or as a file to copy. `card(hashes)`: text files by
+    name, of the hashes of what was read. `summary`: merge_summary.json without the hashes of what was read. `details`,
+    `layers`, `conflicts`: fields of the result. `content`: what the bytes must equal, in words.
 
     `read_back(checkpoint)`: of the written checkpoint, what was found as fields of the result, and how that is said.
     `check_functions(checkpoint, base, prompts)`: whether it computes what its sources do, in words; prompts are text →
@@ -104,6 +105,8 @@ class MergeOutput:
     weights: Mapping[str, LazyTensor]
     tensor_files: tuple[TensorFile, ...]
     texts: Mapping[str, JsonObject]
+    copies: Mapping[str, bytes | Path] = field(default_factory=dict)
+    card: Callable[[Mapping[str, str]], Mapping[str, str]] = lambda hashes: {}
     summary: JsonObject
     details: JsonObject
     step: int | None
@@ -163,6 +166,8 @@ def differing_dtypes(tensors: Sequence[MergedTensor]) -> list[str]:
 
 def interpolation_weights(spec: MergeSpec) -> tuple[float, ...]:
     """The share of each source under average, linear or slerp. Raises ConfigError for another number of sources."""
+    if any(source.weight is not None for source in spec.sources) and spec.rule != "average":
+        raise ConfigError("merge.sources: a weight is a source's share of an average; give merge=average")
     if spec.rule == "average":
         if len(spec.sources) < 2:
             raise ConfigError("merge=average takes the mean of several checkpoints: give two sources or more")

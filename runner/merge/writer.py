@@ -117,8 +117,9 @@ def new_file(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -
 def expected_bytes(output: MergeOutput) -> int:
     """About how much space `output` takes, never less."""
     tensors = [tensor for file in output.tensor_files for tensor in file.tensors]
-    small = len(output.texts) + 2  # the summary, the manifest
-    return sum(tensor.nbytes + RECORD_BYTES for tensor in tensors) + SMALL_FILE * small
+    small = len(output.texts) + 4  # the summary, the manifest, the card
+    copies = sum(len(each) if isinstance(each, bytes) else each.stat().st_size for each in output.copies.values())
+    return copies + sum(tensor.nbytes + RECORD_BYTES for tensor in tensors) + SMALL_FILE * small
 
 
 def write_tensors(
@@ -174,6 +175,15 @@ def write_json_files(directory: Path, texts: Mapping[str, Mapping[str, Any]]) ->
             text = json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n"
             # Half a surrogate pair, as of a path that is no UTF-8, stands in JSON as its escape.
             sink.write(text.encode(errors="backslashreplace"))
+
+
+def write_files(directory: Path, files: Mapping[str, bytes | str | Path]) -> None:
+    """Write new files into `directory` by their names: their content, or the file that they copy."""
+    for name, content in files.items():
+        with new_file(directory / name) as sink:
+            if isinstance(content, Path):
+                content = content.read_bytes()
+            sink.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 ALIGNMENT = 64

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from html import escape
 from itertools import groupby, pairwise
 
-from runner.comparison.comparison import Comparison
-from runner.comparison.series import Series
+from runner.comparison.comparison import Comparison, Series
 from runner.errors import printable
 from runner.metrics.verdict import thresholds
+from runner.reports.page.charts import shortened
 
 _COLOURS = ("#2563c9", "#c2570c", "#12855f", "#8a3ffc", "#b8286a", "#0b7a94", "#7a6a00", "#596273")
 _BANDS = {"excellent": "#e2f0e8", "good": "#edf5e9", "fair": "#fbf4e4", "poor": "#fceeec"}
@@ -183,7 +183,7 @@ def _colour(number: int) -> str:
 
 
 def _label(text: str) -> str:
-    return printable(text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}…")
+    return printable(shortened(text, _LONGEST_LABEL))
 
 
 def _svg(shapes: Sequence[Shape]) -> bytes:

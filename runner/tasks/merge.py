@@ -16,10 +16,11 @@ from runner.checkpoints.runs import resolve
 from runner.config import DiagnoseConfig, Format, MergeConfig
 from runner.errors import CheckpointError, ConfigError
 from runner.families.family import Auto, Family
+from runner.families.hf import Hf
 from runner.families.npt import Npt
 from runner.installation import importing
 from runner.merge.inputs import Inputs, reading
-from runner.merge.spec import MergeSpec
+from runner.merge.spec import FAMILY_RULES, MergeSpec
 from runner.progress import byte_bar
 from runner.reports.console import size
 from runner.results import Result, versions
@@ -57,13 +58,14 @@ def run(config: MergeConfig, context: Context) -> Result:
         with context.timed("demo"):
             made = write_demo(context.directory / "demo", config.merge, seed=config.seed)
         config = replace(config, merge=made)
-    spec: MergeSpec = config.merge
+    spec: MergeSpec = config.merge.read_file()
+    config = replace(config, merge=spec)
     if not spec.output:
         raise ConfigError("merge.output is needed: the directory to write")
     if not spec.sources:
         raise ConfigError("merge.sources is needed: the checkpoints to merge, as [A,B] or [{path: A, layers: [11]},B]")
     target = Path(os.path.abspath(Path(spec.output).expanduser()))  # noqa: PTH100 - a link must be seen, not followed
-    paths = [resolve(Path(source.path).expanduser(), by_step=False) for source in spec.sources]
+    paths = [_place(source.path) for source in spec.sources]
     likely = [*(path / name for path in paths for name in _LIKELY), *paths]
     with reading(file for file in likely if file.is_file()) as inputs:
         with importing():
@@ -82,9 +84,7 @@ def run(config: MergeConfig, context: Context) -> Result:
             with context.timed("verify"):
                 written = check_structure(partial, output)
             found, words = output.read_back(written)
-            verified = Verified(
-                found=found, words=[words, f"{size(output.nbytes)} equal to {output.content}"], said=said
-            )
+            verified = Verified(found=found, words=[words, _proved(output)], said=said)
             if spec.verify == "functional":
                 with context.timed("functional"):
                     words, verified.measured = _functional(config, family, output, written, context)
@@ -96,6 +96,17 @@ def run(config: MergeConfig, context: Context) -> Result:
             "says nothing"
         )
     return result
+
+
+def _place(name: str) -> Path:
+    """Where a source lies; of a hub name that is no path here, in the hub's cache. Raises a RunnerError."""
+    path = Path(name).expanduser()
+    if not path.exists() and name.count("/") == 1:
+        from runner.evaluation.base_models import is_hub_name, snapshot
+
+        if is_hub_name(name):
+            return snapshot("merge.sources", name, download=False)
+    return resolve(path, by_step=False)
 
 
 def plan(spec: MergeSpec, paths: Sequence[Path], base: str | None, target: Path) -> "tuple[Family, MergeOutput]":
@@ -112,7 +123,24 @@ def plan(spec: MergeSpec, paths: Sequence[Path], base: str | None, target: Path)
                 f"{paths[0]} is {opened[0].format} and {path} is {checkpoint.format}: checkpoints of different "
                 "families cannot be merged"
             )
+    if spec.rule not in FAMILY_RULES and found[0].name != Hf.name:
+        raise ConfigError(
+            f"merge={spec.rule} is for whole models and adapters; {paths[0]} is {opened[0].format}: choose "
+            f"{', '.join(FAMILY_RULES)}"
+        )
     return found[0], found[0].plan_merge(spec, paths, opened, base, target)
+
+
+def _proved(output: "MergeOutput") -> str:
+    """What the comparison with the sources has shown, in words."""
+    tensors = [tensor for file in output.tensor_files for tensor in file.tensors]
+    computed = [tensor for tensor in tensors if tensor.computed]
+    copied = sum(tensor.nbytes for tensor in tensors if not tensor.computed)
+    said = [f"{size(copied)} equal to {output.content}"] if copied or not computed else []
+    if computed:
+        of = size(sum(tensor.nbytes for tensor in computed))
+        said.append(f"{of} in {len(computed)} tensors read back as written, a sample of each computed again")
+    return "; ".join(said)
 
 
 def _check_base(output: "MergeOutput", base: str | None) -> None:
@@ -136,7 +164,7 @@ def _staged(
     from runner.files.staging import staged
     from runner.merge.plan import SUMMARY
     from runner.merge.verify import comparisons
-    from runner.merge.writer import expected_bytes, write_json_files, write_tensors
+    from runner.merge.writer import expected_bytes, write_files, write_json_files, write_tensors
 
     read = list(dict.fromkeys(file for source in output.sources for file in source.files))
     with context.timed("check"):
@@ -166,8 +194,10 @@ def _staged(
         with context.timed("write"), byte_bar(context.progress, "merging", output.nbytes) as on_bytes:
             said = write_tensors(partial, output.tensor_files, on_bytes, hashes)
         with context.timed("hash"):
-            manifest["inputs"] = {str(file): inputs.sha256(file) for file in read}
-        write_json_files(partial, {**output.texts, SUMMARY: {**output.summary, "sha256": manifest["inputs"]}})
+            inputs_of = {str(file): inputs.sha256(file) for file in read}
+            manifest["inputs"] = inputs_of
+        write_json_files(partial, {**output.texts, SUMMARY: {**output.summary, "sha256": inputs_of}})
+        write_files(partial, {**output.copies, **output.card(inputs_of)})
         yield partial, said
     said += [f"what stood at {target} before is kept as {path.name}" for path in sorted(_set_aside(target) - before)]
 

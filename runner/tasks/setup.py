@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from torch import nn
+
 from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.model_directory import has_tokenizer
 from runner.checkpoints.runs import resolve
-from runner.config import DiagnoseConfig
+from runner.config import BASE, DiagnoseConfig, GenerateConfig
 from runner.errors import ModelError
 from runner.evaluation.base_models import Base, find_base, load_base
 from runner.evaluation.evaluator import Evaluator, plain_reference
@@ -27,6 +29,7 @@ class EvaluationSetup:
     """A checkpoint, ready to be measured.
 
     `base`: the model that it runs on, or was made from; `against_base`: whether that is its reference.
+    `plain_model`: the same without what the checkpoint adds, over the same tensors; None where it adds nothing.
     """
 
     checkpoint: Checkpoint
@@ -34,10 +37,11 @@ class EvaluationSetup:
     reference: Path | None
     against_base: bool
     has_own_base_weights: bool
+    plain_model: nn.Module | None
     evaluator: Evaluator
 
 
-def open_evaluation(config: DiagnoseConfig, context: Context) -> EvaluationSetup:
+def open_evaluation(config: DiagnoseConfig | GenerateConfig, context: Context) -> EvaluationSetup:
     """Open what `config` names, with the models in memory. Raises the errors of `runner.load`."""
     placement = Placement(device=config.device, dtype=config.dtype, device_map=config.family.device_map)
     with context.timed("open"):
@@ -52,10 +56,10 @@ def open_evaluation(config: DiagnoseConfig, context: Context) -> EvaluationSetup
         cached = partial(_cached, cache=cache_directory(config.cache), in_sweep=context.in_sweep)
         made_from_base = family.is_made_from_base(checkpoint)
         base = own
-        if made_from_base and config.accuracy and config.reference in (None, config.base):
+        if made_from_base and config.accuracy and _against_base(config):
             base = load_base(checkpoint, config.base, placement)
         reference, path = None, None
-        if config.accuracy and config.reference not in (None, config.base):
+        if config.accuracy and not _against_base(config):
             reference, path = _other_reference(config, placement, cached)
         elif config.accuracy and base is not None:
             reference, path = cached(base), base.path
@@ -73,12 +77,17 @@ def open_evaluation(config: DiagnoseConfig, context: Context) -> EvaluationSetup
         reference=path,
         against_base=base is not None and reference is not None and reference.model is base.model,
         has_own_base_weights=made_from_base,
+        plain_model=own.model if own else plain.model if plain else None,
         evaluator=Evaluator(model=model, reference=reference, plain=plain, tokenizer=tokenizer, seed=config.seed),
     )
 
 
+def _against_base(config: DiagnoseConfig | GenerateConfig) -> bool:
+    return config.reference in (None, config.base, BASE)
+
+
 def _tokenizer(
-    config: DiagnoseConfig, family: Family, checkpoint: Checkpoint, base: Base | None
+    config: DiagnoseConfig | GenerateConfig, family: Family, checkpoint: Checkpoint, base: Base | None
 ) -> TextTokenizer | None:
     """The tokenizer; None where there is none and the family can be measured on seeded token ids."""
     directories = [checkpoint.directory, *([base.path] if base else [])]
@@ -92,7 +101,7 @@ def _cached(base: Base, *, cache: Path, in_sweep: bool) -> Reference:
 
 
 def _other_reference(
-    config: DiagnoseConfig, placement: Placement, cached: Callable[[Base], Reference]
+    config: DiagnoseConfig | GenerateConfig, placement: Placement, cached: Callable[[Base], Reference]
 ) -> tuple[Reference, Path]:
     """What `reference=` names: a base model, or another checkpoint, over the same base where it needs one."""
     path = Path(config.reference or "").expanduser()

@@ -108,12 +108,14 @@ def _crc(path: Path, checkpoint: Checkpoint) -> str:
     """The CRC of every record of the torch.save files of a directory, and of the weights wherever they lie."""
     beside = path.rglob("*") if path.is_dir() else [path]
     files = {file for file in (*beside, *checkpoint.weights.files) if file.is_file() and file.suffix in PICKLES}
-    with_crcs = sorted(file for file in files if kind_of(file) is Kind.ZIP)
-    for file in with_crcs:
-        verify_crc(file)
-    without = sorted({file.name for file in checkpoint.weights.files} - {file.name for file in with_crcs})
-    words = f"{', '.join(file.name for file in with_crcs)}: every record" if with_crcs else ""
-    return "; ".join(filter(None, [words, f"{', '.join(without)}: a layout without CRCs" if without else ""]))
+    zips = sorted(file for file in files if kind_of(file) is Kind.ZIP)
+    with_crcs = [file for file in zips if verify_crc(file)]
+    said = {
+        "every record": with_crcs,
+        "saved without CRCs": [file for file in zips if file not in with_crcs],
+        "a layout without CRCs": sorted(set(checkpoint.weights.files) - set(zips)),
+    }
+    return "; ".join(f"{', '.join(file.name for file in found)}: {words}" for words, found in said.items() if found)
 
 
 def _finite(checkpoint: Checkpoint) -> str:

@@ -51,7 +51,7 @@ REFUSED = {
     "a base that is nowhere": ("a,b", "base=./nowhere: no such directory", "base=./nowhere"),
     "a long name": ("a,b", "cannot be an output: File name too long", f"merge.output={'n' * 300}"),
     "an empty list": ("", r"a source without a path; give the checkpoints to merge, as \[A,B\]"),
-    "no NPT weights: a model": ("a,hf", "hf: No NPT layers to merge: its format is hf"),
+    "no NPT weights: a model": ("a,hf", "a is npt_delta and hf is hf: checkpoints of different families"),
     "no NPT weights: an empty directory": ("a,empty", "empty: the directory is empty"),
     "NPT layers with a GPT": ("a,gpt.pt", "a is npt_delta and gpt.pt is gpt_small: checkpoints of different families"),
     "experts of NPT layers": ("a,{path: b, experts: [0]}", r"b: has no experts, it is an npt_delta; choose layers: \[…\]"),

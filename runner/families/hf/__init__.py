@@ -1,6 +1,6 @@
 """Plain causal language models in Hugging Face directories, and one LoRA adapter over such a model (peft)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from runner.checks.context import Check, Example, Traits
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
+    from runner.merge.plan import MergeOutput
+    from runner.merge.spec import MergeSpec
 
 PEFT = "peft"
 
@@ -28,19 +30,15 @@ class Hf(Family):
     format_modules: ClassVar[tuple[str, ...]] = ("runner.families.lora.checkpoint", "runner.families.hf.checkpoint")
 
     def needs_base(self, checkpoint: "Checkpoint") -> bool:
-        """An adapter does."""
         return checkpoint.format == PEFT
 
     def is_base(self, checkpoint: "Checkpoint") -> bool:
-        """A complete model is."""
         return checkpoint.format != PEFT
 
     def can_be_spread(self, checkpoint: "Checkpoint") -> bool:
-        """A complete model can."""
         return checkpoint.format != PEFT
 
     def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "nn.Module":
-        """As `Family.build`."""
         from runner.evaluation.base_models import build_plain
 
         if base is not None:
@@ -51,16 +49,14 @@ class Hf(Family):
         return build_plain(checkpoint.details.config, checkpoint.weights, checkpoint.weights.infos, placement)
 
     def can_save(self, checkpoint: "Checkpoint") -> bool:
-        """Both of its formats."""
         return True
 
     def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> Path:
-        """As `Family.save`."""
         from runner.checkpoints import model_directory
         from runner.files.staging import staged
 
         if checkpoint.format == PEFT:
-            from runner.families.lora.adapter import save_peft
+            from runner.families.lora.checkpoint import save_peft
             from runner.families.lora_moe.model import LoraForCausalLM
 
             assert isinstance(model, LoraForCausalLM)
@@ -70,31 +66,34 @@ class Hf(Family):
             model_directory.save(directory, tensors, config=checkpoint.details.config)
         return target
 
+    def plan_merge(
+        self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path
+    ) -> "MergeOutput":
+        """As `Family.plan_merge`."""
+        from runner.families.hf.merge import plan_merge
+
+        return plan_merge(spec, paths, opened, base, output)
+
     def checks(self) -> "Mapping[str, Check]":
-        """As `Family.checks`."""
         from runner.families.hf.checks import CHECKS
 
         return CHECKS
 
     def check_buildable(self, base: str | None) -> None:
-        """Never."""
         raise ConfigError("family=hf: nothing is added to a plain model; give ckpt=, or family=npt, gpt or lora_moe")
 
     def examples(self) -> "Mapping[str, Example]":
-        """As `Family.examples`."""
         from runner.families.hf.checks import write_model
         from runner.families.lora.checks import write_adapter
 
         return {PEFT: write_adapter, self.name: write_model}
 
     def base_misfits(self, checkpoint: "Checkpoint", config: Mapping[str, Any]) -> list[str]:
-        """As `Family.base_misfits`."""
         from runner.families.lora.checks import base_misfits
 
         return base_misfits({"the adapter": checkpoint.details}, config)
 
     def traits(self, checkpoint: "Checkpoint") -> "Traits":
-        """As `Family.traits`."""
         from runner.families.lora.checks import LoraTraits
 
         return LoraTraits() if checkpoint.format == PEFT else super().traits(checkpoint)

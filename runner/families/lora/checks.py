@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from runner.checks.context import Traits
 from runner.checks.environment import write_zeros
 from runner.families.hf.checkpoint import bad_sizes, llama_shapes
-from runner.families.lora.adapter import AdapterDetails, key
+from runner.families.lora.checkpoint import AdapterDetails, key
 
 if TYPE_CHECKING:
     from torch import nn

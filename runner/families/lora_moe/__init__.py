@@ -41,11 +41,9 @@ class LoraMoe(Family):
     format_modules: ClassVar[tuple[str, ...]] = ("runner.families.lora_moe.checkpoint",)
 
     def needs_base(self, checkpoint: "Checkpoint") -> bool:
-        """Always."""
         return True
 
     def check_training(self, settings: "TrainingSettings") -> None:
-        """As `Family.check_training`."""
         assert isinstance(settings, MoeSettings)
         if self.router_features is not None or not self.experts:
             raise ConfigError(
@@ -60,19 +58,16 @@ class LoraMoe(Family):
             )
 
     def training_texts(self, documents: Sequence[str], name: str | None) -> dict[str, list[str]]:
-        """By skill."""
         from runner.families.lora_moe.skills import documents_by_skill
 
         return documents_by_skill(documents, name)
 
     def train(self, inputs: "TrainingInputs") -> "Trained":
-        """As `Family.train`: experts and their router."""
         from runner.families.lora_moe import training
 
         return training.train(inputs, top_k=self.top_k)
 
     def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "LoraMoeForCausalLM":
-        """As `Family.build`."""
         from runner.families.lora_moe.model import build_moe
 
         assert base is not None, "its experts stand on a base"
@@ -82,11 +77,9 @@ class LoraMoe(Family):
         return model
 
     def can_save(self, checkpoint: "Checkpoint") -> bool:
-        """Always."""
         return True
 
     def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> Path:
-        """As `Family.save`."""
         from runner.families.lora_moe.model import LoraMoeForCausalLM
         from runner.families.lora_moe.save import save_moe
         from runner.families.lora_moe.state import read_skills
@@ -100,13 +93,11 @@ class LoraMoe(Family):
     def plan_merge(
         self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path
     ) -> "MergeOutput":
-        """As `Family.plan_merge`: experts of several checkpoints, or their mean."""
         from runner.families.lora_moe.merge import plan_merge
 
         return plan_merge(spec, paths, opened, base, output)
 
     def checks(self) -> "Mapping[str, Check]":
-        """As `Family.checks`."""
         from runner.families.lora_moe.checks import CHECKS
 
         return CHECKS
@@ -115,25 +106,21 @@ class LoraMoe(Family):
         """Over any base."""
 
     def build_small(self, context: "CheckContext") -> Path:
-        """As `Family.build_small`."""
         from runner.families.lora_moe.checks import build_small
 
         return build_small(context)
 
     def examples(self) -> "Mapping[str, Example]":
-        """As `Family.examples`."""
         from runner.families.lora_moe.checks import write_example
 
         return {self.name: write_example}
 
     def base_misfits(self, checkpoint: "Checkpoint", config: Mapping[str, Any]) -> list[str]:
-        """As `Family.base_misfits`."""
-        from runner.families.lora_moe.checks import base_misfits
+        from runner.families.lora.checks import base_misfits
 
-        return base_misfits(checkpoint, config)
+        return base_misfits({expert.name: expert.adapter for expert in checkpoint.details.experts}, config)
 
     def traits(self, checkpoint: "Checkpoint") -> "Traits":
-        """As `Family.traits`."""
         from runner.families.lora_moe.checks import MoeTraits
 
         return MoeTraits()

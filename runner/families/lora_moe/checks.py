@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.checkpoints.checkpoint import Checkpoint
 from runner.checks.check import by_name, check, failed, part_check, part_outcome, passed, skipped
 from runner.checks.context import BUILT, CheckContext, Outcome
 from runner.checks.environment import write_zeros
 from runner.errors import ModelError
 from runner.families.lora import checks as lora
+from runner.families.lora_moe import TARGETS
 from runner.families.lora_moe.state import CONFIG, OLDER, read_skills
 
 if TYPE_CHECKING:
@@ -47,7 +46,6 @@ CHECKS = by_name(
 NEAR_TIE = 1e-2
 # Of the tiny layout, and of the small checkpoint.
 EXPERTS = 2
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STEP = 1
 
 
@@ -63,11 +61,6 @@ class MoeTraits(lora.LoraTraits):
         best = alone.router_logits[0].float().topk(mixture.top_k + 1).values
         ties = chosen.any(-1) & (best[:, -2] - best[:, -1] < NEAR_TIE)
         return int(ties.nonzero()[0, 0]) if ties.any() else length
-
-
-def base_misfits(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
-    """As `Family.base_misfits`."""
-    return lora.base_misfits({expert.name: expert.adapter for expert in checkpoint.details.experts}, config)
 
 
 def write_example(root: Path) -> str:
@@ -115,15 +108,6 @@ def build_small(context: CheckContext) -> Path:
     return target
 
 
-def write_model(checkpoint: Checkpoint, model: nn.Module, base: str, target: Path) -> None:
-    """Write a model that was built from `checkpoint` on the base at `base` as the new directory `target`."""
-    from runner.families.lora_moe.save import save_moe
-
-    library = checkpoint.details.skills
-    skills = None if library is None else read_skills(library)
-    save_moe(_model(model), target, base_name=base, step=checkpoint.step, skills=skills)
-
-
 def config(context: CheckContext) -> Outcome:
     """What the reader says of config.json, which is written where there is none and corrected where there is one."""
     there = any((context.directory / place / CONFIG).is_file() for place in ("", OLDER))
@@ -139,11 +123,8 @@ def router(context: CheckContext) -> Outcome:
     ours, theirs = _model(context.model), _model(context.reloaded)
     wrong = [
         f"gate.{name} differs by up to {(a.float() - b.float()).abs().max().item():.3g}"
-        for name, a, b in (
-            ("weight", ours.router.weight, theirs.router.weight),
-            ("bias", ours.router.bias, theirs.router.bias),
-        )
-        if not torch.equal(a, b)
+        for name, a in ours.router.named_parameters()
+        if not torch.equal(a, b := theirs.router.get_parameter(name))
     ]
     wrong += [
         f"{name} is {getattr(theirs, name)} instead of {getattr(ours, name)}"

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,11 +14,11 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
-from runner.comparison.comparison import Comparison
+from runner.comparison.comparison import Comparison, grouped, spelled
 from runner.comparison.insights import headline, insights, leading
 from runner.comparison.jobs import Job
-from runner.comparison.series import spelled
 from runner.metrics.verdict import thresholds
+from runner.reports.generation import step_rows
 from runner.reports.page.charts import charts, shortened, tell_apart
 from runner.results import FILE_NAME, JsonObject, is_number
 
@@ -88,6 +89,7 @@ def page(comparison: Comparison, directory: Path, *, picture: bool) -> str:
         findings=_findings(comparison),
         figures=figures,
         absent=_absent(comparison),
+        texts=step_rows(comparison.done),
         columns=columns,
         jobs=jobs,
         differences=differences(comparison),
@@ -157,9 +159,7 @@ def _cards(comparison: Comparison) -> list[JsonObject]:
 
 def failures(comparison: Comparison, directory: Path) -> list[JsonObject]:
     """Jobs without a result, those with one message together, in the order of the first of each."""
-    groups: dict[tuple[str, str], list[Job]] = {}
-    for job in comparison.failures:
-        groups.setdefault((_spoken(job.status), job.message), []).append(job)
+    groups = grouped(comparison.failures, lambda job: (_spoken(job.status), job.message))
     return [
         {
             "status": status,
@@ -226,9 +226,7 @@ def differences(comparison: Comparison) -> list[JsonObject]:
     """Each config key that differs, with its values and how many jobs have each."""
     rows = []
     for key, values in comparison.differences.items():
-        counts: dict[str, int] = {}
-        for value in values:
-            counts[spelled(value)] = counts.get(spelled(value), 0) + 1
+        counts = Counter(map(spelled, values))
         shown = [
             {"text": shortened(text, _LONGEST_VALUE), "count": count if count > 1 else 0}
             for text, count in counts.items()
