@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "sweeps": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "checks"},
     "cli": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "sweeps", "expand"},
     "__main__": {"cli"},
-    "__init__": {"run", "evaluation", "checkpoints", "families", "tasks"},
+    "transfer": KNOWLEDGE | ENGINES | {"families"},
+    "__init__": {"run", "transfer", "evaluation", "checkpoints", "families", "tasks"},
 }
 HYDRA = {"cli", "run", "sweeps", "config"}
 
