@@ -94,11 +94,11 @@ def require_crc(path: Path, steps: Steps = whole) -> None:
 
     Who asks while another thread reads the file waits for what that one finds.
     """
-    file = _identity(path)
+    file = identity(path)
     with _LOCKS.setdefault(file, Lock()):
         if file not in _SOUND and is_zip(path):
             Crcs(check_archive(path)).check_all(steps)
-        if time.time_ns() - file[-1] > _SETTLED:
+        if is_settled(file):
             _SOUND.add(file)
 
 
@@ -110,7 +110,7 @@ class Crcs:
 
     def __init__(self, archive: Archive) -> None:
         self._path = archive.path
-        self._file = _identity(archive.path)
+        self._file = identity(archive.path)
         self._entries = archive.entries
         self._left = dict(archive.entries) if _has_crc(archive.entries.values()) else {}
         self._view = mapped(archive.path)
@@ -174,13 +174,18 @@ def is_zip(path: Path) -> bool:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _identity(path: Path) -> tuple[int, ...]:
+def identity(path: Path) -> tuple[int, ...]:
     """Changes with the file and its content, even where a modification time was set back: its ctime cannot be."""
     try:
         stat = path.stat()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def is_settled(file: tuple[int, ...]) -> bool:
+    """Whether a file of this `identity` was changed long enough ago for a further change to show in it."""
+    return bool(file) and time.time_ns() - file[-1] > _SETTLED
 
 
 def _has_crc(entries: Iterable[zipfile.ZipInfo]) -> bool:
