@@ -11,15 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from torch import nn
 
     from runner.evaluation.tokenizers import TextTokenizer
 
 __version__ = "0.1.0"
-__all__ = ["diagnose", "generate", "inspect", "load"]
+__all__ = ["diagnose", "generate", "inspect", "load", "transfer"]
 
 # What a key of the command line may be given from Python; None leaves its default.
 Option = str | int | float | Path | Sequence[object] | Mapping[str, object] | None
+
+
+def __getattr__(name: str) -> "ModuleType":
+    """`runner.transfer` (runner/transfer.py), imported when it is used, as torch is with it."""
+    if name == "transfer":
+        from importlib import import_module
+
+        return import_module("runner.transfer")
+    raise AttributeError(f"module 'runner' has no attribute {name!r}")
 
 
 def load(

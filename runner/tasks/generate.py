@@ -99,8 +99,6 @@ def speaker_of(setup: EvaluationSetup) -> Speaker:
     """The checkpoint's model with its tokenizer and the ids that end a text."""
     directories = [setup.checkpoint.directory, *([setup.base] if setup.base else [])]
     model, tokenizer = setup.evaluator.model, setup.evaluator.tokenizer
-    if tokenizer is not None and not isinstance(tokenizer, TextTokenizer):
-        raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}; give its directory, its file, or a hub name")
     return Speaker(model=model, tokenizer=tokenizer, eos=eos_ids(model, tokenizer, *map(_ends, directories)))
 
 

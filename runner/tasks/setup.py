@@ -63,7 +63,8 @@ def open_evaluation(config: DiagnoseConfig | GenerateConfig, context: Context) -
             reference, path = _other_reference(config, placement, cached)
         elif config.accuracy and base is not None:
             reference, path = cached(base), base.path
-        plain = plain_reference(model, cached(own) if own else None)
+        # What brings base weights of its own is by itself the plain model.
+        plain = plain_reference(model, cached(own) if own and not made_from_base else None)
     with context.timed("load_tokenizer"):
         tokenizer = _tokenizer(config, family, checkpoint, base)
     if reference is not None and logit_count(reference.model) != logit_count(model):
