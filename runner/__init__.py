@@ -11,15 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from torch import nn
 
     from runner.evaluation.tokenizers import TextTokenizer
 
 __version__ = "0.1.0"
-__all__ = ["diagnose", "generate", "inspect", "load"]
+__all__ = ["diagnose", "generate", "inspect", "load", "transfer"]
 
 # What a key of the command line may be given from Python; None leaves its default.
 Option = str | int | float | Path | Sequence[object] | Mapping[str, object] | None
+
+
+def __getattr__(name: str) -> "ModuleType":
+    """`runner.transfer` (runner/transfer.py), imported when it is used, as torch is with it."""
+    if name == "transfer":
+        from importlib import import_module
+
+        return import_module("runner.transfer")
+    raise AttributeError(f"module 'runner' has no attribute {name!r}")
 
 
 def load(
@@ -31,21 +42,24 @@ def load(
     device_map: str | Mapping[str, int | str] | None = None,
     format: str = "auto",
     step: int | None = None,
+    **options: Option,
 ) -> "nn.Module":
     """The checkpoint at `path` as a module: `model(input_ids, attention_mask=None).logits` is [B, T, V].
 
     `base`: the model it needs to run (a directory or a hub name), by default the one that the checkpoint names.
     `dtype`: float32, bfloat16, float16, or "stored" (that of the embedding). `device_map`: auto, or
-    module → device: spread a Llama base over devices. `step` chooses from a run directory.
+    module → device: spread a Llama base over devices. `step` chooses from a run directory. `options`: keys of the
+    checkpoint's family, as `**{"family.window": 14}`.
     Raises CheckpointError, ModelError or ConfigError, each with one line that says what to do.
     """
     from runner.checkpoints.detect import open_checkpoint
     from runner.checkpoints.runs import resolve
     from runner.evaluation.placement import Placement
-    from runner.families.family import Auto
+    from runner.families.family import configured
 
-    checkpoint = open_checkpoint(resolve(Path(path).expanduser(), step), format)
-    family, placement = Auto().of(checkpoint), Placement(device=device, dtype=dtype, device_map=device_map)
+    own = configured(options)
+    checkpoint = open_checkpoint(resolve(Path(path).expanduser(), step), format, family=own)
+    family, placement = own.of(checkpoint), Placement(device=device, dtype=dtype, device_map=device_map)
     return family.build(checkpoint, family.load_base(checkpoint, base, placement), placement)
 
 

@@ -50,6 +50,18 @@ def keys_below(root: str, task: str) -> list[str]:
     return [f"{root}.{name}" for name in sorted(names - {"defaults", "_target_"})]
 
 
+def implied_family(keys: Iterable[str]) -> str | None:
+    """The only family that has all of the `family.…` among `keys`; None where they do not say one.
+
+    None as well where `family` itself is among them, or the default family has them.
+    """
+    wanted = {key.partition(".")[2] for key in keys if key.startswith("family.")}
+    if not wanted or "family" in keys:
+        return None
+    owners = [name for name, file in group_files("family").items() if wanted <= _mapping(file).keys()]
+    return owners[0] if len(owners) == 1 else None
+
+
 def _mapping(file: Path) -> dict[str, object]:
     import yaml
 

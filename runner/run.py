@@ -28,6 +28,7 @@ from runner.config import (
     TASKS,
     CheckpointConfig,
     CommonConfig,
+    implied_family,
     list_keys,
     missing_key,
     one_as_list,
@@ -175,6 +176,8 @@ def call(task: str, path: str | Path, **options: Any) -> dict[str, Any]:
     (a nested key as `**{"data.path": …}`). Raises the RunnerError that the command line would print.
     """
     overrides = [f"task={task}", "tracker=none", f"ckpt={quoted(str(path))}"]
+    if family := implied_family(options):
+        overrides.append(f"family={family}")
     for key, value in options.items():
         if value is not None:
             overrides.append(f"{key}={_spelled(value)}")

@@ -1,6 +1,5 @@
 """Tiny random GPTs of both dialects, named and shaped as the training scripts save them."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,12 @@ import torch
 from runner.checkpoints.checkpoint import Checkpoint, Listing
 from runner.families.gpt import model as gpt
 from runner.families.gpt.checkpoint import FORMATS
+from runner.families.gpt.pieces import GptConfig
+from runner.families.gpt.records import MEDIUM, RECORDS, SMALL
 
+RECORD_OF = {"small": RECORDS[SMALL], "medium": RECORDS[MEDIUM]}
+# What a script says of its heads: in these, 128 is the size of one.
+CODE = "model = GPT(head_dim=128)\n"
 DEPTHS = {"small": 8, "medium": 16}
 BY_NAME = {each.name: each for each in FORMATS}
 
@@ -43,7 +47,7 @@ def random_state(
 
 def script_file(path: Path, state: dict[str, torch.Tensor], *, prefix: str = "_orig_mod.", **entries: Any) -> Path:
     """`state` as the training script saves it."""
-    content = {"step": 300, "code": "import torch\n", "model": {prefix + name: t for name, t in state.items()}}
+    content = {"step": 300, "code": CODE, "model": {prefix + name: t for name, t in state.items()}}
     torch.save(content | {"optimizers": [], "val_loss": 3.25} | entries, path)
     return path
 
@@ -53,19 +57,23 @@ def opened(path: Path, dialect: str) -> Checkpoint:
 
 
 def built(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> gpt.GptForCausalLM:
-    config = gpt.GptConfig(**{field.name: getattr(checkpoint.details, field.name) for field in fields(gpt.GptConfig)})
-    return gpt.build(config, {name: checkpoint.weights.read(name) for name in checkpoint.details.keys}, dtype)
+    details = checkpoint.details
+    names = ("record", "vocab_size", "head_rows", "num_layers", "model_dim", "head_dim")
+    config = GptConfig(**{name: getattr(details, name) for name in names})
+    return gpt.build(config, {name: checkpoint.weights.read(name) for name in details.keys}, dtype)
 
 
-def model(dialect: str, state: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> gpt.GptForCausalLM:
+def model(
+    dialect: str, state: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32, head_dim: int = 128
+) -> gpt.GptForCausalLM:
     """The model of a state dict, without a file between."""
     head = state["lm_head.weight" if dialect == "small" else "lm_head_w"]
-    config = gpt.GptConfig(
-        dialect=dialect,
+    config = GptConfig(
+        record=RECORD_OF[dialect],
         vocab_size=len(state["embed.weight"]),
         head_rows=len(head),
         num_layers=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
         model_dim=head.shape[1],
-        num_scalars=len(state["scalars"]),
+        head_dim=head_dim,
     )
     return gpt.build(config, state, dtype)

@@ -38,11 +38,13 @@ MAY_IMPORT = {
     "tracking": KNOWLEDGE | {"comparison"},
     "tasks": KNOWLEDGE | ENGINES | PAGES | {"families"},
     "overrides": KNOWLEDGE,
+    "expand": KNOWLEDGE | {"overrides", "sweeps"},
     "run": KNOWLEDGE | PAGES | {"tasks", "overrides"},
     "sweeps": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "checks"},
-    "cli": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "sweeps"},
+    "cli": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "sweeps", "expand"},
     "__main__": {"cli"},
-    "__init__": {"run", "evaluation", "checkpoints", "families", "tasks"},
+    "transfer": KNOWLEDGE | ENGINES | {"families"},
+    "__init__": {"run", "transfer", "evaluation", "checkpoints", "families", "tasks"},
 }
 HYDRA = {"cli", "run", "sweeps", "config"}
 

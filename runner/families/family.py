@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from runner.config import AUTO
+from runner.config import AUTO, implied_family
 from runner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -202,3 +202,14 @@ class Auto(Family):
         family = known[name]
         assert isinstance(family, Family), f"conf/family/{name}.yaml: its _target_ is no Family"
         return family if self.device_map is None else replace(family, device_map=self.device_map)
+
+
+def configured(options: Mapping[str, object]) -> Family:
+    """The family that has the keys `family.…` of `options`, with them; `Auto` without any. Raises ConfigError."""
+    if not options:
+        return Auto()
+    name = implied_family(options)
+    if name is None or any(not key.startswith("family.") for key in options):
+        raise ConfigError(f"{', '.join(options)}: no family has these keys; conf/family/ lists each one's")
+    own: dict[str, Any] = {key.partition(".")[2]: value for key, value in options.items()}
+    return replace(Auto().named(name), **own)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from runner.errors import CheckpointError, DamagedError
 from runner.files.file_type import LEGACY_MAGIC, ZIP_START, Kind, kind_of
@@ -150,6 +150,10 @@ class Crcs:
                 f"{self._path}: record {entry.filename} (at byte {entry.header_offset}) is damaged: its CRC does not "
                 "match; copy or download the file again"
             )
+        # Whoever reads the tensors maps the file once more: these pages need not stay in memory beside those.
+        first = entry.header_offset - entry.header_offset % mmap.PAGESIZE
+        view: Any = self._view.obj
+        view.madvise(mmap.MADV_DONTNEED, first, min(len(self._view), entry.header_offset + len(content)) - first)
 
 
 def mapped(path: Path) -> memoryview:

@@ -45,7 +45,7 @@ def open_evaluation(config: DiagnoseConfig | GenerateConfig, context: Context) -
     """Open what `config` names, with the models in memory. Raises the errors of `runner.load`."""
     placement = Placement(device=config.device, dtype=config.dtype, device_map=config.family.device_map)
     with context.timed("open"):
-        checkpoint = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module)
+        checkpoint = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module, config.family)
         family: Family = config.family.of(checkpoint)
     with context.timed("load_base"):
         own = family.load_base(checkpoint, config.base, placement)
@@ -63,7 +63,8 @@ def open_evaluation(config: DiagnoseConfig | GenerateConfig, context: Context) -
             reference, path = _other_reference(config, placement, cached)
         elif config.accuracy and base is not None:
             reference, path = cached(base), base.path
-        plain = plain_reference(model, cached(own) if own else None)
+        # What brings base weights of its own is by itself the plain model.
+        plain = plain_reference(model, cached(own) if own and not made_from_base else None)
     with context.timed("load_tokenizer"):
         tokenizer = _tokenizer(config, family, checkpoint, base)
     if reference is not None and logit_count(reference.model) != logit_count(model):

@@ -8,6 +8,7 @@ checkpoint, and on one Llama against the other, and prints the ratios of the med
 """
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -62,7 +63,9 @@ def main() -> None:
     roots = (ROOT, options.checkout.resolve())
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        commands = prepare(directory)
+        # In a process of its own: the peak that a child is told of starts with the memory of its parent.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            commands = pool.apply(prepare, (directory,))
         torch_alone = statistics.median(
             cost([sys.executable, "-c", "import torch"], ROOT, directory)[0] for _ in range(options.repeats)
         )

@@ -83,17 +83,16 @@ class Hf(Family):
         raise ConfigError("family=hf: nothing is added to a plain model; give ckpt=, or family=npt, gpt or lora_moe")
 
     def examples(self) -> "Mapping[str, Example]":
-        from runner.families.hf.checks import write_model
-        from runner.families.lora.checks import write_adapter
+        from runner.families.hf.checks import write_adapter, write_model
 
         return {PEFT: write_adapter, self.name: write_model}
 
     def base_misfits(self, checkpoint: "Checkpoint", config: Mapping[str, Any]) -> list[str]:
-        from runner.families.lora.checks import base_misfits
+        from runner.families.hf.checks import base_misfits
 
         return base_misfits({"the adapter": checkpoint.details}, config)
 
     def traits(self, checkpoint: "Checkpoint") -> "Traits":
-        from runner.families.lora.checks import LoraTraits
+        from runner.families.hf.checks import LoraTraits
 
         return LoraTraits() if checkpoint.format == PEFT else super().traits(checkpoint)

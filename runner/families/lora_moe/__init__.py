@@ -116,7 +116,7 @@ class LoraMoe(Family):
         return {self.name: write_example}
 
     def base_misfits(self, checkpoint: "Checkpoint", config: Mapping[str, Any]) -> list[str]:
-        from runner.families.lora.checks import base_misfits
+        from runner.families.hf.checks import base_misfits
 
         return base_misfits({expert.name: expert.adapter for expert in checkpoint.details.experts}, config)
 

@@ -23,26 +23,34 @@ if TYPE_CHECKING:
     from runner.merge.spec import MergeSpec
     from runner.training.loop import Trained, TrainingInputs
 
-DELTA, FULL = "npt_delta", "npt_full"
+DELTA, FULL, EDIT = "npt_delta", "npt_full", "npt_edit"
 PROJECTIONS = {"single": ("gate",), "dual": ("gate", "up"), "triple": ("gate", "up", "down")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Npt(Family):
-    """NPT layers over a frozen Llama (npt_delta), or a complete model with them (npt_full)."""
+    """NPT layers over a frozen Llama (npt_delta), a complete model with them (npt_full), or an edited one (npt_edit).
+
+    `layers`: which of its NPT layers modulate, the others being the base's; None: all.
+    """
 
     name: str = "npt"
+    layers: tuple[int, ...] | None = None
 
-    format_modules: ClassVar[tuple[str, ...]] = ("runner.families.npt.checkpoint", "runner.families.npt.full")
+    format_modules: ClassVar[tuple[str, ...]] = (
+        "runner.families.npt.checkpoint",
+        "runner.families.npt.full",
+        "runner.families.npt.edited",
+    )
     llama_base: ClassVar[bool] = True
 
     def needs_base(self, checkpoint: "Checkpoint") -> bool:
-        """All but npt_full do, formats of a user's own among them."""
-        return checkpoint.format != FULL
+        """All but those that hold its weights do, formats of a user's own among them."""
+        return checkpoint.format != FULL and not (checkpoint.format == EDIT and checkpoint.details.config)
 
     def is_made_from_base(self, checkpoint: "Checkpoint") -> bool:
-        """An npt_full is."""
-        return checkpoint.format == FULL
+        """An npt_full is, and an edited model."""
+        return checkpoint.format in (FULL, EDIT)
 
     def can_be_spread(self, checkpoint: "Checkpoint") -> bool:
         """Always: it is a Llama."""
@@ -56,11 +64,17 @@ class Npt(Family):
 
     def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "NptLlamaForCausalLM":
         """As `Family.build`."""
-        from runner.families.npt import model
+        from runner.families.npt import model, transfer_permanent
 
-        if base is None:
-            return model.build_complete(checkpoint, checkpoint.details, placement)
-        return model.build_npt(checkpoint, base)
+        if checkpoint.format == EDIT:
+            built = transfer_permanent.build_edited(checkpoint, base, placement)
+        elif base is None:
+            built = model.build_complete(checkpoint, checkpoint.details, placement)
+        else:
+            built = model.build_npt(checkpoint, base)
+        if self.layers is not None:
+            model.switch(built, self.layers)
+        return built
 
     def can_save(self, checkpoint: "Checkpoint") -> bool:
         """Both of its formats."""

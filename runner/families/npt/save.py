@@ -21,7 +21,7 @@ from runner.files.tensors import TensorSource
 
 # What is copied beside converted NPT weights, and beside a base taken out of an npt_full.
 _BESIDE_DELTA = (npt_delta.TRAINING_STATE, npt_delta.MULTI_LAYER_STATE, npt_delta.MERGE_SUMMARY)
-_BESIDE_MODEL = (
+BESIDE_MODEL = (
     "generation_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
     *model_directory.TOKENIZER_FILES,
 )  # fmt: skip
@@ -77,7 +77,7 @@ def take_apart(checkpoint: Checkpoint, directory: Path) -> Expected:
     tensors = {name: get().contiguous() for name, get in plain.items()}
     save_file(tensors, base / model_directory.SINGLE[0], metadata={"format": "pt"})
     model_directory.write_config(base, details.config)
-    _copy(checkpoint.path, base, _BESIDE_MODEL)
+    _copy(checkpoint.path, base, BESIDE_MODEL)
     deltas = {
         npt_delta.key(layer.layer, "single", "gate", matrix, 0, 1): _delta(
             checkpoint.weights, names[0], details.scale if matrix == "W_b_up" else 1.0
