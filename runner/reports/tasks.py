@@ -122,6 +122,7 @@ def diff_facts(result: JsonObject) -> list[Fact]:
     rows: list[Line] = [
         *_fields(result, "ckpt", "reference"),
         ("Identical", same, "pass" if result["identical"] else ""),
+        ("Relation", None if result["identical"] else result.get("relation"), ""),
         ("Equal Tensors", many(result["equal_tensors"]), ""),
         ("Changed Tensors", many(result["changed_tensors"]), ""),
         ("Only in Checkpoint", _names(result["only_in_ckpt"]), ""),
