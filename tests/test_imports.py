@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "comparison": KNOWLEDGE,
     "reports": KNOWLEDGE | {"comparison"},
     "tracking": KNOWLEDGE | {"comparison"},
-    "tasks": KNOWLEDGE | ENGINES | PAGES | {"families"},
+    "tasks": KNOWLEDGE | ENGINES | PAGES | {"families", "transfer"},
     "overrides": KNOWLEDGE,
     "run": KNOWLEDGE | PAGES | {"tasks", "overrides"},
     "sweeps": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "checks"},
