@@ -79,17 +79,19 @@ class Npt(Family):
         return built
 
     def can_save(self, checkpoint: "Checkpoint") -> bool:
-        """Both of its formats."""
-        return checkpoint.format in (DELTA, FULL)
+        """All of its formats."""
+        return checkpoint.format in (DELTA, FULL, EDIT)
 
     def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> Path:
         """As `Family.save`."""
-        from runner.families.npt import save
+        from runner.families.npt import save, transfer_permanent
         from runner.families.npt.model import NptLlamaForCausalLM
 
         assert isinstance(model, NptLlamaForCausalLM)
         if checkpoint.format == FULL:
             save.save_full(checkpoint, model, target)
+        elif checkpoint.format == EDIT:
+            transfer_permanent.save_edited(model, target, "hf" if checkpoint.details.config else "delta")
         elif checkpoint.format == DELTA:
             save.save_delta(checkpoint, model, base, target)
         else:
@@ -148,7 +150,7 @@ class Npt(Family):
         """As `Family.examples`."""
         from runner.families.npt import checkpoint, checks, full
 
-        return {checkpoint.NAME: checks.write_delta, full.NAME: checks.write_full}
+        return {checkpoint.NAME: checks.write_delta, full.NAME: checks.write_full, EDIT: checks.write_edited}
 
     def base_misfits(self, checkpoint: "Checkpoint", config: Mapping[str, Any]) -> list[str]:
         """As `Family.base_misfits`."""
