@@ -1,5 +1,6 @@
 """NPT: a Llama whose attention modulates the weights of its MLPs."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from runner.families.family import Family
 if TYPE_CHECKING:
     from torch import nn
 
-    from runner.checkpoints.checkpoint import Checkpoint, Writer
+    from runner.checkpoints.checkpoint import Checkpoint, Listing, Writer
     from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.config import Conversion
     from runner.evaluation.base_models import Base
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 DELTA, FULL, EDIT = "npt_delta", "npt_full", "npt_edit"
 PROJECTIONS = {"single": ("gate",), "dual": ("gate", "up"), "triple": ("gate", "up", "down")}
+
+# The files of a whole model.
+_MODEL = re.compile(r"(model|pytorch_model)\b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,12 @@ class Npt(Family):
         """An npt_full is, and an edited model."""
         return checkpoint.format in (FULL, EDIT)
 
+    def may_hold(self, listing: "Listing", module: str) -> bool:
+        """As `Family.may_hold`."""
+        if module.endswith(".full"):
+            return "config.json" in listing.entries and any(map(_MODEL.match, listing.entries))
+        return not module.endswith(".edited") or any(name.startswith("injection") for name in listing.entries)
+
     def can_be_spread(self, checkpoint: "Checkpoint") -> bool:
         """Always: it is a Llama."""
         return True
@@ -64,9 +74,11 @@ class Npt(Family):
 
     def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "NptLlamaForCausalLM":
         """As `Family.build`."""
-        from runner.families.npt import model, transfer_permanent
+        from runner.families.npt import model
 
         if checkpoint.format == EDIT:
+            from runner.families.npt import transfer_permanent
+
             built = transfer_permanent.build_edited(checkpoint, base, placement)
         elif base is None:
             built = model.build_complete(checkpoint, checkpoint.details, placement)
