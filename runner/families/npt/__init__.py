@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from runner.errors import ConfigError
 from runner.families.family import Family
-from runner.families.npt.curriculum import Stage, parse, stage_at
 from runner.training.settings import TrainingSettings, check_number, check_whole
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from runner.config import Conversion
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
+    from runner.families.npt.curriculum import Stage
     from runner.families.npt.model import NptLlamaForCausalLM
     from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
@@ -257,8 +257,7 @@ class EquivalenceSettings(TrainingSettings):
             alone = len(weights) == 1 and isinstance(weights[0], str)
             object.__setattr__(self, "layer_weights", weights[0] if alone else tuple(weights))
         self.weight_of()
-        if self.curriculum is not None:
-            parse(self.curriculum)
+        self.stages()
 
     @property
     def of_logits(self) -> float:
@@ -270,14 +269,21 @@ class EquivalenceSettings(TrainingSettings):
         """Whether direct losses are relative to their targets."""
         return self.direct_loss == "relative" or (self.direct_loss is None and self.curriculum is None)
 
-    def stages(self) -> tuple[Stage, ...]:
-        """The stages; none for the one stage of a training without a curriculum."""
-        return () if self.curriculum is None else parse(self.curriculum)
+    def stages(self) -> "tuple[Stage, ...]":
+        """The stages; none for the one stage of a training without a curriculum. Raises ConfigError."""
+        if self.curriculum is None:
+            return ()
+        from runner.families.npt.curriculum import parse
+
+        return parse(self.curriculum)
 
     def stage(self, step: int) -> str | None:
         """As `TrainingSettings.stage`."""
-        stages = self.stages()
-        return stages[stage_at(stages, step)].name if stages else None
+        if not (stages := self.stages()):
+            return None
+        from runner.families.npt.curriculum import stage_at
+
+        return stages[stage_at(stages, step)].name
 
     def weight_of(self) -> dict[int, float]:
         """How much each layer counts; linear goes from 1 to 0.5 in the order of `layers`. Raises ConfigError."""
