@@ -15,7 +15,7 @@ from runner.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Writer
+    from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, Writer
     from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.config import Conversion
     from runner.evaluation.base_models import Base
@@ -66,6 +66,19 @@ class Family:
         from runner.checkpoints.detect import formats_of
 
         return tuple(each for module in self.format_modules for each in formats_of(module))
+
+    def may_hold(self, listing: "Listing", module: str) -> bool:
+        """Whether a format of `module` could match: where names say no, it is not imported to look closer."""
+        return True
+
+    def likely_formats(self, listing: "Listing") -> "tuple[CheckpointFormat, ...]":
+        """Those of `formats` that could match what lies there."""
+        likely = {module for module in self.format_modules if self.may_hold(listing, module)}
+        if likely == set(self.format_modules):
+            return self.formats()
+        from runner.checkpoints.detect import formats_of
+
+        return tuple(each for module in self.format_modules if module in likely for each in formats_of(module))
 
     # Models.
 

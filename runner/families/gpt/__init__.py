@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from runner.errors import ConfigError
+from runner.errors import CheckpointError, ConfigError
 from runner.families.family import Family
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Writer
+    from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, Writer
     from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.config import Conversion
     from runner.evaluation.base_models import Base
@@ -59,6 +59,25 @@ class Gpt(Family):
         if len(sizes) != 1 + is_pair:
             raise ConfigError(f"family.window={self.window}: a number of blocks of 128, [long, short], or trained")
         return sizes if is_pair else sizes[0]
+
+    def may_hold(self, listing: "Listing", module: str) -> bool:
+        """As `Family.may_hold`: by an embedding among the names of tensors, nested as the scripts nest them or not."""
+        from runner.checkpoints.reading import weight_names
+
+        for file in weight_names(listing):
+            try:
+                source = listing.weights(file)
+            except CheckpointError:
+                return True  # whoever looks closer says what is wrong
+            nested = source.extras.get("model")
+            names = [*source.infos, *(map(str, nested) if isinstance(nested, Mapping) else ())]
+            if any("embed" in name or ".wte." in name for name in names):
+                return True
+        return False
+
+    def likely_formats(self, listing: "Listing") -> "tuple[CheckpointFormat, ...]":
+        """As `Family.likely_formats`."""
+        return self.formats() if self.may_hold(listing, self.format_modules[0]) else ()
 
     def formats(self) -> "tuple[CheckpointFormat, ...]":
         """Its formats; all but the first two for the record that was told."""
