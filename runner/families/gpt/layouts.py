@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -115,8 +116,14 @@ def depth_of(names: Iterable[str], record: Record) -> int:
     return min(1 + max(blocks), sum(1 for name in names if _BLOCK.fullmatch(name)))
 
 
-def expanded(record: Record, depth: int) -> dict[str, str]:
+def expanded(record: Record, depth: int) -> Mapping[str, str]:
     """Name → shape, in sizes, of every tensor of the record with `depth` blocks."""
+    return _expanded(record.name, depth)
+
+
+@lru_cache(maxsize=512)
+def _expanded(name: str, depth: int) -> Mapping[str, str]:
+    record = RECORDS[name]
     values = layers_with_values(record, depth)
     attention = [i for i in range(depth) if i not in record.no_attention]
     numbers: dict[str, Sequence[int]] = {
