@@ -1,6 +1,6 @@
 """How fast text is made: a Llama of 100 M parameters against transformers' own generate, NPT layers, and a GPT.
 
-    python tests/benchmarks/generate.py [--threads 2] [--tokens 64] [--prompt 512] [--rounds 3] [--profile]
+    python tests/benchmarks/generate.py [--threads 2] [--tokens 64] [--prompt 512] [--rounds 3] [--batch 1 8] [--profile]
 
 Ratios of tokens per second after the prompt, from CPU seconds of one run: rounds are interleaved and the best of each
 counts. `--profile` prints where the time of one continuation goes.
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -85,7 +86,7 @@ def main() -> None:
     }
     npt = NptLlamaForCausalLM(plain, updates).eval().requires_grad_(False)
     sampled = Sampling(temperature=0.7, top_p=0.9)
-    for batch in (1, 8):
+    for batch in given.batch:
         prompts = torch.randint(3, VOCABULARY, (batch, given.prompt))
         speeds = best(
             {

@@ -193,6 +193,13 @@ def test_a_gpt_never_draws_the_padding_of_its_vocabulary(gpt, base):
     assert max(next(free)["new_ids"]) >= 259
 
 
+def test_a_document_of_a_gpt_begins_with_the_token_that_ends_one(gpt, base):
+    model, options = runner.load(gpt), {"tokenizer": base, "max_new_tokens": 1}
+    model.document_token = 2  # the tokenizer's end of text
+    ids = {each: next(runner.generate(model, ["a"], special_tokens=each, **options))["ids"] for each in ("auto", False)}
+    assert ids["auto"] == [2, *ids[False]]
+
+
 def test_a_chat_template(run, checkpoint, tmp_path):
     base = write_base(tmp_path / "chatting")
     edit_json(base / "tokenizer_config.json", chat_template="{{ messages[0].role }}:{{ messages[-1].content }}>")
