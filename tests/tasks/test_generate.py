@@ -123,6 +123,14 @@ def test_experts_beside_their_base(run, base, tmp_path):
     assert row["reference_new_ids"] == next(runner.generate(base, ["one"], max_new_tokens=5))["new_ids"]
 
 
+def test_a_tokenizer_without_an_end_and_without_a_template(words, run, base):
+    (row,) = rows(run(*words, "prompt=one", f"tokenizer={base / 'tokenizer.json'}", "generate.temperature=3"))
+    assert row["finish"] == "length"
+    free = next(runner.generate(base, ["one"], max_new_tokens=5, ignore_eos=True, temperature=0))
+    known = next(runner.generate(base, ["one"], tokenizer=base / "tokenizer.json", max_new_tokens=5, temperature=0))
+    assert known["new_ids"] == free["new_ids"][: known["tokens"]]
+
+
 def test_stops_and_ends(base, tmp_path):
     (free,) = runner.generate(base, ["Hello"], max_new_tokens=30, temperature=0, ignore_eos=True)
     stop = free["text"][3:5]
