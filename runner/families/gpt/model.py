@@ -106,7 +106,12 @@ PROGRAMS: Mapping[str, Program] = {
 
 
 class GptForCausalLM(Pieces):
-    """The model. Its logits are `head(hidden(ids))`, for callers that take them in chunks of positions."""
+    """The model. Its logits are `head(hidden(ids))`, for callers that take them in chunks of positions.
+
+    `document_token`: what every document of its training began with, where that is known.
+    """
+
+    document_token: int | None = None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> GptOutput:
         """`input_ids` [B, T], `attention_mask` [B, T] (1 token, 0 padding on the right) → logits [B, T, head_rows].
@@ -224,6 +229,7 @@ def build_gpt(
     )
     tensors = {name: checkpoint.weights.read(name) for name in details.keys}
     model = build(config, tensors, dtype, torch_device(placement.device))
+    model.document_token = details.end_of_text
     require_finite(checkpoint, model.parameters(), dtype)
     return model
 
