@@ -71,6 +71,11 @@ class Tensor:
         return f"{self.dtype} {list(self.shape)}"
 
     @property
+    def is_meta(self) -> bool:
+        """Always, as torch says it of a tensor without data."""
+        return True
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one element."""
         return ITEM_BYTES[self.dtype]

@@ -29,6 +29,7 @@ from runner.tasks.context import Context
 if TYPE_CHECKING:
     from runner.checkpoints.checkpoint import Checkpoint
     from runner.merge.plan import JsonObject, MergeOutput
+    from runner.merge.sink import Written
 
 # The files that a source is likely to consist of; what else there is, is read once it is known.
 _LIKELY = ("npt_weights.pt", "npt_weights.safetensors", "training_state.pt", "multi_layer_state.pt", "config.json")
@@ -167,12 +168,10 @@ def _staged(
     from runner.merge.writer import expected_bytes, write_files, write_json_files, write_tensors
 
     read = list(dict.fromkeys(file for source in output.sources for file in source.files))
-    with context.timed("check"):
-        inputs.start(read)
-        for file in read:
-            inputs.check(file)
+    inputs.start(read)
     manifest: dict[str, object] = {"recipe": config.merge.recipe()}
-    hashes: dict[str, str] = {}
+    hashes: dict[str, str | None] = {}
+    runs: dict[str, list[Written]] = {}
     before = _set_aside(target)
     with (
         context.timed("commit"),
@@ -188,11 +187,12 @@ def _staged(
                 partial,
                 output.tensor_files,
                 bars.enter_context(byte_bar(context.progress, "comparing with the sources", output.nbytes)),
+                runs,
             ),
         ) as partial,
     ):
         with context.timed("write"), byte_bar(context.progress, "merging", output.nbytes) as on_bytes:
-            said = write_tensors(partial, output.tensor_files, on_bytes, hashes)
+            said = write_tensors(partial, output.tensor_files, on_bytes, hashes, runs)
         with context.timed("hash"):
             inputs_of = {str(file): inputs.sha256(file) for file in read}
             manifest["inputs"] = inputs_of

@@ -46,7 +46,7 @@ def open_evaluation(config: DiagnoseConfig | GenerateConfig, context: Context) -
     placement = Placement(device=config.device, dtype=config.dtype, device_map=config.family.device_map)
     with context.timed("open"):
         checkpoint = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module, config.family)
-        family: Family = config.family.of(checkpoint).on(config.data)
+        family: Family = config.family.of(checkpoint).on(getattr(config, "data", None))
     with context.timed("load_base"):
         own = family.load_base(checkpoint, config.base, placement)
     with context.timed("load_checkpoint"):

@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from runner.evaluation.decoding import Continuation, Feed, extend  # noqa: E402 - the path is set above
+from runner.evaluation import base_models  # noqa: E402 - the path is set above
+from runner.evaluation.decoding import Continuation, Feed, extend  # noqa: E402
 from runner.families.npt.model import NptLlamaForCausalLM, RankKUpdate  # noqa: E402
 from runner.metrics.generation import Sampling  # noqa: E402
 from tests import gpt_files  # noqa: E402
@@ -128,9 +129,10 @@ def update(d: int, f: int, *, np_rank: int, num_ranks: int) -> RankKUpdate:
     return RankKUpdate(*([torch.randn(shape) * 0.02 for _ in range(num_ranks)] for shape in shapes))
 
 
-def plain_of(llama: LlamaForCausalLM):
-    """The Llama as runner builds it."""
-    return llama
+def plain_of(llama: LlamaForCausalLM) -> torch.nn.Module:
+    """The Llama as runner builds it, over the same weights."""
+    config = base_models.config_from(llama.config.to_dict(), "the benchmark")
+    return base_models.build(config, dict(llama.state_dict()), torch.float32, "the benchmark")
 
 
 if __name__ == "__main__":

@@ -63,9 +63,10 @@ class Gpt(Family):
             raise ConfigError(f"family.window={self.window}: a number of blocks of 128, [long, short], or trained")
         return whole if len(whole) == 2 else whole[0]
 
-    def on(self, data: "Data") -> "Family":
+    def on(self, data: "Data | None") -> "Family":
         """As `Family.on`: the scripts pack documents into shards."""
-        return replace(self, documents="known") if data.name == "shards" and self.documents is None else self
+        on_shards = data is not None and data.name == "shards"
+        return replace(self, documents="known") if on_shards and self.documents is None else self
 
     def of_reference(self, checkpoint: "Checkpoint") -> "Family":
         """As `Family.of_reference`: another GPT with the same masks."""

@@ -69,8 +69,11 @@ class Hf(Family):
     def plan_merge(
         self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path
     ) -> "MergeOutput":
-        """As `Family.plan_merge`."""
-        from runner.families.hf.merge import plan_merge
+        """As `Family.plan_merge`; where one is an adapter, all are."""
+        if any(checkpoint.format == PEFT for checkpoint in opened):
+            from runner.families.lora.merge import plan_merge
+        else:
+            from runner.families.hf.merge import plan_merge
 
         return plan_merge(spec, paths, opened, base, output)
 

@@ -230,9 +230,9 @@ class Injection:
 
 
 def kl_divergence(baseline: torch.Tensor, injected: torch.Tensor) -> float:
-    """Σ b (ln b − ln(p + 1e-10)) of two logits [V], in nats."""
+    """Σ b (ln b − ln(p + 1e-10)) of two logits [V], in nats; at least 0, below which the 1e-10 may lead."""
     log_b, p = baseline.double().log_softmax(-1), injected.double().softmax(-1)
-    return float((log_b.exp() * (log_b - (p + _TINY).log())).sum())
+    return max(0.0, float((log_b.exp() * (log_b - (p + _TINY).log())).sum()))
 
 
 def inject(
