@@ -105,7 +105,7 @@ def require_crc(path: Path, steps: Steps = whole) -> None:
 
 def hash_sound(path: Path, steps: Steps) -> str:
     """As `require_crc`, and in the same pass over the file its SHA-256. Raises CheckpointError."""
-    file = _identity(path)
+    file = identity(path)
     with _LOCKS.setdefault(file, Lock()):
         crcs = Crcs(check_archive(path)) if file not in _SOUND and is_zip(path) else None
         digest, at = hashlib.sha256(), 0
@@ -197,7 +197,7 @@ class Crcs:
         # Whoever reads the tensors maps the file once more: these pages need not stay in memory beside those.
         first = entry.header_offset - entry.header_offset % mmap.PAGESIZE
         view: Any = self._view.obj
-        view.madvise(mmap.MADV_DONTNEED, first, min(len(self._view), entry.header_offset + len(content)) - first)
+        view.madvise(mmap.MADV_DONTNEED, first, min(len(self._view), entry.header_offset + size) - first)
 
 
 def mapped(path: Path) -> memoryview:
