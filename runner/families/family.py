@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, Writer
     from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.config import Conversion
+    from runner.data.text import Data
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
     from runner.merge.plan import MergeOutput
@@ -55,6 +56,14 @@ class Family:
                 f"(format {checkpoint.format}: {checkpoint.evidence})"
             )
         return self
+
+    def on(self, data: "Data | None") -> "Family":
+        """The family with what the kind of data decides (None: there are none), where the user did not."""
+        return self
+
+    def of_reference(self, checkpoint: "Checkpoint") -> "Family":
+        """The family that works on `checkpoint`, with which one of this family is compared. Raises ConfigError."""
+        return Auto(device_map=self.device_map).of(checkpoint)
 
     def named(self, name: str) -> "Family":
         """The family `name`, with the settings here; any but `Auto` is the only one that it knows."""
