@@ -57,7 +57,7 @@ def _run(line: CommandLine) -> int:
         runs = _hydra(line)
         runs.hand_to_hydra(line, runs.job)
         return 0
-    from runner.sweeps.expand import expand, resume
+    from runner.expand import expand, resume
 
     resumed = None
     if line.get("resume") is not None:
@@ -117,6 +117,7 @@ runner: what a model checkpoint is, how close it is to its base model, how far i
   python -m runner -m task=diagnose ckpt=RUN step=1000,2000,3000      one job a step, then a table
   python -m runner -m task=diagnose ckpt=RUN step=all hydra/launcher=joblib
   python -m runner -m resume=sweeps/NAME                              what has no good result yet
+  python -m runner task=generate ckpt=PATH prompt='The capital of France is'     without prompt= a chat
   python -m runner task=inspect ckpt=PATH_OR_RUN
   python -m runner task=test ckpt=PATH tier=full                      quick: structure only; minimal: builds, saves one
   python -m runner task=convert ckpt=PATH convert.to=safetensors convert.output=DIR
@@ -140,6 +141,7 @@ what is measured
   family=NAME       {family}; family.top_k= family.router_features= family.experts= for lora_moe   [auto]
 
 other tasks
+  prompt=TEXT|[A,B]|-   prompts=FILE   reference=base   task=generate; generate.temperature= top_k= top_p= seed= stop= …
   experts=N   keep=true   strict=true   junit=PATH     task=test: experts to build; keep what was built; warnings fail
   strict=true       task=verify: a checkpoint without MANIFEST.json fails, as nothing is proved
   sweep=DIR|[A,B]   task=compare and task=panels: what they read      merge.…, convert.…, train.…: see --cfg job

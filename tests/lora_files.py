@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from runner.checkpoints.checkpoint import Listing
 from runner.evaluation.base_models import load_base
 from runner.families.lora import checkpoint as peft_adapter
-from runner.families.lora.adapter import adapter_config, check_fit, key, read_factors, save_adapter
+from runner.families.lora.checkpoint import adapter_config, check_fit, key, read_factors, save_adapter
 from runner.families.lora_moe import checkpoint as lora_moe
 from runner.families.lora_moe import save as lora_moe_save
 from runner.families.lora_moe.checkpoint import check_base, read_experts, read_router
@@ -106,7 +106,7 @@ def load_adapter(path: Path, base: Path | None = None) -> LoraForCausalLM:
     checkpoint.require_complete()
     check_fit(checkpoint.details, linear_shapes(found.model), found.path)
     place = {"dtype": found.model.dtype, "device": found.model.device}
-    return LoraForCausalLM(found.model, [read_factors(checkpoint.weights, checkpoint.details, **place)])
+    return LoraForCausalLM(found.model, [read_factors(checkpoint.details, **place)])
 
 
 def adapter_of(path: Path, index: int) -> Path:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import runner
-from runner.metrics.generation import generate
+from runner.evaluation.decoding import generate
 from tests.conftest import golden_numbers
 
 EXPECTED = golden_numbers("npt")

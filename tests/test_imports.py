@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 # Which folders and modules each may import; the arrows run one way, engines never import a family.
 GROUND = {"errors", "installation", "progress"}
 KNOWLEDGE = GROUND | {"config", "results", "files", "metrics", "data", "checkpoints"}
-ENGINES = {"evaluation", "checks", "merge", "training"}
+ENGINES = {"evaluation", "generation", "checks", "merge", "training"}
 PAGES = {"comparison", "reports", "tracking"}
 MAY_IMPORT = {
     "errors": set(),
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "data": GROUND | {"files"},
     "checkpoints": GROUND | {"files", "config"},
     "evaluation": KNOWLEDGE,
+    "generation": KNOWLEDGE | {"evaluation"},
     "checks": KNOWLEDGE | {"evaluation"},
     "merge": KNOWLEDGE | {"evaluation"},
     "training": KNOWLEDGE | {"evaluation"},
@@ -35,13 +36,15 @@ MAY_IMPORT = {
     "comparison": KNOWLEDGE,
     "reports": KNOWLEDGE | {"comparison"},
     "tracking": KNOWLEDGE | {"comparison"},
-    "tasks": KNOWLEDGE | ENGINES | PAGES | {"families"},
+    "tasks": KNOWLEDGE | ENGINES | PAGES | {"families", "transfer"},
     "overrides": KNOWLEDGE,
+    "expand": KNOWLEDGE | {"overrides", "sweeps"},
     "run": KNOWLEDGE | PAGES | {"tasks", "overrides"},
     "sweeps": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "checks"},
-    "cli": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "sweeps"},
+    "cli": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "sweeps", "expand"},
     "__main__": {"cli"},
-    "__init__": {"run", "evaluation", "checkpoints", "families"},
+    "transfer": KNOWLEDGE | ENGINES | {"families"},
+    "__init__": {"run", "transfer", "evaluation", "checkpoints", "families", "tasks"},
 }
 HYDRA = {"cli", "run", "sweeps", "config"}
 
@@ -72,7 +75,9 @@ def test_what_is_imported_is_declared_and_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = {normal(name) for name in project["dependencies"]}
     extras = {
-        normal(name) for group in ("panels", "launchers", "ray") for name in project["optional-dependencies"][group]
+        normal(name)
+        for group in ("panels", "launchers", "data", "ray")
+        for name in project["optional-dependencies"][group]
     }
     pinned = {normal(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     owners = packages_distributions()
@@ -151,6 +156,21 @@ def test_help_config_and_mistakes_import_nothing_heavy(words, absent, left, tmp_
     )  # fmt: skip
     assert (done.returncode, done.stderr.splitlines()[-1]) == (left, "[]")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_diagnosis_of_a_llama_imports_no_transformers(tmp_path, base):
+    """NPT layers over a Llama (the demonstration), and a Llama by itself: at the end of both nothing of it is there."""
+    code = (
+        "import sys; from runner.cli import run; codes = run(['tracker=none']), run(['tracker=none', *sys.argv[1:]]); "
+        "heavy = ('transformers', 'torch._dynamo', 'sympy', 'scipy', 'matplotlib', 'wandb', 'peft'); "
+        "print(codes, [m for m in heavy if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"ckpt={base}", f"reference={base}"], cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.strip()) == (0, "(0, 0) []"), done.stderr
 
 
 @pytest.mark.parametrize(("words", "absent"), [

@@ -26,7 +26,9 @@ SHARDED = tuple(f"{name}.index.json" for name in SINGLE)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 # Model types of other formats, whose directories may hold weights as pollution.
 _OTHERS = ("dylora-moe",)
-_OTHER_PARTS = ("peft_adapters", "dylo_moe_state", "adapter_config.json")
+# What says that an NPT model's base was changed for good; its NPT weights lie beside it.
+INJECTION_HISTORY = "injection_history.json"
+_OTHER_PARTS = ("peft_adapters", "dylo_moe_state", "adapter_config.json", INJECTION_HISTORY)
 _CONFIG_LIMIT = 16 << 20
 # What inspect shows of a config.json.
 _SHOWN = (

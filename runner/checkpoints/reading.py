@@ -110,9 +110,9 @@ def read(listing: Listing, found: CheckpointFormat | None) -> Reading:
     return parts.reading(listing.path, checkpoint.weights.files if checkpoint else (), checkpoint)
 
 
-def some(names: Sequence[str], most: int = 6) -> str:
+def some(names: Sequence[str], most: int = 6, between: str = "; ") -> str:
     """Names for a message: the first of a long list, and how many there are."""
-    return "; ".join(names[:most]) + (f"; … ({len(names)} in all)" if len(names) > most else "")
+    return between.join([*names[:most], *([f"… ({len(names)} in all)"] if len(names) > most else [])])
 
 
 def weight_names(listing: Listing) -> list[str]:

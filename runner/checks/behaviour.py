@@ -1,17 +1,21 @@
-"""What every model must do: be built from all of its keys, give finite logits, and not mind company or padding; and
-what training must reach, and what it must leave alone: gradients and one optimizer step."""
+"""What every model must do: be built from all of its keys, give finite logits, not mind company or padding, and be the
+same after it was saved and loaded again; and what training must reach and leave alone: gradients and one step."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
+from torch.nn.utils.rnn import pad_sequence
 
-from runner.checks.check import failed, passed
-from runner.checks.context import MODEL, PADDING, CheckContext, Outcome
+from runner.checkpoints.checkpoint import Checkpoint
+from runner.checkpoints.detect import open_checkpoint
+from runner.checkpoints.reading import some
+from runner.checks.check import failed, passed, skipped
+from runner.checks.context import MODEL, PADDING, WARNING, CheckContext, Outcome
 from runner.evaluation.forward import device_of, first_non_finite, limits, logit_chunks, logit_count, trace
 from runner.files.tensors import is_finite
 
@@ -23,6 +27,8 @@ MEAN_TOLERANCE = 1e-4
 LARGEST_TOLERANCE = 2e-2
 # In bfloat16 and float16 a rounding is 2^16 and 2^13 times coarser.
 COARSE = {torch.bfloat16: 300.0, torch.float16: 40.0}
+# The largest difference of a logit that counts as the same after a reload; nothing but equal bits is expected.
+ROUNDTRIP_TOLERANCE = 1e-5
 # By how much of its largest value a step moves a parameter: visible in every precision, whatever the gradient's scale.
 STEP_SIZE = 1e-2
 
@@ -122,13 +128,83 @@ def _relative_difference(expected: torch.Tensor, found: torch.Tensor) -> tuple[f
 
 def right_padded(sequences: list[torch.Tensor], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask [B, T] of sequences [t], with positions of the token `filler` after each, the longest too."""
-    width = max(map(len, sequences)) + PADDING
-    ids = torch.full((len(sequences), width), filler)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = sequence
-        mask[row, : len(sequence)] = 1
-    return ids, mask
+    ids = pad(pad_sequence(sequences, batch_first=True, padding_value=filler), (0, PADDING), value=filler)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).to(ids.dtype)
+
+
+def save(context: CheckContext) -> Outcome:
+    """The loaded model is saved again; the copy has the same format, layers, names and shapes."""
+    checkpoint = context.checkpoint
+    if not context.own_family.can_save(checkpoint):
+        return skipped(f"{checkpoint.format} checkpoints are read, never written")
+    copy = open_checkpoint(context.saved, checkpoint.format, context.config.format.module)
+    if difference := _difference(checkpoint, copy):
+        return failed(f"what was saved is not what was loaded: {difference}", "Look at the writer of this format.")
+    files = [file for file in context.saved.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    return passed(f"{len(copy.weights.infos)} tensors in {len(files)} files, {size:,} bytes", bytes=size)
+
+
+def _difference(original: Checkpoint, copy: Checkpoint) -> str | None:
+    """How the names and shapes of two checkpoints differ; None where they say the same."""
+    if missing := sorted((*copy.missing, *copy.unknown)):
+        return f"missing or unknown keys {missing}"
+    ours, theirs = _shapes(original), _shapes(copy)
+    wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if not wrong:
+        return None
+    shown = ", ".join(
+        f"{name} {list(ours.get(name, ())) or 'absent'} became {list(theirs.get(name, ())) or 'absent'}"
+        for name in wrong[:4]
+    )
+    return f"{shown}{', …' if len(wrong) > 4 else ''}"
+
+
+def _shapes(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
+    """The shape of each tensor; those of NPT layers by what they are, since they have two spellings."""
+    infos = checkpoint.weights.infos
+    spelled = {
+        name: f"layer {layer.layer} {projection} {matrix} {rank}"
+        for layer in checkpoint.layers
+        for projection, matrices in layer.keys.items()
+        for matrix, names in matrices.items()
+        for rank, name in enumerate(names)
+    }
+    return {spelled.get(name, name): info.shape for name, info in infos.items()}
+
+
+def roundtrip(context: CheckContext) -> Outcome:
+    """The saved copy in a model of its own gives the same logits: equal bits, at most 1e-5 apart."""
+    sequences = [*context.prompts(), context.ragged(1)[0]]
+    compared = [_compare(context.model, context.reloaded, ids) for ids in sequences]
+    if context.own is None:
+        context.free("reloaded")  # complete by itself, so as large as the model
+    largest = max(each["max"] for each in compared)
+    figures: dict[str, Any] = {
+        "max_difference": largest,
+        "mean_difference": sum(each["mean"] for each in compared) / len(compared),
+        "bit_equal": all(each["equal"] for each in compared),
+    }
+    said = f"{len(sequences)} sequences: largest difference {largest:.3g}, mean {figures['mean_difference']:.3g}"
+    if not largest <= ROUNDTRIP_TOLERANCE:
+        return failed(
+            f"the reloaded model gives other logits: {said}, allowed {ROUNDTRIP_TOLERANCE:g}",
+            "Compare the tensors of the copy with the original's: task=diff.",
+            **figures,
+        )
+    if not figures["bit_equal"]:
+        return Outcome(
+            status=WARNING, details=f"{said}: within {ROUNDTRIP_TOLERANCE:g}, but not bit-equal", data=figures
+        )
+    return passed(f"{len(sequences)} sequences: bit-equal logits", **figures)
+
+
+def _compare(model: nn.Module, reloaded: nn.Module, token_ids: torch.Tensor) -> dict[str, Any]:
+    """The largest and the mean difference of the logits of one sequence [T]; inf where a logit is not finite."""
+    ours, theirs = (_run(each, token_ids[None]).logits for each in (model, reloaded))
+    difference = (ours.float() - theirs.float()).abs().nan_to_num(nan=float("inf"))
+    return {"max": difference.max().item(), "mean": difference.mean().item(), "equal": torch.equal(ours, theirs)}
 
 
 def trained(context: CheckContext) -> dict[str, nn.Parameter]:
@@ -152,7 +228,7 @@ def gradients(context: CheckContext) -> Outcome:
     traits = context.own_family.traits(context.checkpoint)
     unexplained = sorted(name for name in zero if not traits.may_be_zero(name, wanted))
     problems = [
-        f"{what}: {', '.join(names[:4])}{f', … ({len(names)})' if len(names) > 4 else ''}"
+        f"{what}: {some(names, 4, ', ')}"
         for what, names in (
             ("no gradient reaches", missing),
             ("a gradient reaches what should not train", stray),
@@ -164,7 +240,8 @@ def gradients(context: CheckContext) -> Outcome:
     if problems:
         return failed("; ".join(problems), "Look at requires_grad, detach and no_grad in the model.")
     said = f" ({len(zero)} zero for now: what they are multiplied with is zero)" if zero else ""
-    return passed(f"{len(wanted)} parameters have a gradient{said}, {_count(model) - len(wanted)} others none")
+    others = sum(1 for _ in model.parameters()) - len(wanted)
+    return passed(f"{len(wanted)} parameters have a gradient{said}, {others} others none")
 
 
 def optimizer_step(context: CheckContext) -> Outcome:
@@ -250,7 +327,3 @@ def _digests(model: nn.Module) -> dict[str, int]:
 def _crc32(tensor: torch.Tensor) -> int:
     values: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return zlib.crc32(values)
-
-
-def _count(model: nn.Module) -> int:
-    return sum(1 for _ in model.parameters())

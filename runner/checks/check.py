@@ -9,7 +9,7 @@ check (fidelity, layers, progressive, generation) gives a score, warns at most, 
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -47,7 +47,7 @@ def run_checks(checks: Sequence[Check], context: CheckContext) -> list[dict[str,
     rows: list[dict[str, Any]] = []
     # What failed or was skipped → what began it.
     obstacles: dict[str, list[str]] = {}
-    for check in _shown(checks, context):
+    for check in context.shows.track(checks, "checking", total=len(checks)):
         missing = list(dict.fromkeys(root for name in check.needs for root in obstacles.get(name, [])))
         missing += [row["name"] for row in rows if row["status"] == FAIL and row["name"] in check.unless_failed]
         if check.unless_explained:
@@ -60,10 +60,6 @@ def run_checks(checks: Sequence[Check], context: CheckContext) -> list[dict[str,
             obstacles[check.name] = missing or [check.name]
         rows.append(_row(check, outcome, seconds))
     return rows
-
-
-def _shown(checks: Sequence[Check], context: CheckContext) -> Iterator[Check]:
-    return context.shows.track(checks, "checking", total=len(checks))
 
 
 def _outcome(check: Check, context: CheckContext) -> Outcome:
@@ -96,7 +92,7 @@ def _row(check: Check, outcome: Outcome, seconds: float) -> dict[str, Any]:
 
 
 def late(place: str) -> Callable[[CheckContext], Outcome]:
-    """`"checks.roundtrip.save"`: `save` of runner/checks/roundtrip.py, imported when it is called."""
+    """`"checks.behaviour.save"`: `save` of runner/checks/behaviour.py, imported when it is called."""
     module, _, name = place.rpartition(".")
 
     def run(context: CheckContext) -> Outcome:
@@ -177,8 +173,8 @@ SHARED = by_name(
     Check(name="model", title="the model is built, strictly", run=late("checks.behaviour.build"),
           needs=("loading", "finite"), unless_failed=("base",)),
     check("forward", "finite logits, short and long", "checks.behaviour.forward", "model"),
-    check("save", "saved again, it has the same names and shapes", "checks.roundtrip.save", "model"),
-    check("roundtrip", "reloaded, it gives the same logits", "checks.roundtrip.roundtrip", "forward", "save", "router"),
+    check("save", "saved again, it has the same names and shapes", "checks.behaviour.save", "model"),
+    check("roundtrip", "reloaded, it gives the same logits", "checks.behaviour.roundtrip", "forward", "save", "router"),
     check("batch", "padded batches give the logits of each alone", "checks.behaviour.batch", "forward"),
     check("gradients", "they reach what should train", "checks.behaviour.gradients", "forward", "modes"),
     check("optimizer_step", "a step changes nothing else", "checks.behaviour.optimizer_step", "gradients"),

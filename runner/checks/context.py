@@ -30,8 +30,6 @@ STATUSES = (PASS, WARNING, FAIL, SKIPPED)
 BUILT = "built"
 # The family that is built where none is named, and that of what is too damaged to show it.
 DEFAULT_FAMILY, UNKNOWN = "npt", "unknown"
-# Tokens that stand for a prompt where there is no tokenizer.
-SEEDED_LENGTH = 64
 # The model, and what may hold the mapped file that it lies in.
 MODEL = ("model", "checkpoint", "reading", "recognised")
 # Of padded batches: the longest sequence, and the positions after it.
@@ -77,66 +75,35 @@ class Check:
 
 
 class Shows(Protocol):
-    """What checks use of a task's context."""
+    """What checks use of a task's context: the run's own directory, and items one by one under a progress bar."""
 
     @property
-    def directory(self) -> Path:
-        """The run's own directory."""
+    def directory(self) -> Path: ...
+    def track(self, items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]: ...
 
-    def track(self, items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
-        """The items one by one, under a progress bar."""
+
+# Writes a tiny checkpoint into a directory that it makes; the name of a file that it cannot do without.
+Example = Callable[[Path], str]
 
 
 class CheckedFamily(Protocol):
-    """What the checks use of a family, which a task hands them (see runner/families/family.py)."""
+    """What the checks use of a family, which a task hands them; runner/families/family.py says what each does."""
 
     @property
-    def name(self) -> str:
-        """Its name."""
-
+    def name(self) -> str: ...
     @property
-    def device_map(self) -> DeviceMap | None:
-        """Over which devices a model is spread."""
-
-    def checks(self) -> Mapping[str, Check]:
-        """The checks that only its checkpoints have."""
-
-    def examples(self) -> Mapping[str, Example]:
-        """What writes a tiny checkpoint of each of its formats, without torch."""
-
-    def needs_base(self, checkpoint: Checkpoint) -> bool:
-        """Whether the checkpoint holds only what is added to a base model."""
-
-    def base_misfits(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
-        """In what the base with this config.json is another than the checkpoint was made for."""
-
-    def load_base(self, checkpoint: Checkpoint, base: str | Path | None, placement: Placement) -> Base | None:
-        """The base model that the checkpoint needs to run."""
-
-    def build(self, checkpoint: Checkpoint, base: Base | None, placement: Placement) -> nn.Module:
-        """The checkpoint's model in evaluation mode."""
-
-    def can_save(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint of this format is written here."""
-
-    def save(self, checkpoint: Checkpoint, model: nn.Module, base: Path | None, target: Path) -> Path:
-        """Write the model into the new directory `target`; where it lies."""
-
-    def check_buildable(self, base: str | None) -> None:
-        """Raise ConfigError where `build_small` cannot build over `base`."""
-
-    def build_small(self, context: CheckContext) -> Path:
-        """A small checkpoint with random weights below the scratch directory."""
-
-    def traits(self, checkpoint: Checkpoint) -> Traits:
-        """What sets its models apart in the checks of every model."""
-
-
-class Example(Protocol):
-    """Writes a tiny checkpoint into a directory that it makes; the name of a file that it cannot do without."""
-
-    def __call__(self, root: Path) -> str:
-        """Write it."""
+    def device_map(self) -> DeviceMap | None: ...
+    def checks(self) -> Mapping[str, Check]: ...
+    def examples(self) -> Mapping[str, Example]: ...
+    def needs_base(self, checkpoint: Checkpoint) -> bool: ...
+    def base_misfits(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]: ...
+    def load_base(self, checkpoint: Checkpoint, base: str | Path | None, placement: Placement) -> Base | None: ...
+    def build(self, checkpoint: Checkpoint, base: Base | None, placement: Placement) -> nn.Module: ...
+    def can_save(self, checkpoint: Checkpoint) -> bool: ...
+    def save(self, checkpoint: Checkpoint, model: nn.Module, base: Path | None, target: Path) -> Path: ...
+    def check_buildable(self, base: str | None) -> None: ...
+    def build_small(self, context: CheckContext) -> Path: ...
+    def traits(self, checkpoint: Checkpoint) -> Traits: ...
 
 
 class Traits:
@@ -223,7 +190,7 @@ class CheckContext:
     @cached_property
     def recognised(self) -> tuple[Listing, CheckpointFormat | None]:
         """What `subject` is, and the format that it shows itself to be, however damaged. Raises CheckpointError."""
-        return recognise(self.subject, self.config.format.name, self.config.format.module)
+        return recognise(self.subject, self.config.format.name, self.config.format.module, self.config.family)
 
     @property
     def format(self) -> CheckpointFormat | None:
@@ -314,13 +281,9 @@ class CheckContext:
 
     def prompt_ids(self, text: str) -> torch.Tensor:
         """Token ids [T] of `text`, or what stands for it where there is no tokenizer."""
-        from runner.evaluation.forward import limits
-        from runner.evaluation.tokenizers import encode, seeded_ids
+        from runner.evaluation.evaluator import Evaluator
 
-        vocab_size, longest = limits(self.model)
-        if self.tokenizer is None:
-            return seeded_ids(text, vocab_size, min(SEEDED_LENGTH, longest or SEEDED_LENGTH), self.config.seed)
-        return encode(self.tokenizer, text, vocab_size)
+        return Evaluator(model=self.model, tokenizer=self.tokenizer, seed=self.config.seed).encode(text)
 
     def prompts(self) -> list[torch.Tensor]:
         """The token ids [T] of each of `data.prompts`."""
@@ -328,22 +291,24 @@ class CheckContext:
 
     def long_ids(self) -> torch.Tensor:
         """One sequence [T] of the tier's length or the model's maximum: short prompts hide broken rotary embeddings."""
-        from runner.evaluation.forward import limits
-        from runner.evaluation.tokenizers import seeded_ids
-
-        vocab_size, longest = limits(self.model)
-        length: int = self.config.tier.sequence_length
-        return seeded_ids("a long sequence", vocab_size, min(length, longest or length), self.config.seed)
+        return self._seeded("a long sequence", self.config.tier.sequence_length)
 
     def ragged(self, count: int) -> list[torch.Tensor]:
         """`count` sequences [T], the longest first, each with room for padding within the model's maximum."""
         from runner.evaluation.forward import limits
+
+        longest = limits(self.model)[1]
+        longest = LONGEST if longest is None else max(1, min(LONGEST, longest - PADDING))
+        lengths = [max(1, longest - i * longest // count) for i in range(count)]
+        return [self._seeded(f"sequence {i}", length) for i, length in enumerate(lengths)]
+
+    def _seeded(self, text: str, length: int) -> torch.Tensor:
+        """Token ids [T] that stand for `text`: `length`, or as many as the model takes."""
+        from runner.evaluation.forward import limits
         from runner.evaluation.tokenizers import seeded_ids
 
         vocab_size, longest = limits(self.model)
-        longest = LONGEST if longest is None else max(1, min(LONGEST, longest - PADDING))
-        lengths = [max(1, longest - i * longest // count) for i in range(count)]
-        return [seeded_ids(f"sequence {i}", vocab_size, n, self.config.seed) for i, n in enumerate(lengths)]
+        return seeded_ids(text, vocab_size, min(length, longest or length), self.config.seed)
 
     def free_all(self) -> None:
         """Forget every model."""

@@ -9,28 +9,26 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from runner.checks.check import checks_for, failed, passed, run_checks
+from runner.checks.check import PARTS, checks_for, failed, passed, run_checks
 from runner.checks.context import FAIL, WARNING, CheckContext, CheckedFamily, Item, Outcome
 from runner.config import Format
 from runner.errors import RunnerError
+from runner.results import versions as installed
 
 NEEDED = ("torch", "transformers", "safetensors", "peft")
 OPTIONAL = ("wandb",)  # tracker=none does without it
 # The checks of structure that each tiny layout must pass.
-STRUCTURE = (
-    "files", "config", "layout", "experts", "gate", "adapters", "blocks", "keys", "shapes", "hidden_size", "pollution",
-    "size",
-)  # fmt: skip
+STRUCTURE = (*PARTS, "pollution", "size")
 
 
 def versions(context: CheckContext) -> Outcome:
     """The libraries that write and read checkpoints, from their metadata."""
-    found = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
+    numbers = installed()
+    found = {name: numbers.get(name) for name in (*NEEDED, *OPTIONAL)}
     absent = [name for name in NEEDED if found[name] is None]
     shown = ", ".join(f"{name} {number}" for name, number in found.items() if number is not None)
     if absent:
@@ -42,24 +40,17 @@ def versions(context: CheckContext) -> Outcome:
     return passed(shown, versions=found)
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def peft(context: CheckContext) -> Outcome:
     """What the installed PEFT offers, read from its source."""
     root = package_directory("peft")
     if root is None:
         return failed("peft is not installed", "pip install peft")
-    offers = peft_features(root)
+    offers, number = peft_features(root), installed().get("peft")
     if not offers["LoRA"]:
-        return failed(f"peft {_version('peft')} has no LoraConfig", "install peft 0.21 or later", offers=offers)
+        return failed(f"peft {number} has no LoraConfig", "install peft 0.21 or later", offers=offers)
     there = [name for name, found in offers.items() if found]
     absent = [name for name, found in offers.items() if not found]
-    details = f"peft {_version('peft')} offers {', '.join(there)}"
+    details = f"peft {number} offers {', '.join(there)}"
     if absent:
         details += f"; no {', no '.join(absent)}: the routing of experts is this runner's own"
     return passed(details, offers=offers)

@@ -4,6 +4,7 @@ The estimate is from headers alone: it is asked before anything is loaded. float
 are cast (`dtype=float32`); where the models lie on another device nothing is estimated.
 """
 
+import re
 import resource
 import sys
 from collections.abc import Iterable
@@ -35,11 +36,8 @@ def reset_peak() -> None:
 
 def peak_bytes() -> int:
     """The most resident memory since `reset_peak`, or since the process began where that cannot be reset."""
-    found = _kilobytes(_STATUS, "VmHWM")
-    if found is not None:
-        return found
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return _kilobytes(_STATUS, "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def resident_bytes() -> int | None:
@@ -55,14 +53,10 @@ def available_bytes() -> int | None:
 
 def _kilobytes(path: Path, field: str) -> int | None:
     try:
-        lines = path.read_text().splitlines()
+        found = re.search(rf"^{field}:\s*(\d+)", path.read_text(), re.MULTILINE)
     except OSError:
         return None
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    return None
+    return int(found[1]) * 1024 if found else None
 
 
 def _room(limit: Path, used: Path) -> int | None:

@@ -8,7 +8,9 @@ the score, WARNING from the score on where each comparison is a WARNING. PASS is
 the status warning.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from runner.checks.check import skipped
@@ -58,7 +60,7 @@ def layers(context: CheckContext, evaluator: Evaluator) -> Outcome:
     reference, run = evaluator.layer_run(token_ids)
     rows = layer_measures.isolation(run, reference, token_ids, list(evaluator.switchable.npt_layers))
     score = _mean_score(rows)
-    worst = max(rows, key=_badness)
+    worst = max(rows, key=lambda row: math.inf if row["mse"] is None else row["mse"])
     poor = [str(row["layer"]) for row in rows if grade(row["mse"], row["cosine"]) == "FAIL"]
     return _outcome(
         word_of(score),
@@ -99,15 +101,15 @@ def generation(context: CheckContext, evaluator: Evaluator) -> Outcome:
         return skipped(f"the prompts fill the model's {longest} positions")
     score = sum(map(_generation_score, rows)) / len(rows)
     by_temperature = [
-        f"{_mean([row['agreement'] for row in rows if row['temperature'] == t]):.0%} at {t}" for t in TEMPERATURES
+        f"{fmean([row['agreement'] for row in rows if row['temperature'] == t]):.0%} at {t}" for t in TEMPERATURES
     ]
     word = word_of(score)
     return _outcome(
         word,
         score,
         f"tokens that agree with the base's: {', '.join(by_temperature)}; repeated 3-grams "
-        f"{_mean([row['repetition'] or 0.0 for row in rows]):.0%}, the base's "
-        f"{_mean([row['reference_repetition'] or 0.0 for row in rows]):.0%}",
+        f"{fmean([row['repetition'] or 0.0 for row in rows]):.0%}, the base's "
+        f"{fmean([row['reference_repetition'] or 0.0 for row in rows]):.0%}",
         None if word == "PASS" else "Continuations part from the base's: train further.",
         {"generation": rows},
     )
@@ -129,7 +131,7 @@ def _outcome(word: str, score: float, details: str, recommendation: str | None, 
 
 
 def _mean_score(rows: Sequence[Mapping[str, Any]]) -> float:
-    return _mean([SCORES[grade(row["mse"], row["cosine"])] for row in rows])
+    return fmean([SCORES[grade(row["mse"], row["cosine"])] for row in rows])
 
 
 def _counts(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -137,15 +139,7 @@ def _counts(rows: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{words.count(word)} {word}" for word in SCORES if word in words)
 
 
-def _badness(row: Mapping[str, Any]) -> float:
-    return float("inf") if row["mse"] is None else row["mse"]
-
-
 def _figures(row: Mapping[str, Any]) -> str:
     if row["mse"] is None or row["cosine"] is None:
         return "not finite"
     return f"mse {row['mse']:.4g}, cosine {row['cosine']:.4f}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

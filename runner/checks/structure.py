@@ -1,11 +1,11 @@
 """Checks of every checkpoint: its files, their size, its base, its hashes, and that the format's own code opens it."""
 
+from runner.checkpoints.reading import some
 from runner.checks.check import failed, part_outcome, passed, skipped
 from runner.checks.context import CheckContext, Outcome
 from runner.errors import DamagedError, RunnerError
-from runner.files.file_type import BESIDE, Kind, kind_of
+from runner.files.file_type import BESIDE
 from runner.files.strict_json import read_object
-from runner.files.tensors import TensorSource
 
 MB = 1_000_000
 # What a weights file may hold beside its tensors' bytes: a share, something a tensor (its name and place), and a rest.
@@ -44,8 +44,10 @@ def size(context: CheckContext) -> Outcome:
     for source in context.reading.sources:
         held, tensors = sum(path.stat().st_size for path in source.files), source.nbytes
         sizes += [path.stat().st_size for path in source.files]
+        # Optimizers, provenance.
+        holds_more = source.path.suffix != ".safetensors" and bool(source.extras)
         expected += tensors
-        if held > tensors * _SHARE + len(source.infos) * _PER_TENSOR + _REST and not _holds_more(source):
+        if held > tensors * _SHARE + len(source.infos) * _PER_TENSOR + _REST and not holds_more:
             return failed(
                 f"{source.path.name}: {held / MB:,.1f} MB, where its {len(source.infos)} tensors make "
                 f"{tensors / MB:,.1f} MB: it holds whole storages of which its tensors are views",
@@ -61,11 +63,6 @@ def size(context: CheckContext) -> Outcome:
     return passed(
         f"{total / MB:,.2f} MB ({shown}), by the shapes {expected / MB:,.2f} MB", bytes=total, expected_bytes=expected
     )
-
-
-def _holds_more(source: TensorSource) -> bool:
-    """Whether the file may hold more than the tensors at its top: optimizers, provenance."""
-    return source.path.suffix != ".safetensors" and bool(source.extras)
 
 
 def loading(context: CheckContext) -> Outcome:
@@ -93,31 +90,29 @@ def finite(context: CheckContext) -> Outcome:
             raise
         return skipped(f"{error} (see hashes)")  # which fails for it, so that a fault shows once
     if bad:
-        shown = ", ".join(bad[:4]) + (f", … ({len(bad)} in all)" if len(bad) > 4 else "")
-        return failed(f"NaN or Inf in {shown}", "go back to the last checkpoint before the training diverged")
+        return failed(
+            f"NaN or Inf in {some(bad, 4, ', ')}", "go back to the last checkpoint before the training diverged"
+        )
     return passed(f"{len(weights.infos)} tensors")
 
 
 def hashes(context: CheckContext) -> Outcome:
-    """Every file is as it was written, by the SHA-256 of its manifest, and every record of a .pt by its CRC."""
+    """Every file is as it was written, by the SHA-256 of its manifest, and by the CRCs of a .pt where it has them."""
     from runner.files import manifest, staging
     from runner.files.archive import is_zip, verify_crc
 
     root, weights = context.directory, context.reading.files
-    with_crcs = [path for path in weights if kind_of(path) is Kind.ZIP]
-    bare = len(weights) - len(with_crcs)
-    if context.reading.path.is_dir():
-        beside = [path for path in sorted(root.rglob("*")) if BESIDE.fullmatch(path.name) and path.is_file()]
-        with_crcs += [path for path in beside if path not in weights and is_zip(path)]
-    for path in with_crcs:
-        verify_crc(path)
+    entries = sorted(root.rglob("*")) if context.reading.path.is_dir() else []
+    beside = [path for path in entries if BESIDE.fullmatch(path.name) and path.is_file() and path not in weights]
+    with_crcs = [path for path in (*weights, *filter(is_zip, beside)) if verify_crc(path)]
     if context.reading.path.is_dir() and (root / manifest.FILE_NAME).is_file():
         if problems := staging.verify(root):
             return failed("; ".join(problems[:4]), "it was changed since it was written: copy it again")
         return passed(f"{len(manifest.list_files(root)) - 1} files as they were written")
     if not with_crcs:
-        return skipped(f"no {manifest.FILE_NAME} (not written by this runner), and a layout without CRCs")
+        return skipped(f"no {manifest.FILE_NAME} (not written by this runner), and no CRCs")
     names = ", ".join(path.name for path in with_crcs)
+    bare = len(set(weights) - set(with_crcs))
     if not bare:
         return passed(f"no {manifest.FILE_NAME}; the CRCs of {names} hold")
     what = "the weights" if bare == len(weights) else f"{bare} of {len(weights)} weights files"

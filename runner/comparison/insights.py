@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, combinations
 
 from runner.checkpoints.runs import spell
-from runner.comparison.comparison import Comparison
+from runner.comparison.comparison import Comparison, Series
 from runner.comparison.jobs import Job
-from runner.comparison.series import Series
 from runner.metrics.verdict import thresholds
 
 _STATUS_WORDS = {"failed": "failed", "lost": "lost", "never_started": "never started"}

@@ -46,6 +46,7 @@ class Job:
     per_prompt: tuple[JsonObject, ...] = ()
     layers: tuple[JsonObject, ...] = ()
     progressive: tuple[JsonObject, ...] = ()
+    generation: tuple[JsonObject, ...] = ()
     checks: tuple[JsonObject, ...] = ()
     findings: tuple[str, ...] = ()
     verdict: JsonObject | None = None
@@ -128,6 +129,11 @@ def _job(sweep: Path, name: str, result: JsonObject, overrides: tuple[str, ...],
     said = {"type": printable(error.get("type", "error")), "message": printable(error.get("message", "no reason"))}
     timing = [value for value in _object(result.get("timing")).values() if isinstance(value, (int, float))]
     log = sweep / name / _LOG
+    texts: JsonObject = {key: _text(result.get(key)) for key in ("family", "format", "reference", "overall")}
+    rows: JsonObject = {
+        key: tuple(row for row in as_list(result.get(key)) if isinstance(row, dict))
+        for key in ("per_prompt", "layers", "progressive", "generation", "checks")
+    }
     return Job(
         name=name,
         sweep=sweep,
@@ -142,19 +148,13 @@ def _job(sweep: Path, name: str, result: JsonObject, overrides: tuple[str, ...],
         run=Path(run_path).name,
         run_path=run_path,
         tier=_text(result.get("tier")) or _text(config.get("tier.name")) or _text(config.get("tier")),
-        family=_text(result.get("family")),
-        format=_text(result.get("format")),
-        reference=_text(result.get("reference")),
         metrics=_object(result.get("metrics")),
-        per_prompt=_rows(result.get("per_prompt")),
-        layers=_rows(result.get("layers")),
-        progressive=_rows(result.get("progressive")),
-        checks=_rows(result.get("checks")),
         passed=result.get("passed") if isinstance(result.get("passed"), bool) else None,
         findings=tuple(map(printable, as_list(result.get("findings")))),
         verdict=_object(result.get("verdict")) or None,
-        overall=_text(result.get("overall")),
         seconds=sum(timing) if timing else None,
+        **texts,
+        **rows,
     )
 
 
@@ -182,10 +182,6 @@ def as_list(value: object) -> list[object]:
 
 def _object(value: object) -> JsonObject:
     return value if isinstance(value, dict) else {}
-
-
-def _rows(value: object) -> tuple[JsonObject, ...]:
-    return tuple(row for row in as_list(value) if isinstance(row, dict))
 
 
 def _text(value: object) -> str | None:

@@ -52,6 +52,10 @@ class KeyValueCache:
         """How many positions are in it."""
         return self._filled[0] if self._filled else 0
 
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` positions."""
+        self._filled = [length] * len(self._filled)
+
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Append [B, heads, t, head_dim] to those of `layer` → all of them, views [B, heads, T, head_dim]."""
         if layer == len(self._layers):

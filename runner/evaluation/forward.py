@@ -99,11 +99,6 @@ def limits(model: nn.Module) -> tuple[int, int | None]:
     return config.vocab_size, getattr(config, "max_position_embeddings", None)
 
 
-def has_cache(model: nn.Module) -> bool:
-    """Whether the model takes and gives `past_key_values`: all of transformers, and those that say `has_cache`."""
-    return callable(getattr(model, "generate", None)) or getattr(model, "has_cache", False) is True
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter lies."""
     return next(model.parameters()).device

@@ -124,8 +124,8 @@ class LlamaModel(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        weights = torch.empty(config.vocab_size, config.hidden_size, device="meta")
-        self.embed_tokens = nn.Embedding(*weights.shape, _weight=weights)
+        count, d = config.vocab_size, config.hidden_size
+        self.embed_tokens = nn.Embedding(count, d, _weight=torch.empty(count, d, device="meta"))
         self.layers = nn.ModuleList(LlamaLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = Rotary(config)
@@ -168,7 +168,6 @@ class LlamaModel(nn.Module):
 class Llama(nn.Module):
     """A causal language model of a config, without weights until `assign`."""
 
-    has_cache: ClassVar[bool] = True
     _no_split_modules: ClassVar[tuple[str, ...]] = ("LlamaLayer",)
 
     def __init__(self, config: LlamaConfig) -> None:

@@ -77,20 +77,22 @@ def read_config(values: Mapping[str, Any]) -> LlamaConfig:
 def _ordinary(given: Mapping[str, Any]) -> LlamaConfig | None:
     """The config, as transformers completes it; None where a value is not one of those that are known here."""
     found: dict[str, Any] = {}
-    for each in fields(LlamaConfig):
-        if each.name not in given or each.name in ("rope_parameters", "theirs"):
+    for name, default in vars(LlamaConfig()).items():
+        if name not in given or name in ("rope_parameters", "theirs"):
             continue
-        value, known = given[each.name], type(each.default)
-        if each.name.endswith("_token_id"):
-            ids = value if each.name == "eos_token_id" and isinstance(value, list) else [value]
-            fine = all(i is None or type(i) is int for i in ids)
-        elif each.name in ("num_key_value_heads", "head_dim") and value is None:
+        value = given[name]
+        if name in ("num_key_value_heads", "head_dim") and value is None:
             continue
+        if name.endswith("_token_id"):
+            ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
+            fine = all(token is None or type(token) is int for token in ids)
+        elif type(default) is int:
+            fine = type(value) is int and value > 0
         else:
-            fine = type(value) is known and (known is not int or value > 0)
+            fine = type(value) is type(default) or (name == "attention_dropout" and type(value) is int)
         if not fine:
             return None
-        found[each.name] = value
+        found[name] = value
     heads, width = found.get("num_attention_heads", 32), found.get("hidden_size", 4096)
     found.setdefault("num_key_value_heads", heads)
     found.setdefault("head_dim", width // heads)
@@ -110,7 +112,7 @@ def _rotation(given: Mapping[str, Any], max_positions: int) -> dict[str, Any] | 
         return None
     if rope["rope_type"] in ("llama3", "yarn"):
         rope.setdefault("original_max_position_embeddings", max_positions)
-    numbers = [rope.get(name) for name in ("rope_theta", *_NEEDED[rope["rope_type"]])]
+    numbers: list[Any] = [rope.get(name) for name in ("rope_theta", *_NEEDED[rope["rope_type"]])]
     if rope["rope_type"] == "yarn":
         numbers += [rope[name] for name in _YARN if rope.get(name) is not None]
         if type(rope.get("truncate", True)) is not bool:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from runner.evaluation.forward import Trace, chunk_size, device_of, has_cache, logit_chunks, logit_count, trace
+from runner.evaluation.forward import Trace, chunk_size, device_of, logit_chunks, logit_count, trace
 from runner.evaluation.llama import Llama
 from runner.evaluation.tensor_cache import ModelCache, name_of, read, write
-from runner.metrics.generation import generate
 
 MODELS_CACHED = 2
 TokenIds = tuple[int, ...]
@@ -80,8 +79,10 @@ class Reference:
         return self._known.continuations[key]
 
     def _generate(self, token_ids: torch.Tensor, count: int, temperature: float, seed: int) -> list[int]:
-        prompt, cache = token_ids.to(device_of(self.model)), has_cache(self.model)
-        return generate(self.model, prompt, count, temperature=temperature, seed=seed, cache=cache)
+        from runner.evaluation.decoding import generate
+
+        prompt = token_ids.to(device_of(self.model))
+        return generate(self.model, prompt, count, temperature=temperature, seed=seed)
 
     def _read_trace(self, ids: TokenIds) -> Trace | None:
         found = self._read("trace", ids)

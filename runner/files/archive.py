@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from runner.errors import CheckpointError, DamagedError
 from runner.files.file_type import LEGACY_MAGIC, ZIP_START, Kind, kind_of
@@ -82,13 +82,12 @@ def check_archive(path: Path) -> Archive:
     return Archive(path=path, pickle=pickled, entries=entries)
 
 
-def verify_crc(path: Path) -> None:
-    """Read every record of a torch.save file and compare its CRC (about 0.3 s/GB); other layouts carry none.
+def verify_crc(path: Path) -> bool:
+    """Read every record of a torch.save file and compare its CRC (about 0.3 s/GB); whether there are any to compare.
 
-    Raises CheckpointError that names the first damaged record.
+    Other layouts carry none. Raises CheckpointError that names the first damaged record.
     """
-    if kind_of(path) is Kind.ZIP:
-        Crcs(check_archive(path)).check_all()
+    return kind_of(path) is Kind.ZIP and Crcs(check_archive(path)).check_all()
 
 
 def require_crc(path: Path, steps: Steps = whole) -> None:
@@ -96,17 +95,17 @@ def require_crc(path: Path, steps: Steps = whole) -> None:
 
     Who asks while another thread reads the file waits for what that one finds.
     """
-    file = _identity(path)
+    file = identity(path)
     with _LOCKS.setdefault(file, Lock()):
         if file not in _SOUND and is_zip(path):
             Crcs(check_archive(path)).check_all(steps)
-        if time.time_ns() - file[-1] > _SETTLED:
+        if is_settled(file):
             _SOUND.add(file)
 
 
 def hash_sound(path: Path, steps: Steps) -> str:
     """As `require_crc`, and in the same pass over the file its SHA-256. Raises CheckpointError."""
-    file = _identity(path)
+    file = identity(path)
     with _LOCKS.setdefault(file, Lock()):
         crcs = Crcs(check_archive(path)) if file not in _SOUND and is_zip(path) else None
         digest, at = hashlib.sha256(), 0
@@ -115,7 +114,7 @@ def hash_sound(path: Path, steps: Steps) -> str:
             if crcs is not None:
                 crcs.feed(at, step)
             at += len(step)
-        if time.time_ns() - file[-1] > _SETTLED:
+        if is_settled(file):
             _SOUND.add(file)
     return digest.hexdigest()
 
@@ -128,7 +127,7 @@ class Crcs:
 
     def __init__(self, archive: Archive) -> None:
         self._path = archive.path
-        self._file = _identity(archive.path)
+        self._file = identity(archive.path)
         self._entries = archive.entries
         self._left = dict(archive.entries) if _has_crc(archive.entries.values()) else {}
         self._view = mapped(archive.path)
@@ -168,10 +167,11 @@ class Crcs:
             raise DamagedError(f"{self._path}: record {name} reaches beyond the end of the file")
         return content
 
-    def check_all(self, steps: Steps = whole) -> None:
-        """Raise CheckpointError for the first damaged record, whatever this process found before."""
+    def check_all(self, steps: Steps = whole) -> bool:
+        """Whether there are CRCs. Raises CheckpointError for the first damaged record, whatever was found before."""
         for entry in self._left.values():
             self._compare(entry, steps)
+        return bool(self._left)
 
     def _start(self, entry: zipfile.ZipInfo) -> int:
         # The lengths of name and padding stand at bytes 26 to 29 of a record's own header.
@@ -187,6 +187,10 @@ class Crcs:
         for step in steps(content):
             crc = zlib.crc32(step, crc)
         self._require(entry, crc, len(content))
+        # Whoever reads the tensors maps the file once more: these pages need not stay in memory beside those.
+        first = entry.header_offset - entry.header_offset % mmap.PAGESIZE
+        view: Any = self._view.obj
+        view.madvise(mmap.MADV_DONTNEED, first, min(len(self._view), entry.header_offset + len(content)) - first)
 
     def _require(self, entry: zipfile.ZipInfo, crc: int, size: int) -> None:
         if crc != entry.CRC or size != entry.file_size:
@@ -214,13 +218,18 @@ def is_zip(path: Path) -> bool:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _identity(path: Path) -> tuple[int, ...]:
+def identity(path: Path) -> tuple[int, ...]:
     """Changes with the file and its content, even where a modification time was set back: its ctime cannot be."""
     try:
         stat = path.stat()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def is_settled(file: tuple[int, ...]) -> bool:
+    """Whether a file of this `identity` was changed long enough ago for a further change to show in it."""
+    return bool(file) and time.time_ns() - file[-1] > _SETTLED
 
 
 def _has_crc(entries: Iterable[zipfile.ZipInfo]) -> bool:

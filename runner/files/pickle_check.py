@@ -51,6 +51,8 @@ class BoundedReader:
 
 
 _MARK = object()
+# What an opcode does with the machine, and its argument.
+Step = Callable[["Machine", object], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,9 @@ class Scan:
 
 
 @dataclass(kw_only=True)
-class _Machine:
+class Machine:
+    """What a pickle has made so far, as records."""
+
     stack: list[object] = field(default_factory=list)
     memo: dict[int, object] = field(default_factory=dict)
     storages: dict[str, Storage] = field(default_factory=dict)
@@ -94,17 +98,21 @@ class _Machine:
         return names[-1] if names else "(unnamed)"
 
 
-def scan(file: BinaryIO, path: Path) -> Scan:
-    """Check the pickle at the position of `file`, which then stands behind it. Raises CheckpointError."""
+def scan(file: BinaryIO, path: Path, further: "Mapping[str, Step] | None" = None) -> Scan:
+    """Check the pickle at the position of `file`, which then stands behind it. Raises CheckpointError.
+
+    `further`: what other opcodes mean, or these in another pickle than torch.save's (python_pickle.py).
+    """
+    steps = _STEPS if further is None else {**_STEPS, **further}
     reader = BoundedReader(file, MAX_PICKLE_BYTES)
-    machine = _Machine()
+    machine = Machine()
     position = 0
     try:
         for count, (opcode, argument, at) in enumerate(pickletools.genops(cast(BinaryIO, reader))):
             position = at or 0
             if count >= MAX_OPCODES:
                 raise Refused(f"more than {MAX_OPCODES} pickle opcodes")
-            step = _STEPS.get(opcode.name)
+            step = steps.get(opcode.name)
             if step is None:
                 raise Refused(_unknown(opcode.name, opcode.proto))
             step(machine, argument)
@@ -135,27 +143,27 @@ def _index(argument: object) -> int:
     return argument
 
 
-def _put(machine: _Machine, argument: object) -> None:
+def _put(machine: Machine, argument: object) -> None:
     machine.memo[_index(argument)] = machine.top()
 
 
-def _get(machine: _Machine, argument: object) -> None:
+def _get(machine: Machine, argument: object) -> None:
     machine.stack.append(machine.memo[_index(argument)])
 
 
-def _tuple(count: int) -> Callable[[_Machine, object], None]:
-    def step(machine: _Machine, _: object) -> None:
+def _tuple(count: int) -> Callable[[Machine, object], None]:
+    def step(machine: Machine, _: object) -> None:
         items = [machine.pop() for _ in range(count)]
         machine.stack.append(tuple(reversed(items)))
 
     return step
 
 
-def _append(machine: _Machine, items: list[object]) -> None:
+def _append(machine: Machine, items: list[object]) -> None:
     _container(machine, "list").extend(items)
 
 
-def _set(machine: _Machine, pairs: list[object]) -> None:
+def _set(machine: Machine, pairs: list[object]) -> None:
     if len(pairs) % 2:
         raise IndexError("a key without a value")
     for key in pairs[::2]:
@@ -163,40 +171,40 @@ def _set(machine: _Machine, pairs: list[object]) -> None:
     _container(machine, "dict").extend(pairs)
 
 
-def _container(machine: _Machine, kind: str) -> list[object]:
+def _container(machine: Machine, kind: str) -> list[object]:
     value = machine.top()
     if not isinstance(value, Container) or value.kind != kind:
         raise TypeError(f"not a {kind}")
     return value.items
 
 
-def _pair(machine: _Machine, _: object) -> None:
+def _pair(machine: Machine, _: object) -> None:
     value, key = machine.pop(), machine.pop()
     _set(machine, [key, value])
 
 
-def _single(machine: _Machine, _: object) -> None:
+def _single(machine: Machine, _: object) -> None:
     item = machine.pop()
     _append(machine, [item])
 
 
-def _reduce(machine: _Machine, _: object) -> None:
+def _reduce(machine: Machine, _: object) -> None:
     arguments = machine.pop()
     function = machine.pop()
     machine.stack.append(reduce(function, arguments))
 
 
-def _new(machine: _Machine, _: object) -> None:
+def _new(machine: Machine, _: object) -> None:
     arguments = machine.pop()
     machine.stack.append(new(machine.pop(), arguments))
 
 
-def _build(machine: _Machine, _: object) -> None:
+def _build(machine: Machine, _: object) -> None:
     state = machine.pop()
     build(machine.top(), state)
 
 
-def _persistent(machine: _Machine, _: object) -> None:
+def _persistent(machine: Machine, _: object) -> None:
     made = storage(machine.pop())
     known = machine.storages.setdefault(made.key, made)
     if known.record_bytes != made.record_bytes:
@@ -204,16 +212,16 @@ def _persistent(machine: _Machine, _: object) -> None:
     machine.stack.append(made)
 
 
-def _push(machine: _Machine, value: object) -> None:
+def _push(machine: Machine, value: object) -> None:
     machine.stack.append(value)
 
 
-def _global(machine: _Machine, argument: object) -> None:
+def _global(machine: Machine, argument: object) -> None:
     assert isinstance(argument, str), "pickletools reads a name for this opcode"
     machine.stack.append(check_global(argument))
 
 
-_STEPS: dict[str, Callable[[_Machine, object], None]] = {
+_STEPS: dict[str, Step] = {
     "PROTO": lambda machine, _: None,
     "STOP": lambda machine, _: None,
     "MARK": lambda machine, _: _push(machine, _MARK),

@@ -8,6 +8,7 @@ large numbers.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 
@@ -52,6 +53,7 @@ class LogitComparison:
         """The figures of this one sequence, by the names of the result contract; {} where a logit is not finite."""
         if not self.finite:
             return {"mse": None, "cosine": None, "kl": None}
+        differences = self._next_difference()
         return {
             "mse": self.mse,
             "cosine": self.cosine,
@@ -59,7 +61,7 @@ class LogitComparison:
             "kl_reverse": float(self.kl_reverse.mean()),
             "top1": float(self.top1.mean()),
             "top5": float(self.top5.mean()),
-            "dp_rms": _root_mean_square(self._next_difference()),
+            "dp_rms": math.sqrt(float(differences.square().mean())) if len(differences) else None,
             **_scale(self.product, self.subject_square, self.squared_difference, self.reference_square),
         }
 
@@ -123,20 +125,20 @@ def summarise(comparisons: Sequence[LogitComparison]) -> dict[str, float | None]
     """
     if not all(comparison.finite for comparison in comparisons):
         return {"mse": None, "cosine": None, "kl": None}
-    figures: dict[str, float | None] = {"mse": _mean([c.mse for c in comparisons])}
+    figures: dict[str, float | None] = {"mse": fmean([c.mse for c in comparisons])}
     cosines = [c.cosine for c in comparisons if c.cosine is not None]
-    figures["cosine"] = _mean(cosines) if len(cosines) == len(comparisons) else None
+    figures["cosine"] = fmean(cosines) if len(cosines) == len(comparisons) else None
     for name in ("kl", "kl_reverse"):
         per_token = [getattr(c, name) for c in comparisons]
         means = [float(values.mean()) for values in per_token]
         pooled = torch.cat(per_token)
-        figures |= {name: _mean(means), f"{name}_se": standard_error(means), f"{name}_max": float(pooled.max())}
+        figures |= {name: fmean(means), f"{name}_se": standard_error(means), f"{name}_max": float(pooled.max())}
         figures |= {f"{name}_{label}": float(pooled.quantile(q)) for label, q in QUANTILES.items()}
-    figures["top1"] = _mean([float(c.top1.mean()) for c in comparisons])
-    figures["top5"] = _mean([float(c.top5.mean()) for c in comparisons])
+    figures["top1"] = fmean([float(c.top1.mean()) for c in comparisons])
+    figures["top5"] = fmean([float(c.top5.mean()) for c in comparisons])
     differences = [c._next_difference() for c in comparisons if len(c.next_logprob)]
     squares = [float(d.square().mean()) for d in differences]
-    figures["dp_rms"] = math.sqrt(_mean(squares)) if squares else None
+    figures["dp_rms"] = math.sqrt(fmean(squares)) if squares else None
     totals = [
         sum(getattr(c, name) / c.entries for c in comparisons)
         for name in ("product", "subject_square", "squared_difference", "reference_square")
@@ -167,7 +169,7 @@ def standard_error(values: Sequence[float]) -> float | None:
     """Standard error of the mean of independent `values`: s / √n with n - 1 degrees; None under two values."""
     if len(values) < 2:
         return None
-    mean = _mean(values)
+    mean = fmean(values)
     return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
@@ -181,14 +183,6 @@ def _scale(
     left = reference_square - product * scale
     share = None if squared_difference == 0 else min(1.0, max(0.0, 1 - left / squared_difference))
     return {"scale": scale, "magnitude_share": share}
-
-
-def _root_mean_square(values: torch.Tensor) -> float | None:
-    return math.sqrt(float(values.square().mean())) if len(values) else None
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _exp(value: float) -> float | None:

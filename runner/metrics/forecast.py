@@ -1,4 +1,4 @@
-"""The estimate of remaining steps: when a falling mse reaches a target, as an interval, in words, and back-tested.
+"""The estimate of remaining steps: when a falling mse reaches a target, as an interval and in words.
 
 A power law and an exponential, each with a floor, are fitted to log mse (forecast_fit.py). A family that misses the
 points by far more than they scatter is rejected; the interval is the union of those of the families that are left.
@@ -18,7 +18,6 @@ LEAST_POINTS = 6
 HORIZON = 100.0
 _BAND_POINTS = 80
 _MOST_LOG = 700.0
-_LEAST_HELD = 2
 _REFUSAL_WORDS = {
     "not_falling": "not estimated: the mse is not falling (no falling curve describes it better than a constant)",
     "no_fit": "not estimated: neither a power law nor an exponential with a floor fits these points",
@@ -220,7 +219,8 @@ def _answer(forecast: Forecast, estimate: TargetEstimate) -> str:
         return _not_reached(forecast, estimate)
     now = forecast.last_step or 0.0
     lower = estimate.lower or 0.0
-    guess = f"best fit at step {_rounded(estimate.best)}, {forecast.confidence:.0%} interval"
+    best = "?" if estimate.best is None else f"{float(f'{estimate.best:.3g}'):,.0f}"
+    guess = f"best fit at step {best}, {forecast.confidence:.0%} interval"
     if estimate.upper is None:
         if lower <= now:
             return f"no bound on the remaining steps: soon, late or never ({guess} without ends)"
@@ -249,10 +249,6 @@ def _not_reached(forecast: Forecast, estimate: TargetEstimate) -> str:
     return f"{words}; if at all, ≥ {_more_steps(_down(estimate.lower - now))}"
 
 
-def _rounded(value: float | None) -> str:
-    return "?" if value is None else f"{float(f'{value:.3g}'):,.0f}"
-
-
 def _more_steps(more: float) -> str:
     return f"{more:,.0f} more step{'' if more == 1 else 's'}"
 
@@ -270,118 +266,3 @@ def _up(value: float) -> float:
 def _unit(value: float) -> float:
     """The place of the third digit: steps are whole, and an interval has no more digits than that."""
     return 10.0 ** max(math.floor(math.log10(value)) - 2, 0) if value > 0 else 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldPoint:
-    """One point that the fit did not see; `lower` to `upper` is where a measured mse was expected."""
-
-    step: float
-    mse: float
-    lower: float
-    predicted: float
-    upper: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldTarget:
-    """A target that the fitted part had not reached. `seen`: the step at which the series did, or None.
-
-    `held`: whether the interval agrees with that; where it was not seen, whether the interval goes on to or beyond the
-    last step.
-    """
-
-    estimate: TargetEstimate
-    seen: float | None
-    held: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Backtest:
-    """The score. `refusal`: why there is none, else None.
-
-    `inside`: share of the held points within their bounds; `typical_error`: the mean of |log(measured/predicted)| as a
-    ratio less one (0.1 is 10 %); `bias`: measured over predicted, as a geometric mean (above 1: it promised too much).
-    """
-
-    refusal: str | None = None
-    fitted_points: int = 0
-    fitted_until: float | None = None
-    points: tuple[HeldPoint, ...] = ()
-    inside: float | None = None
-    typical_error: float | None = None
-    bias: float | None = None
-    targets: tuple[HeldTarget, ...] = ()
-
-
-def backtest(
-    steps: Sequence[float | None],
-    mses: Sequence[float | None],
-    targets: Sequence[float],
-    *,
-    share: float = 0.6,
-    learning_rates: Sequence[float | None] | None = None,
-    changes: Sequence[float] = (),
-    confidence: float = 0.9,
-) -> Backtest:
-    """Fit the first `share` of the points (at least six), hold the others (at least two) against the prediction.
-
-    The other arguments are those of `forecast`. Raises ValueError as it does, and for a share outside (0, 1).
-    """
-    if not 0 < share < 1:
-        raise ValueError(f"share={share} must lie between 0 and 1")
-    series = curves.points_of(steps, mses, learning_rates, changes)
-    first = max(LEAST_POINTS, math.ceil(share * len(series.steps)))
-    rest = len(series.steps) - first
-    if rest < _LEAST_HELD:
-        needed = LEAST_POINTS + _LEAST_HELD
-        return Backtest(refusal=f"too few points ({len(series.steps)}; a back-test needs {needed})")
-    known = forecast(
-        series.steps[:first], series.mses[:first], targets, confidence=confidence, band_steps=series.steps[first:]
-    )
-    if known.refusal is not None:
-        why = "is not falling" if known.refusal == "not_falling" else "fits neither family"
-        return Backtest(refusal=f"the first part {why}", fitted_points=first, fitted_until=series.steps[first - 1])
-    points = _held_points(series, first, known)
-    errors = np.array([math.log(point.mse / point.predicted) for point in points])
-    return Backtest(
-        fitted_points=first,
-        fitted_until=series.steps[first - 1],
-        points=points,
-        inside=float(np.mean([point.lower <= point.mse <= point.upper for point in points])),
-        typical_error=float(np.expm1(np.abs(errors).mean())),
-        bias=float(np.exp(errors.mean())),
-        targets=tuple(_held_target(series, e) for e in known.targets if e.status != "reached"),
-    )
-
-
-def _held_points(series: MeasuredPoints, first: int, known: Forecast) -> tuple[HeldPoint, ...]:
-    """The band holds the curve; a measured point also scatters around it, so the two widths add as squares."""
-    assert known.band is not None
-    scatter = min(family.noise for family in known.families if family.accepted)
-    scatter *= math.sqrt(curves.f_quantile(1, first - curves.PARAMETERS, known.confidence))
-    band = known.band
-    rows = zip(band.steps, series.mses[first:], band.lower, band.median, band.upper, strict=True)
-    return tuple(
-        HeldPoint(
-            step=step,
-            mse=mse,
-            lower=middle * math.exp(-math.hypot(math.log(middle / lower), scatter)),
-            predicted=middle,
-            upper=middle * math.exp(math.hypot(math.log(upper / middle), scatter)),
-        )
-        for step, mse, lower, middle, upper in rows
-    )
-
-
-def _held_target(series: MeasuredPoints, estimate: TargetEstimate) -> HeldTarget:
-    """The curve meets its target after the last step before any figure below it, and by the first that stays below."""
-    lower = math.inf if estimate.lower is None else estimate.lower
-    upper = math.inf if estimate.upper is None else estimate.upper
-    seen = curves.reached(series, estimate.target)
-    if seen is None:
-        return HeldTarget(estimate=estimate, seen=None, held=upper >= series.steps[-1])
-    points = list(zip(series.seen_steps, series.seen, strict=True))
-    first_below = next(step for step, mse in points if mse < estimate.target)
-    before = max((step for step, _ in points if step < first_below), default=0.0)
-    return HeldTarget(estimate=estimate, seen=seen, held=lower <= seen and upper >= before)

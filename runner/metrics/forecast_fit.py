@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,12 +132,9 @@ def points_of(
 
 def reached(series: MeasuredPoints, target: float) -> float | None:
     """The first step from which every measured mse is below `target`; None where the last one is not."""
-    found = None
-    for step, mse in zip(reversed(series.seen_steps), reversed(series.seen), strict=True):
-        if mse >= target:
-            break
-        found = step
-    return found
+    backwards = zip(reversed(series.seen_steps), reversed(series.seen), strict=True)
+    below = list(takewhile(lambda point: point[1] < target, backwards))
+    return below[-1][0] if below else None
 
 
 def local_noise(steps: Array, log_mses: Array) -> Array:

@@ -49,11 +49,7 @@ def thresholds() -> Thresholds:
 
 def mse_status(mse: float | None, thresholds: Thresholds) -> str:
     """excellent, good, fair or poor; poor where the mse is not finite."""
-    if mse is not None:
-        for status, bound in thresholds.mse.items():
-            if mse < bound:
-                return status
-    return "poor"
+    return next((status for status, bound in thresholds.mse.items() if mse is not None and mse < bound), "poor")
 
 
 def cosine_status(cosine: float | None, thresholds: Thresholds) -> str:

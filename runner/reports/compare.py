@@ -3,20 +3,20 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from runner.comparison.comparison import Comparison
+from runner.comparison.comparison import Comparison, grouped, without_shared_ends
 from runner.comparison.export import to_csv, to_dict
 from runner.comparison.insights import headline, insights, leading
 from runner.comparison.jobs import Job
-from runner.comparison.series import without_shared_ends
 from runner.errors import printable
 from runner.files.atomic import write_whole
 from runner.reports.console import Fact, Rows, Tables, known, number, percent, print_rows
+from runner.reports.generation import step_rows
 from runner.reports.page.build import page
 from runner.reports.picture import pictures
 from runner.results import JsonObject
@@ -50,19 +50,18 @@ def write_files(comparison: Comparison, directory: Path) -> ComparisonFiles:
     Nothing that a job left is touched.
     """
     drawn = pictures(comparison)
-    contents: dict[str, Callable[[], bytes]] = {
-        "json": lambda: (
-            json.dumps(to_dict(comparison), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        ).encode(),
-        "csv": lambda: to_csv(comparison).encode(),
-        **{kind: lambda kind=kind: drawn[kind] for kind in drawn},  # type: ignore[misc]
-        "html": lambda: page(comparison, directory, picture=bool(drawn)).encode(),
+    text = json.dumps(to_dict(comparison), indent=1, ensure_ascii=False, allow_nan=False)
+    contents = {
+        "json": f"{text}\n".encode(),
+        "csv": to_csv(comparison).encode(),
+        **drawn,
+        "html": page(comparison, directory, picture=bool(drawn)).encode(),
     }
     files: dict[str, Path] = {}
     for kind, content in contents.items():
         path = directory / f"comparison.{kind}"
         try:
-            write_whole(path, content())
+            write_whole(path, content)
         except OSError as error:
             return ComparisonFiles(files=files, problem=f"{path}: cannot be written: {error.strerror or error}")
         files[kind] = path
@@ -83,6 +82,7 @@ def summary(comparison: Comparison) -> JsonObject:
         "failures": [{"job": job.name, "status": job.status, "message": job.message} for job in comparison.failures],
         "checkpoints": [_row(job, variants.get((job.sweep, job.name), "")) for job in shown],
         "tests": [_test_row(job) for job in comparison.done if job.task == "test"],
+        "continuations": list(step_rows(comparison.done)),
     }
 
 
@@ -126,11 +126,11 @@ def compare_facts(result: JsonObject) -> list[Fact]:
 
 def failures(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
     """(status, `job: why`) for each job without a result; many of one kind share a line."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        groups.setdefault((row["status"].replace("_", " "), row["message"]), []).append(row["job"])
     lines = []
-    for (status, message), jobs in groups.items():
+    for (status, message), found in grouped(
+        rows, lambda row: (row["status"].replace("_", " "), row["message"])
+    ).items():
+        jobs = [row["job"] for row in found]
         several = len(jobs) > _OWN_LINES
         names = [f"{len(jobs)} jobs, {jobs[0]} … {jobs[-1]}"] if several else jobs
         lines += [(status, f"{printable(name)}: {printable(message)}") for name in names]
@@ -149,7 +149,8 @@ def compare_tables(result: JsonObject, verbose: bool) -> Tables:
     """The checkpoints as rows of finished cells, as many columns as the terminal has room for."""
     width = shutil.get_terminal_size().columns - _FRAME if sys.stdout.isatty() and not verbose else None
     rows = fitting(checkpoint_rows(result["checkpoints"], drawn=sys.stdout.isatty()), width, gap=2)
-    return [(title, rows) for title, rows in (("checkpoints", rows), ("tests", test_rows(result["tests"]))) if rows]
+    tables = (("checkpoints", rows), ("tests", test_rows(result["tests"])), ("continuations", result["continuations"]))
+    return [(title, rows) for title, rows in tables if rows]
 
 
 def test_rows(tests: Sequence[JsonObject]) -> Rows:
@@ -223,6 +224,7 @@ def print_comparison(comparison: Comparison, written: ComparisonFiles, console: 
     title = f"{found['jobs']['ok']} of {found['jobs']['all']} jobs"
     print_rows(title, fitting(rows, console.width if terminal else None, gap=gap), console, gap=gap)
     print_rows("tests", test_rows(found["tests"]), console, gap=gap)
+    print_rows("continuations", step_rows(comparison.done), console, gap=gap)
     if found["answers"]:
         lines = known([("Comparison", found["headline"]["words"], ""), *_answer_lines(found["answers"])])
         for label, value, _ in lines:

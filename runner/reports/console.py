@@ -16,6 +16,7 @@ from runner.results import JsonObject
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 # (label, value, word that decides the colour)
 Fact = tuple[str, str, str]
@@ -81,7 +82,7 @@ COLOURS = {
 }  # fmt: skip
 # Columns that are text: left-aligned, and folded where they do not fit.
 _TEXTS = (
-    "checkpoint", "prompt", "text", "reference_text", "details", "component", "name", "file", "figure", "phase",
+    "checkpoint", "prompt", "of", "text", "reference_text", "details", "component", "name", "file", "figure", "phase",
     "check",
 )  # fmt: skip
 
@@ -161,7 +162,6 @@ def print_rows(title: str, rows: Rows, console: "Console", *, gap: int = 2) -> N
 
 def _table(title: str, rows: Rows, gap: int = 2) -> "Table":
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(
         title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, gap, 0, 0)
@@ -172,13 +172,23 @@ def _table(title: str, rows: Rows, gap: int = 2) -> "Table":
             name, overflow="fold" if wide else "ellipsis", no_wrap=not wide, justify="left" if wide else "right"
         )
     for row in rows:
-        table.add_row(*(Text(str(value), style=COLOURS.get(str(value), "")) for value in row.values()))
+        table.add_row(*map(_text, row.values()))
     return table
+
+
+def _text(value: object) -> "Text":
+    from rich.text import Text
+
+    return value if isinstance(value, Text) else Text(str(value), style=COLOURS.get(str(value), ""))
+
+
+# The tasks whose report has a module of its own.
+_MODULES = {"compare": "compare", "generate": "generation", "transfer": "transfer"}
 
 
 def _report(task: str) -> tuple[Callable[..., list[Fact]], Callable[..., Tables]]:
     """The lines and the tables (if any) of a task's report, imported when it is printed."""
-    module = import_module(f"runner.reports.{'compare' if task == 'compare' else 'tasks'}")
+    module = import_module(f"runner.reports.{_MODULES.get(task, 'tasks')}")
     return getattr(module, f"{task}_facts"), getattr(module, f"{task}_tables", lambda result, verbose: [])
 
 

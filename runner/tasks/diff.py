@@ -84,7 +84,7 @@ def run(config: DiffConfig, context: Context) -> Result:
     if not path.exists():
         raise CheckpointError(f"reference={config.reference}: no such file or directory")
     with context.timed("open"):
-        first = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module)
+        first = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module, config.family)
         check_family(config, first)
         second = open_checkpoint(resolve(path, by_step=False))
     names = match(*(Auto().of(each).canonical_names(each) for each in (first, second)))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.checkpoints.detect import open_checkpoint
+from runner.checkpoints.detect import HasFormats, open_checkpoint
 from runner.config import VerifyConfig
 from runner.errors import CheckpointError
 from runner.files import manifest, staging
@@ -29,7 +29,7 @@ def run(config: VerifyConfig, context: Context) -> Result:
         raise CheckpointError(f"{path}: no such file or directory")
     opened: list[Checkpoint] = []
     with context.timed("verify"):
-        steps = check_checkpoint(path, config.format.name, config.format.module, opened)
+        steps = check_checkpoint(path, config.format.name, config.format.module, opened, config.family)
         checks = list(context.track(steps, "verifying"))
     failed = any(check["status"] == "fail" for check in checks)
     proved = checks[0]["status"] == "pass"
@@ -50,7 +50,11 @@ def run(config: VerifyConfig, context: Context) -> Result:
 
 
 def check_checkpoint(
-    path: Path, format_name: str = "auto", module: str | None = None, opened: list[Checkpoint] | None = None
+    path: Path,
+    format_name: str = "auto",
+    module: str | None = None,
+    opened: list[Checkpoint] | None = None,
+    family: HasFormats | None = None,
 ) -> Iterator[Check]:
     """One row {name, status, details} a check, as each is done; after a failure the later ones are `skipped`.
 
@@ -60,7 +64,7 @@ def check_checkpoint(
     opened = [] if opened is None else opened
 
     def structure() -> str:
-        checkpoint = open_checkpoint(path, format_name, module)
+        checkpoint = open_checkpoint(path, format_name, module, family)
         checkpoint.require_complete()
         opened.append(checkpoint)
         return f"{checkpoint.format}: {checkpoint.evidence}"
@@ -108,12 +112,14 @@ def _crc(path: Path, checkpoint: Checkpoint) -> str:
     """The CRC of every record of the torch.save files of a directory, and of the weights wherever they lie."""
     beside = path.rglob("*") if path.is_dir() else [path]
     files = {file for file in (*beside, *checkpoint.weights.files) if file.is_file() and file.suffix in PICKLES}
-    with_crcs = sorted(file for file in files if kind_of(file) is Kind.ZIP)
-    for file in with_crcs:
-        verify_crc(file)
-    without = sorted({file.name for file in checkpoint.weights.files} - {file.name for file in with_crcs})
-    words = f"{', '.join(file.name for file in with_crcs)}: every record" if with_crcs else ""
-    return "; ".join(filter(None, [words, f"{', '.join(without)}: a layout without CRCs" if without else ""]))
+    zips = sorted(file for file in files if kind_of(file) is Kind.ZIP)
+    with_crcs = [file for file in zips if verify_crc(file)]
+    said = {
+        "every record": with_crcs,
+        "saved without CRCs": [file for file in zips if file not in with_crcs],
+        "a layout without CRCs": sorted(set(checkpoint.weights.files) - set(zips)),
+    }
+    return "; ".join(f"{', '.join(file.name for file in found)}: {words}" for words, found in said.items() if found)
 
 
 def _finite(checkpoint: Checkpoint) -> str:

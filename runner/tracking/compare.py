@@ -9,10 +9,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from runner.comparison.comparison import Comparison
+from runner.comparison.comparison import Comparison, RemainingSteps, Series
 from runner.comparison.insights import headline, insights
 from runner.comparison.jobs import Job
-from runner.comparison.series import RemainingSteps, Series
 from runner.results import JsonObject, is_number
 from runner.tracking.base import RunIdentity, Tracker
 from runner.tracking.rows import LAYER_FIGURES, STEP, Chart, LoggedTable, Record, cell, eval_row, numbers

@@ -206,6 +206,34 @@ def test_with_some_weights_without_crcs_nothing_is_proved(originals, tmp_path):
     assert "3 of 4 weights files are without CRCs; those of router.pt, skill_library.pt hold" in row["details"]
 
 
+def save_without_crcs(file: Path) -> None:
+    content = torch.load(file, weights_only=True)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(content, file)
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+def test_weights_saved_without_crcs_prove_nothing(originals, tmp_path):
+    path = copy(originals["npt_delta"], tmp_path)
+    (path / manifest.FILE_NAME).unlink()
+    save_without_crcs(path / "npt_weights.pt")
+    row = rows_of(path, tmp_path / "scratch")["hashes"]
+    assert row["status"] == "skipped"
+    assert "the weights are without CRCs; those of training_state.pt hold" in row["details"]
+    (path / "training_state.pt").unlink()
+    assert rows_of(path, tmp_path / "again")["hashes"]["details"].endswith("and no CRCs")
+
+
+def test_a_whole_number_adapter_is_named_once(originals, tmp_path):
+    path = copy(originals["npt_full"], tmp_path)
+    name = "model.layers.1.adapter.A_proj.weight"
+    tensors(changed(name, torch.Tensor.int), MODEL)(path)
+    row = rows_of(path, tmp_path / "scratch")["shapes"]
+    assert (row["status"], row["details"]) == ("fail", f"{name} is int32, no weights")
+
+
 def test_weights_that_all_have_crcs_pass(originals, tmp_path):
     path = copy(originals["npt_delta"], tmp_path)
     (path / manifest.FILE_NAME).unlink()

@@ -46,7 +46,8 @@ def test_a_peft_without_lora_fails(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "status"), [("torch", "fail"), ("wandb", "warning")])
 def test_what_is_not_installed_is_said(name, status, monkeypatch):
-    monkeypatch.setattr(environment, "_version", lambda each: None if each == name else "1.0")
+    numbers = {each: "1.0" for each in (*environment.NEEDED, *environment.OPTIONAL) if each != name}
+    monkeypatch.setattr(environment, "installed", lambda: numbers)
     outcome = environment.versions(None)
     assert outcome.status == status
     assert f"not installed: {name}" in outcome.details

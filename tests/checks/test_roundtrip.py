@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from runner.checkpoints import model_directory as hf_save
 from runner.families.gpt import save as gpt_save
 from runner.families.hf import Hf
-from runner.families.lora import adapter
+from runner.families.lora import checkpoint as adapter
 from runner.families.lora_moe import model as lora_moe_model
 from runner.families.lora_moe import save as lora_moe_save
 from runner.families.npt import checkpoint as npt_delta

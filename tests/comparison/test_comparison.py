@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from runner.comparison.comparison import read
-from runner.comparison.series import display_names, without_shared_ends
+from runner.comparison.comparison import display_names, read, without_shared_ends
 from runner.errors import ConfigError
 from tests.comparison.sweeps import result, write_job, write_sweep
 

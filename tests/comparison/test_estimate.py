@@ -2,8 +2,7 @@
 
 import json
 
-from runner.comparison.comparison import read
-from runner.comparison.series import estimate
+from runner.comparison.comparison import estimate, read
 from tests.comparison.sweeps import result, write_job, write_sweep
 
 

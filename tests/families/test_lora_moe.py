@@ -9,9 +9,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 from runner.errors import ConfigError
 from runner.evaluation.base_models import load_base
+from runner.evaluation.decoding import generate
 from runner.families.lora_moe import model as routing
 from runner.families.lora_moe.model import LoraMoeForCausalLM
-from runner.metrics.generation import generate
 from tests.lora_files import load_moe, router_of, write_moe
 
 IDS = torch.tensor([5, 77, 9, 130, 41, 41, 8, 200])
@@ -199,9 +199,10 @@ def test_cached_and_uncached_generation_agree(moe, base, features):
 def test_a_cache_of_other_experts_is_refused(model):
     with torch.inference_mode():
         with model.experts(False):
-            cache = model(IDS[None], use_cache=True).past_key_values
+            cache = model.new_cache(torch.zeros(1, dtype=torch.long), 9)
+            model.advance(IDS[None], cache)
         with pytest.raises(ValueError, match="experts as now"):
-            model(IDS[None, :1], past_key_values=cache)
+            model.advance(IDS[None, :1], cache)
 
 
 def test_gradients_reach_router_and_experts_only(moe):

@@ -5,8 +5,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from runner.evaluation.base_models import load_base
+from runner.evaluation.decoding import generate
 from runner.families.lora_moe.model import LoraForCausalLM
-from runner.metrics.generation import generate
 from tests.lora_files import adapter_of, load_adapter, load_moe, write_adapter, write_moe
 
 IDS = torch.tensor([5, 77, 9, 130, 41, 41, 8, 200])

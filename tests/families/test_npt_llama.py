@@ -5,11 +5,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 import runner
+from runner.evaluation.decoding import generate
 from runner.evaluation.forward import run_layers
 from runner.families.npt.checkpoint import key
 from runner.families.npt.model import RankKUpdate
 from runner.families.npt.model import npt_tensors as saved_tensors
-from runner.metrics.generation import generate
 from tests.conftest import MIXED, npt_tensors, write_base, write_npt
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from runner.families.lora.adapter import adapter_config
+from runner.families.lora.checkpoint import adapter_config
 from runner.families.lora_moe import save as lora_moe_save
 from runner.merge.plan import MergeOutput
 from runner.merge.spec import MergeSpec

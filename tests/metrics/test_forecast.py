@@ -8,8 +8,9 @@ from scipy.optimize import least_squares
 from scipy.special import fdtri
 
 from runner.metrics import forecast_fit
-from runner.metrics.forecast import backtest, forecast, sentence
+from runner.metrics.forecast import forecast, sentence
 from runner.metrics.forecast_fit import local_noise, points_of, reached, rejection_ratio
+from tests.metrics.backtest import backtest
 
 STEPS = np.arange(1, 13) * 1000.0
 TARGETS = (0.5, 0.1, 0.05)

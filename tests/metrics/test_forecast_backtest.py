@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from runner.metrics.forecast import backtest
+from tests.metrics.backtest import backtest
 from tests.metrics.test_forecast import CURVES, STEPS, TARGETS, curve, noisy
 
 

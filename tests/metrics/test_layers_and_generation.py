@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from runner.evaluation.decoding import generate
 from runner.metrics import layers
-from runner.metrics.generation import agreement, generate, repetition
+from runner.metrics.generation import agreement, repetition
 
 REFERENCE = torch.zeros(2, 4)
 IDS = torch.tensor([0, 1])
@@ -45,6 +46,7 @@ def test_trend_and_additivity():
 def test_agreement_and_repetition():
     assert agreement([1, 2, 3, 4], [1, 2, 9, 4]) == {"agreement": 0.75, "first_divergence": 2}
     assert agreement([1, 2], [1, 2]) == {"agreement": 1.0, "first_divergence": None}
+    assert agreement([1, 2], [1, 2, 3, 4]) == {"agreement": 0.5, "first_divergence": 2}
     assert repetition([1, 2, 3, 1, 2, 3, 1]) == pytest.approx(2 / 5)
     assert repetition([1, 2, 3, 4]) == 0
     assert repetition([1, 2]) is None

@@ -169,6 +169,18 @@ def test_a_weights_file_and_safetensors(run, workdir):
     assert details["crc"] == "npt_weights.safetensors: a layout without CRCs"
 
 
+def test_a_file_saved_without_crcs(run, workdir):
+    write_source(Path("a"), ONE)
+    content = torch.load("a/npt_weights.pt", weights_only=True)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(content, "npt_weights.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    details = {row["name"]: row["details"] for row in run("task=verify", "ckpt=npt_weights.pt").result["checks"]}
+    assert details["crc"] == "npt_weights.pt: saved without CRCs"
+
+
 def test_nothing_there_and_a_run(run, workdir):
     for step in (1, 2):
         write_source(Path(f"r/checkpoint-{step}"), ONE, step=step)

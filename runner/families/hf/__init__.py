@@ -11,7 +11,7 @@ from runner.families.family import Family
 if TYPE_CHECKING:
     from torch import nn
 
-    from runner.checkpoints.checkpoint import Checkpoint
+    from runner.checkpoints.checkpoint import Checkpoint, Listing
     from runner.checks.context import Check, Example, Traits
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
@@ -29,20 +29,23 @@ class Hf(Family):
 
     format_modules: ClassVar[tuple[str, ...]] = ("runner.families.lora.checkpoint", "runner.families.hf.checkpoint")
 
+    def may_hold(self, listing: "Listing", module: str) -> bool:
+        """As `Family.may_hold`: a whole model, or an adapter and its config."""
+        if module == self.format_modules[0]:
+            directory = listing.path if listing.path.is_dir() else listing.path.parent
+            return (directory / "adapter_config.json").is_file()
+        return "config.json" in listing.entries and any("model" in name for name in listing.entries)
+
     def needs_base(self, checkpoint: "Checkpoint") -> bool:
-        """An adapter does."""
         return checkpoint.format == PEFT
 
     def is_base(self, checkpoint: "Checkpoint") -> bool:
-        """A complete model is."""
         return checkpoint.format != PEFT
 
     def can_be_spread(self, checkpoint: "Checkpoint") -> bool:
-        """A complete model can."""
         return checkpoint.format != PEFT
 
     def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "nn.Module":
-        """As `Family.build`."""
         from runner.evaluation.base_models import build_plain
 
         if base is not None:
@@ -53,16 +56,14 @@ class Hf(Family):
         return build_plain(checkpoint.details.config, checkpoint.weights, checkpoint.weights.infos, placement)
 
     def can_save(self, checkpoint: "Checkpoint") -> bool:
-        """Both of its formats."""
         return True
 
     def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> Path:
-        """As `Family.save`."""
         from runner.checkpoints import model_directory
         from runner.files.staging import staged
 
         if checkpoint.format == PEFT:
-            from runner.families.lora.adapter import save_peft
+            from runner.families.lora.checkpoint import save_peft
             from runner.families.lora_moe.model import LoraForCausalLM
 
             assert isinstance(model, LoraForCausalLM)
@@ -84,30 +85,24 @@ class Hf(Family):
         return plan_merge(spec, paths, opened, base, output)
 
     def checks(self) -> "Mapping[str, Check]":
-        """As `Family.checks`."""
         from runner.families.hf.checks import CHECKS
 
         return CHECKS
 
     def check_buildable(self, base: str | None) -> None:
-        """Never."""
         raise ConfigError("family=hf: nothing is added to a plain model; give ckpt=, or family=npt, gpt or lora_moe")
 
     def examples(self) -> "Mapping[str, Example]":
-        """As `Family.examples`."""
-        from runner.families.hf.checks import write_model
-        from runner.families.lora.checks import write_adapter
+        from runner.families.hf.checks import write_adapter, write_model
 
         return {PEFT: write_adapter, self.name: write_model}
 
     def base_misfits(self, checkpoint: "Checkpoint", config: Mapping[str, Any]) -> list[str]:
-        """As `Family.base_misfits`."""
-        from runner.families.lora.checks import base_misfits
+        from runner.families.hf.checks import base_misfits
 
         return base_misfits({"the adapter": checkpoint.details}, config)
 
     def traits(self, checkpoint: "Checkpoint") -> "Traits":
-        """As `Family.traits`."""
-        from runner.families.lora.checks import LoraTraits
+        from runner.families.hf.checks import LoraTraits
 
         return LoraTraits() if checkpoint.format == PEFT else super().traits(checkpoint)

@@ -116,12 +116,12 @@ def _check_sizes(config: Mapping[str, Any], parts: Parts) -> None:
 
 def bad_sizes(values: Mapping[str, Any], needed: Sequence[str] = _SIZES) -> list[str]:
     """What config.json's sizes lack of those `needed`, and those that cannot be."""
-    given = [*needed, *(name for name in (*_SIZES, *_OPTIONAL) if values.get(name) is not None and name not in needed)]
-    return [f"{name} is {values.get(name)!r}" for name in given if not _is_size(name, values.get(name))]
-
-
-def _is_size(name: str, value: Any) -> bool:
-    return type(value) is int and 1 <= value <= (_MOST_LAYERS if name == "num_hidden_layers" else 1 << 40)
+    return [
+        f"{name} is {value!r}"
+        for name in (*_SIZES, *_OPTIONAL)
+        if ((value := values.get(name)) is not None or name in needed)
+        and not (type(value) is int and 1 <= value <= (_MOST_LAYERS if name == "num_hidden_layers" else 1 << 40))
+    ]
 
 
 def compare_with_config(
@@ -151,15 +151,15 @@ def compare_with_config(
         if name in infos and infos[name].shape != shape
     ]
     advice = _OTHER_SHAPES if wrong else "save the weights as floating-point numbers"
-    wrong += [f"{info.name} is {info.dtype_name}, no weights" for info in infos.values() if _is_whole(info)]
+    wrong += [
+        f"{info.name} is {info.dtype_name}, no weights"
+        for info in infos.values()
+        if info.shape and not info.is_floating
+    ]
     if wrong:
         parts.fail("shapes", some(wrong, 4), advice)
     sizes = f"hidden size {config['hidden_size']}, vocabulary {config['vocab_size']}"
     parts.is_sound("shapes", f"{len(shapes.keys() & infos.keys())} tensors as config.json says: {sizes}")
-
-
-def _is_whole(info: TensorInfo) -> bool:
-    return bool(info.shape) and not info.is_floating
 
 
 def llama_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -15,12 +15,9 @@ FILE_NAME = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 _LIMIT = 4 << 20
 
-_READ = (
-    "peft_type r lora_alpha use_rslora lora_dropout target_modules exclude_modules layers_to_transform layers_pattern "
-    "rank_pattern alpha_pattern init_lora_weights bias base_model_name_or_path"
-).split()
-# Fields that say where an adapter came from or how it was initialised; PEFT itself ignores fan_in_fan_out on nn.Linear.
-_NEUTRAL = (
+# Fields that change nothing: where an adapter came from, how it was initialised; nn.Linear has no fan_in_fan_out.
+_UNCHECKED = (
+    "init_lora_weights bias base_model_name_or_path "
     "task_type auto_mapping peft_version revision inference_mode fan_in_fan_out megatron_core qalora_group_size "
     "loftq_config eva_config corda_config lora_ga_config runtime_config ephemeral_gpu_offload"
 ).split()
@@ -31,8 +28,6 @@ _OTHER_ARITHMETIC = (
 ).split()
 # The other initialisations subtract something from the base's weights, or bring a variant of their own.
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
-# A name, perhaps anchored: such a pattern is matched as PEFT does, and takes no time to match.
-_SIMPLE_PATTERN = re.compile(r"\^?[\w.]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +55,10 @@ class LoraSettings:
         """The rank of the adapter on `module`."""
         return _by_pattern(self.rank_pattern, module, self.r)
 
-    def alpha_of(self, module: str) -> float:
-        """lora_alpha of the adapter on `module`."""
-        return _by_pattern(self.alpha_pattern, module, self.alpha)
-
     def scaling(self, module: str) -> float:
         """The factor on B A x: alpha / r, or alpha / √r where the ranks are stabilised."""
         rank = self.rank(module)
-        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+        return _by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def target_of(self, module: str) -> str | None:
         """The target that names `module`, as PEFT decides it; None where it would leave the module alone.
@@ -92,31 +83,79 @@ class LoraSettings:
         return int(found[1]) if found else None
 
 
+def _is_whole(value: Any, least: int = 0) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _are_by_name(valid: Callable[[Any], bool], value: Any) -> bool:
+    """A mapping whose names, perhaps anchored, take no time to match as patterns, which is what PEFT does."""
+    return isinstance(value, dict) and all(re.fullmatch(r"\^?[\w.]+", k) and valid(v) for k, v in value.items())
+
+
+_NO_PATTERN = ", not a mapping from plain names to numbers"
+# What a field must be, and what is said of one that is not.
+_RULES: Mapping[str, tuple[Callable[[Any], Any], str]] = {
+    "peft_type": (lambda v: v == "LORA", "; only LORA adapters are read"),
+    "r": (lambda v: _is_whole(v, 1), ", not a rank (a whole number from 1)"),
+    "lora_alpha": (_is_number, ", not a number"),
+    "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, ", not a probability below 1"),
+    "use_rslora": (lambda v: not v or v is True, ", not true or false"),
+    "target_modules": (
+        lambda v: v and all(map(_is_name, _listed(v))),
+        "; it must name the modules that the adapter changes",
+    ),
+    "exclude_modules": (
+        lambda v: not v or (isinstance(v, list) and all(map(_is_name, v))),
+        "; only a list of module names is read",
+    ),
+    "layers_to_transform": (lambda v: all(map(_is_whole, _listed(v))), ", not a list of layer numbers"),
+    "layers_pattern": (
+        lambda v: not v or all(_is_name(n) and re.fullmatch(r"\w+", n) for n in _listed(v)),
+        "; only plain names of module lists are read",
+    ),
+    "rank_pattern": (lambda v: not v or _are_by_name(lambda n: _is_whole(n, 1), v), _NO_PATTERN),
+    "alpha_pattern": (lambda v: not v or _are_by_name(_is_number, v), _NO_PATTERN),
+}
+
+
 def read_settings(directory: Path) -> LoraSettings:
     """The settings of the adapter in `directory`. Raises CheckpointError."""
     path = directory / FILE_NAME
     raw = read_object(path, "adapter config", _LIMIT)
-    if raw.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {raw.get('peft_type')!r}; only LORA adapters are read")
+    values = {"lora_dropout": 0.0, **raw}
+    for field, (valid, otherwise) in _RULES.items():
+        if not valid(values.get(field)):
+            raise CheckpointError(f"{path}: {field} is {values.get(field)!r}{otherwise}")
     _refuse_variants(path, raw)
-    dropout = _checked(path, "lora_dropout", raw.get("lora_dropout", 0.0), _is_number, "a number")
-    if not 0 <= dropout < 1:
-        raise CheckpointError(f"{path}: lora_dropout is {dropout!r}, not a probability below 1")
-    base_name = raw.get("base_model_name_or_path")
+    targets, base_name = values["target_modules"], values.get("base_model_name_or_path")
+    is_pattern = isinstance(targets, str) and targets != ALL_LINEAR
     return LoraSettings(
-        r=_checked(path, "r", raw.get("r"), _is_rank, "a rank (a whole number from 1)"),
-        alpha=float(_checked(path, "lora_alpha", raw.get("lora_alpha"), _is_number, "a number")),
-        use_rslora=_checked(path, "use_rslora", raw.get("use_rslora") or False, _is_flag, "true or false"),
-        dropout=float(dropout),
-        targets=_targets(path, raw.get("target_modules")),
-        excluded=_excluded(path, raw.get("exclude_modules")),
-        layers=_layers(path, raw.get("layers_to_transform")),
-        layers_pattern=_layers_pattern(path, raw.get("layers_pattern")),
-        rank_pattern=_pattern(path, raw, "rank_pattern", _is_rank),
-        alpha_pattern=_pattern(path, raw, "alpha_pattern", _is_number),
-        base_name=base_name if isinstance(base_name, str) and base_name else None,
+        r=values["r"],
+        alpha=float(values["lora_alpha"]),
+        use_rslora=bool(values.get("use_rslora")),
+        dropout=float(values["lora_dropout"]),
+        targets=None if is_pattern else tuple(sorted(set(_listed(targets)))),
+        excluded=tuple(values.get("exclude_modules") or ()),
+        layers=tuple(sorted(set(_listed(values.get("layers_to_transform"))))) or None,
+        layers_pattern=tuple(_listed(values.get("layers_pattern") or None)),
+        rank_pattern=values.get("rank_pattern") or {},
+        alpha_pattern=values.get("alpha_pattern") or {},
+        base_name=base_name if _is_name(base_name) else None,
         raw=raw,
     )
+
+
+def _listed(value: Any) -> list[Any]:
+    """A field that is one item, a list of them, or null."""
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _refuse_variants(path: Path, raw: Mapping[str, Any]) -> None:
@@ -131,76 +170,12 @@ def _refuse_variants(path: Path, raw: Mapping[str, Any]) -> None:
             f"{path}: init_lora_weights={raw['init_lora_weights']!r} changes the base's weights as well; convert it "
             "to a plain LoRA adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
         )
-    unknown = sorted(name for name in raw if name not in (*_READ, *_NEUTRAL, *_OTHER_ARITHMETIC) and raw[name])
+    unknown = sorted(name for name in raw if name not in (*_RULES, *_UNCHECKED, *_OTHER_ARITHMETIC) and raw[name])
     if unknown:
         values = ", ".join(f"{name}={raw[name]!r}" for name in unknown)
         raise CheckpointError(f"{path}: {values}: not known here, and it may change what the adapter computes")
 
 
-def _targets(path: Path, value: Any) -> tuple[str, ...] | None:
-    if value == ALL_LINEAR:
-        return (ALL_LINEAR,)
-    if isinstance(value, str) and value:
-        return None
-    if isinstance(value, list) and value and all(isinstance(name, str) and name for name in value):
-        return tuple(sorted(set(value)))
-    raise CheckpointError(f"{path}: target_modules is {value!r}; it must name the modules that the adapter changes")
-
-
-def _excluded(path: Path, value: Any) -> tuple[str, ...]:
-    if not value:
-        return ()
-    if isinstance(value, list) and all(isinstance(name, str) and name for name in value):
-        return tuple(value)
-    raise CheckpointError(f"{path}: exclude_modules is {value!r}; only a list of module names is read")
-
-
-def _layers(path: Path, value: Any) -> tuple[int, ...] | None:
-    listed = [value] if type(value) is int else value
-    if listed is None or listed == []:
-        return None
-    if isinstance(listed, list) and all(type(layer) is int and layer >= 0 for layer in listed):
-        return tuple(sorted(set(listed)))
-    raise CheckpointError(f"{path}: layers_to_transform is {value!r}, not a list of layer numbers")
-
-
-def _layers_pattern(path: Path, value: Any) -> tuple[str, ...]:
-    listed = [value] if isinstance(value, str) else value
-    if not listed:
-        return ()
-    if isinstance(listed, list) and all(isinstance(name, str) and re.fullmatch(r"\w+", name) for name in listed):
-        return tuple(listed)
-    raise CheckpointError(f"{path}: layers_pattern is {value!r}; only plain names of module lists are read")
-
-
-def _pattern(path: Path, raw: Mapping[str, Any], field: str, valid: Callable[[Any], bool]) -> dict[str, Any]:
-    value = raw.get(field) or {}
-    if not isinstance(value, dict) or not all(map(valid, value.values())):
-        raise CheckpointError(f"{path}: {field} is {value!r}, not a mapping from module names to numbers")
-    odd = [key for key in value if not _SIMPLE_PATTERN.fullmatch(key)]
-    if odd:
-        raise CheckpointError(f"{path}: {field} uses the regular expression {odd[0]!r}; only plain names are read")
-    return value
-
-
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that fits, by the rule of PEFT's `get_pattern_key`."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
-
-
-def _checked(path: Path, field: str, value: Any, valid: Callable[[Any], bool], what: str) -> Any:
-    if not valid(value):
-        raise CheckpointError(f"{path}: {field} is {value!r}, not {what}")
-    return value
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e9

@@ -5,21 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from runner.config import AUTO, TrainingSettings, check_whole
-from runner.errors import ConfigError
+from runner.config import AUTO
+from runner.errors import CheckpointError, ConfigError
 from runner.families.family import Family
+from runner.training.settings import TrainingSettings, check_whole
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from runner.checkpoints.checkpoint import Checkpoint
+    from runner.checkpoints.checkpoint import Checkpoint, Listing
     from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
     from runner.families.lora_moe.model import LoraMoeForCausalLM
     from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
-    from runner.training.loop import Trained, TrainingInputs
+    from runner.training.inputs import Trained, TrainingInputs
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 REDUCTIONS = ("max", "median")
@@ -40,12 +41,23 @@ class LoraMoe(Family):
 
     format_modules: ClassVar[tuple[str, ...]] = ("runner.families.lora_moe.checkpoint",)
 
+    def may_hold(self, listing: "Listing", module: str) -> bool:
+        """As `Family.may_hold`: a directory of experts, or a config.json of its own."""
+        if {"peft_adapters", "dylo_moe_state"} & {*listing.entries}:
+            return True
+        if not listing.path.is_dir() or "config.json" not in listing.entries:
+            return False
+        from runner.files.strict_json import read_object
+
+        try:
+            return read_object(listing.file("config.json"), "config", 16 << 20).get("model_type") == "dylora-moe"
+        except CheckpointError:
+            return True  # whoever looks closer says what is wrong
+
     def needs_base(self, checkpoint: "Checkpoint") -> bool:
-        """Always."""
         return True
 
     def check_training(self, settings: "TrainingSettings") -> None:
-        """As `Family.check_training`."""
         assert isinstance(settings, MoeSettings)
         if self.router_features is not None or not self.experts:
             raise ConfigError(
@@ -60,19 +72,16 @@ class LoraMoe(Family):
             )
 
     def training_texts(self, documents: Sequence[str], name: str | None) -> dict[str, list[str]]:
-        """By skill."""
         from runner.families.lora_moe.skills import documents_by_skill
 
         return documents_by_skill(documents, name)
 
     def train(self, inputs: "TrainingInputs") -> "Trained":
-        """As `Family.train`: experts and their router."""
         from runner.families.lora_moe import training
 
         return training.train(inputs, top_k=self.top_k)
 
     def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "LoraMoeForCausalLM":
-        """As `Family.build`."""
         from runner.families.lora_moe.model import build_moe
 
         assert base is not None, "its experts stand on a base"
@@ -82,11 +91,9 @@ class LoraMoe(Family):
         return model
 
     def can_save(self, checkpoint: "Checkpoint") -> bool:
-        """Always."""
         return True
 
     def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> Path:
-        """As `Family.save`."""
         from runner.families.lora_moe.model import LoraMoeForCausalLM
         from runner.families.lora_moe.save import save_moe
         from runner.families.lora_moe.state import read_skills
@@ -100,13 +107,11 @@ class LoraMoe(Family):
     def plan_merge(
         self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path
     ) -> "MergeOutput":
-        """As `Family.plan_merge`: experts of several checkpoints, or their mean."""
         from runner.families.lora_moe.merge import plan_merge
 
         return plan_merge(spec, paths, opened, base, output)
 
     def checks(self) -> "Mapping[str, Check]":
-        """As `Family.checks`."""
         from runner.families.lora_moe.checks import CHECKS
 
         return CHECKS
@@ -115,25 +120,21 @@ class LoraMoe(Family):
         """Over any base."""
 
     def build_small(self, context: "CheckContext") -> Path:
-        """As `Family.build_small`."""
         from runner.families.lora_moe.checks import build_small
 
         return build_small(context)
 
     def examples(self) -> "Mapping[str, Example]":
-        """As `Family.examples`."""
         from runner.families.lora_moe.checks import write_example
 
         return {self.name: write_example}
 
     def base_misfits(self, checkpoint: "Checkpoint", config: Mapping[str, Any]) -> list[str]:
-        """As `Family.base_misfits`."""
-        from runner.families.lora_moe.checks import base_misfits
+        from runner.families.hf.checks import base_misfits
 
-        return base_misfits(checkpoint, config)
+        return base_misfits({expert.name: expert.adapter for expert in checkpoint.details.experts}, config)
 
     def traits(self, checkpoint: "Checkpoint") -> "Traits":
-        """As `Family.traits`."""
         from runner.families.lora_moe.checks import MoeTraits
 
         return MoeTraits()

@@ -7,8 +7,8 @@ checkpoint to tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,36 +16,10 @@ from typing import TYPE_CHECKING, Any
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing
 from runner.checkpoints.reading import Parts, Reading, look_for_merged_model
 from runner.errors import ModelError
-from runner.families.lora.adapter import (
-    WEIGHT_FILES,
-    AdapterDetails,
-    Factors,
-    check_fit,
-    compose,
-    describe_adapter,
-    key,
-    read_adapter,
-    read_factors,
-    read_finite,
-    settings_findings,
-    size_contradiction,
-)
+from runner.families.lora import checkpoint as lora
 from runner.families.lora.config import FILE_NAME as ADAPTER_CONFIG
-from runner.families.lora_moe.state import (
-    MODEL_TYPE,
-    OLDER,
-    ROUTER_VALUES,
-    TRAINER_STATE,
-    Router,
-    Skills,
-    StrayFile,
-    open_router,
-    read_config,
-    read_library,
-    read_trainer_state,
-    router_files,
-    skill_source,
-)
+from runner.families.lora_moe import state
+from runner.families.lora_moe.state import ADAPTERS, OLDER, Router, Skills
 from runner.files.file_type import WEIGHT_SUFFIXES, may_be_weights
 from runner.files.strict_json import read_object
 from runner.files.tensors import TensorSource
@@ -55,7 +29,6 @@ if TYPE_CHECKING:
 
 NAME = "lora_moe"
 FAMILY = "lora_moe"
-ADAPTERS = "peft_adapters"
 TEMPERATURE = 2.0
 TOP_K = 1
 _EXPERT = re.compile(r"expert_(\d+)")
@@ -63,12 +36,10 @@ _EXPERT = re.compile(r"expert_(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Expert:
-    """One expert: its adapter, and whether that lies in a further directory of the expert's name (as PEFT nests it)."""
+    """One expert and its adapter, which may lie in a further directory of the expert's name (as PEFT nests it)."""
 
     name: str
-    nested: bool
-    adapter: AdapterDetails
-    keys: frozenset[str]  # all keys of its file
+    adapter: lora.AdapterDetails
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +47,7 @@ class MoeDetails:
     """What names, shapes and configs say. `layout`: nested, flat or mixed adapters, or dylo_moe_state (the older one).
 
     In the checkpoint's weights the experts' keys stand as `experts.expert_0.<key>`, the router's as
-    `router.gate.weight` and `router.gate.bias`.
+    `router.gate.weight` and `router.gate.bias`. `pollution`: the files of a merged model.
     """
 
     layout: str
@@ -88,7 +59,7 @@ class MoeDetails:
     temperature: float
     hidden_size: int
     skills: Skills | None
-    pollution: tuple[StrayFile, ...]
+    pollution: tuple[Path, ...]
 
 
 def expert_name(index: int) -> str:
@@ -110,14 +81,14 @@ def matches(listing: Listing) -> str | None:
             return f"it holds {name}/"
     if "config.json" in listing.entries:
         config = read_object(listing.file("config.json"), "config", 16 << 20)
-        if config.get("model_type") == MODEL_TYPE:
-            return f"config.json says model_type {MODEL_TYPE}"
+        if config.get("model_type") == state.MODEL_TYPE:
+            return f"config.json says model_type {state.MODEL_TYPE}"
     return None
 
 
 def resembles(listing: Listing) -> int:
     """4 where a router or directories of experts are there."""
-    parts = router_files(listing.path) if listing.path.is_dir() else []
+    parts = state.router_files(listing.path) if listing.path.is_dir() else []
     return 4 if parts or any(map(_EXPERT.fullmatch, listing.entries)) else 0
 
 
@@ -132,44 +103,38 @@ def read(listing: Listing) -> Reading:
     config: dict[str, Any] | None = None
     config_findings: tuple[str, ...] = ()
     with parts.within("config"):
-        config, config_findings = read_config(root)
-    opened_router = open_router(root, parts)
-    router = opened_router[0] if opened_router else None
-    values = router.values if router else {}
-    top_k, temperature = _settings(root, config, values, router, parts) if config is not None else (TOP_K, TEMPERATURE)
+        config, config_findings = state.read_config(root)
+    router = state.open_router(root, parts)
+    # What says how many experts there are.
+    said: dict[str, Mapping[str, Any]] = {} if config is None else {"config.json": config}
+    said |= {} if router is None else {router.file.name: router.values}
+    top_k, temperature = _settings(root, said, parts) if config is not None else (TOP_K, TEMPERATURE)
     names, places = _expert_places(root, parts)
     if router is not None:
         parts.is_sound("gate", f"{router.file.name}: {router.num_experts} experts, hidden size {router.hidden_size}")
         if config is not None and names:
-            _agree_on_experts(config, router, names, root, parts)
-    files = tuple(sorted({*router_files(root), *(file for place in places.values() for file in _adapter_files(place))}))
-    tried = {name: read_adapter(place, name, parts) for name, place in places.items()}
-    opened = {name: each for name, each in tried.items() if each is not None}
-    experts = tuple(
-        Expert(
-            name=name,
-            nested=places[name].parent.name == name,
-            adapter=adapter,
-            keys=frozenset(source.infos),
-        )
-        for name, (adapter, source) in opened.items()
-    )
+            _agree_on_experts(said, router, names, root, parts)
+    adapter_files = {place / name for place in places.values() for name in lora.WEIGHT_FILES}
+    files = tuple(sorted({*state.router_files(root), *(file for file in adapter_files if file.is_file())}))
+    adapters = {name: lora.read_adapter(place, name, parts) for name, place in places.items()}
+    experts = tuple(Expert(name=name, adapter=adapter) for name, adapter in adapters.items() if adapter is not None)
     missing = _missing_keys(experts, parts)
     _compare_experts(experts, router, parts)
-    skills = read_library(root, parts)
+    skills = state.read_library(root, parts)
     if skills is not None and router is not None and skills.size not in (None, router.hidden_size):
         text = f"{skills.file.name}: embeddings of {skills.size}, but the hidden size is {router.hidden_size}"
         parts.fail("skill_library", text)
     pollution = look_for_merged_model(parts, root, "the adapters", deep=True)
-    _look_for_strays(root, places, pollution, parts)
+    if not pollution:
+        _look_for_strays(root, adapter_files, parts)
     trainer: dict[str, Any] = {}
     with parts.within("config"):
-        trainer = read_trainer_state(root)
+        trainer = state.read_trainer_state(root)
     checkpoint = None
-    if config is not None and opened_router is not None and experts:
-        router, router_source = opened_router
+    if config is not None and router is not None and experts:
+        kinds = {"nested" if places[each.name].parent.name == each.name else "flat" for each in experts}
         details = MoeDetails(
-            layout=OLDER if router.file.parent.name == OLDER else _layout(experts),
+            layout=OLDER if router.file.parent.name == OLDER else kinds.pop() if len(kinds) == 1 else "mixed",
             config=config,
             experts=experts,
             router=router,
@@ -178,57 +143,56 @@ def read(listing: Listing) -> Reading:
             temperature=temperature,
             hidden_size=router.hidden_size,
             skills=skills,
-            pollution=tuple(
-                StrayFile(name=str(path.relative_to(root)), nbytes=path.stat().st_size) for path in pollution
-            ),
+            pollution=tuple(pollution),
         )
         step, step_findings = _step(config, trainer)
+        named = (config.get("base_model_name_or_path"), config.get("model_name"), experts[0].adapter.settings.base_name)
         checkpoint = Checkpoint(
             path=root,
             format=NAME,
             family=FAMILY,
             evidence=f"{matches(listing) or 'format=lora_moe'}, {router.num_experts} experts and {router.file.name}",
-            weights=_weights(root, experts, [source for _, source in opened.values()], router, router_source),
+            weights=_weights(root, experts, router),
             details=details,
-            base_name=_base_name(config, experts),
+            base_name=next((name for name in named if isinstance(name, str) and name), None),
             step=step,
             training=trainer,
             missing=tuple(missing),
             unknown=tuple(weight_name(expert, name) for expert in experts for name in expert.adapter.unknown),
             findings=(*config_findings, *step_findings, *_findings(root, details)),
         )
-    beside = () if skills is None else (partial(skill_source, skills),)
+    beside = () if skills is None else (partial(state.skill_source, skills),)
     return parts.reading(root, files, checkpoint, beside)
 
 
-def _settings(
-    root: Path, config: Mapping[str, Any], values: Mapping[str, Any], router: Router | None, parts: Parts
-) -> tuple[int, float]:
+def _settings(root: Path, said: Mapping[str, Mapping[str, Any]], parts: Parts) -> tuple[int, float]:
     """top_k and temperature: from config.json or router.pt, which must agree, and soundly say how many experts."""
-    said = {"config.json": config, router.file.name if router else "router": values}
     counts = {name: each["num_experts"] for name, each in said.items() if "num_experts" in each}
+    wrong = [
+        f"{name}: num_experts is {count!r}, not a number of experts"
+        for name, count in counts.items()
+        if type(count) is not int or count < 1
+    ]
     if not counts:
-        text = "config.json does not say num_experts; without it no expert is known to be missing"
+        wrong = ["config.json does not say num_experts; without it no expert is known to be missing"]
+    for text in wrong:
         parts.refuse("config", f"{root}: {text}")
-        return TOP_K, TEMPERATURE
-    if wrong := {name: count for name, count in counts.items() if type(count) is not int or count < 1}:
-        for name, count in wrong.items():
-            parts.refuse("config", f"{root}: {name}: num_experts is {count!r}, not a number of experts")
+    if wrong:
         return TOP_K, TEMPERATURE
     highest = max(counts.values())
     found: dict[str, Any] = {"top_k": TOP_K, "temperature": TEMPERATURE}
     for name in found:
-        given = [each[name] for each in said.values() if each.get(name) is not None]
-        for value in given:
+        given = {place: each[name] for place, each in said.items() if each.get(name) is not None}
+        for value in given.values():
             if name == "top_k" and (type(value) is not int or not 1 <= value <= highest):
                 text = f"{name} is {value!r}; with {highest} experts it is a number from 1 to {highest}"
                 parts.refuse("config", f"{root}: {text}")
             if name == "temperature" and (type(value) not in (int, float) or not 0 < value < 1e9):
                 parts.refuse("config", f"{root}: {name} is {value!r}, not a number above 0")
-        if len(given) > 1 and given[0] != given[1]:
-            text = f"{name} is {given[0]!r} in config.json but {given[1]!r} in {list(said)[1]}"
-            parts.refuse("config", f"{root}: {text}")
-        found[name] = given[0] if given else found[name]
+            found[name] = value
+        if any(value != found[name] for value in given.values()):
+            text = " but ".join(f"{value!r} in {place}" for place, value in given.items())
+            parts.refuse("config", f"{root}: {name} is {text}")
     parts.is_sound("config", f"{', '.join(counts)}: {highest} experts, top_k {found['top_k']}")
     return found["top_k"], found["temperature"]
 
@@ -265,7 +229,7 @@ def _expert_places(root: Path, parts: Parts) -> tuple[list[str], dict[str, Path]
         else:
             kinds.add("nested" if nested else "flat")
             places[name] = directory / name if nested else directory
-    stray = [name for name in (ADAPTER_CONFIG, *WEIGHT_FILES) if (root / name).exists()]
+    stray = [name for name in (ADAPTER_CONFIG, *lora.WEIGHT_FILES) if (root / name).exists()]
     if stray and root not in found:
         text = f"{len(places)} adapters, and {', '.join(stray)} beside them: of no expert, and not read"
         parts.odd("layout", text)
@@ -275,24 +239,14 @@ def _expert_places(root: Path, parts: Parts) -> tuple[list[str], dict[str, Path]
 
 
 def _is_adapter(place: Path) -> bool:
-    return any((place / file).exists() for file in (ADAPTER_CONFIG, *WEIGHT_FILES))
-
-
-def _adapter_files(place: Path) -> list[Path]:
-    return [place / name for name in WEIGHT_FILES if (place / name).is_file()]
-
-
-def _layout(experts: Sequence[Expert]) -> str:
-    nested = {expert.nested for expert in experts}
-    return "mixed" if len(nested) > 1 else "nested" if nested == {True} else "flat"
+    return any((place / file).exists() for file in (ADAPTER_CONFIG, *lora.WEIGHT_FILES))
 
 
 def _agree_on_experts(
-    config: Mapping[str, Any], router: Router, directories: Sequence[str], root: Path, parts: Parts
+    said: Mapping[str, Mapping[str, Any]], router: Router, directories: Sequence[str], root: Path, parts: Parts
 ) -> None:
     """Config, router and directories must say the same of how many experts there are."""
-    says = {name: value["num_experts"] for name, value in
-            (("config.json", config), (router.file.name, router.values)) if "num_experts" in value}  # fmt: skip
+    says = {name: value["num_experts"] for name, value in said.items() if "num_experts" in value}
     rows = router.num_experts
     parts.is_sound("experts", f"{rows} in config, router and directories")
     if any(count != rows for count in says.values()) or directories != [expert_name(i) for i in range(rows)]:
@@ -314,8 +268,12 @@ def _missing_keys(experts: Sequence[Expert], parts: Parts) -> list[str]:
         own = {expert.name: {module.name for module in expert.adapter.modules} for expert in group}
         everything = set().union(*own.values())
         for expert in group:
-            lacking = [key(module, matrix) for module in sorted(everything - own[expert.name]) for matrix in "AB"]
-            others = [name for name in lacking if name not in expert.keys and name not in expert.adapter.missing]
+            lacking = [lora.key(module, matrix) for module in sorted(everything - own[expert.name]) for matrix in "AB"]
+            others = [
+                name
+                for name in lacking
+                if name not in expert.adapter.source.infos and name not in expert.adapter.missing
+            ]
             if others:
                 parts.fail(
                     "keys", f"{expert.name} lacks {others[0]}, … ({len(others)} in all), which other experts have"
@@ -336,10 +294,10 @@ def _compare_experts(experts: Sequence[Expert], router: Router | None, parts: Pa
                 other, label = first.setdefault((module.name, what), (size, expert.name))
                 if size != other:
                     parts.fail("shapes", f"{expert.name}: {name} is for {size} {what}, that of {label} for {other}")
-        path = expert.adapter.weights_file
+        path = expert.adapter.source.path
         if any(module.name.rpartition(".")[2] == "lm_head" for module in expert.adapter.modules):
             parts.refuse("adapters", f"{path}: adapts lm_head, which tokens cannot be routed through")
-        if (text := size_contradiction(expert.adapter)) is not None:
+        if (text := lora.size_contradiction(expert.adapter)) is not None:
             parts.refuse("hidden_size", text)
         for size in expert.adapter.hidden_sizes if router else ():
             if router is not None and size != router.hidden_size:
@@ -352,31 +310,30 @@ def _compare_experts(experts: Sequence[Expert], router: Router | None, parts: Pa
         parts.is_sound("hidden_size", f"{router.hidden_size} in router and adapters")
 
 
-def _look_for_strays(root: Path, places: Mapping[str, Path], pollution: Sequence[Path], parts: Parts) -> None:
+def _look_for_strays(root: Path, known: Container[Path], parts: Parts) -> None:
     """Files that look like weights, and are neither a part of the layout nor a state that a Trainer leaves."""
-    known = {*pollution, *(file for place in places.values() for file in _adapter_files(place))}
     stray = [
         str(path.relative_to(root))
         for path in sorted(root.rglob("*"))
         if path not in known and path.suffix in WEIGHT_SUFFIXES and may_be_weights(path.name)
-        if path.name not in (*WEIGHT_FILES, "router.safetensors")
+        if path.name not in (*lora.WEIGHT_FILES, "router.safetensors")
     ]
-    if stray and not pollution:
+    if stray:
         text = f"{', '.join(stray)}: weights that are no part of such a checkpoint, and not read"
         parts.odd("pollution", text)
 
 
-def _weights(
-    root: Path, experts: Sequence[Expert], sources: Sequence[TensorSource], router: Router, router_source: TensorSource
-) -> TensorSource:
-    prefix = "router." if router.weight.startswith("gate.") else "router.gate."
-    parts = [(weight_name(expert, ""), source) for expert, source in zip(experts, sources, strict=True)]
-    return compose(root, [*parts, (prefix, router_source)])
-
-
-def _base_name(config: Mapping[str, Any], experts: Sequence[Expert]) -> str | None:
-    named = (config.get("base_model_name_or_path"), config.get("model_name"), experts[0].adapter.settings.base_name)
-    return next((name for name in named if isinstance(name, str) and name), None)
+def _weights(root: Path, experts: Sequence[Expert], router: Router) -> TensorSource:
+    """All files as one source."""
+    gate = "router." if router.weight.startswith("gate.") else "router.gate."
+    sources = [(weight_name(expert, ""), expert.adapter.source) for expert in experts] + [(gate, router.source)]
+    held = {prefix + name: (source, name) for prefix, source in sources for name in source.infos}
+    return TensorSource(
+        path=root,
+        files=tuple(dict.fromkeys(file for source, _ in held.values() for file in source.files)),
+        infos={name: replace(source.infos[own], name=name) for name, (source, own) in held.items()},
+        reader=lambda name: held[name][0].read(held[name][1]),
+    )
 
 
 def _step(config: Mapping[str, Any], trainer: Mapping[str, Any]) -> tuple[int | None, list[str]]:
@@ -384,23 +341,23 @@ def _step(config: Mapping[str, Any], trainer: Mapping[str, Any]) -> tuple[int | 
     if type(own) is not int:
         return (saved if type(saved) is int else None), []
     differs = type(saved) is int and saved != own
-    return own, [f"{TRAINER_STATE} says step {own}, config.json step {saved}"] if differs else []
+    return own, [f"{state.TRAINER_STATE} says step {own}, config.json step {saved}"] if differs else []
 
 
 def _findings(root: Path, details: MoeDetails) -> list[str]:
-    findings = [text for expert in details.experts for text in settings_findings(expert.adapter, expert.name)]
+    findings = [text for expert in details.experts for text in lora.settings_findings(expert.adapter, expert.name)]
     settings = [expert.adapter.settings for expert in details.experts]
     findings += _differences("r", [each.r for each in settings], details.config.get("lora_r"))
     findings += _differences("lora_alpha", [each.alpha for each in settings], details.config.get("lora_alpha"))
     findings += _differences("base model", [each.base_name for each in settings], None)
-    unknown = sorted(set(details.router.values) - set(ROUTER_VALUES))
+    unknown = sorted(set(details.router.values) - set(state.ROUTER_VALUES))
     if unknown:
         findings.append(f"{details.router.file.name} also holds {', '.join(unknown)}: not used")
     if details.pollution:
-        size = sum(file.nbytes for file in details.pollution)
-        names = ", ".join(file.name for file in details.pollution)
+        size = sum(file.stat().st_size for file in details.pollution)
+        names = ", ".join(str(file.relative_to(root)) for file in details.pollution)
         findings.append(f"a merged model lies beside the adapters ({names}, {size} bytes): it is not read; delete it")
-    stray = [name for name in (ADAPTER_CONFIG, *WEIGHT_FILES) if (root / name).exists()]
+    stray = [name for name in (ADAPTER_CONFIG, *lora.WEIGHT_FILES) if (root / name).exists()]
     return findings + ([f"{', '.join(stray)} beside the experts: not read"] if stray else [])
 
 
@@ -416,30 +373,32 @@ def _differences(what: str, values: Sequence[Any], configured: Any) -> list[str]
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """The fields of a result: `experts` is their number, `adapters` has one entry for each."""
     details: MoeDetails = checkpoint.details
-    root = checkpoint.path
+    skills = details.skills
+
+    def name(file: Path) -> str:
+        return str(file.relative_to(checkpoint.path))
+
     return {
         "experts": details.num_experts,
         "adapters": [
             {
                 "name": expert.name,
-                **describe_adapter(expert.adapter),
-                "file": str(expert.adapter.weights_file.relative_to(root)),
+                **lora.describe_adapter(expert.adapter),
+                "file": name(expert.adapter.source.path),
             }
             for expert in details.experts
         ],
         "layout": details.layout,
         "router": {
-            "file": str(details.router.file.relative_to(root)),
+            "file": name(details.router.file),
             "num_experts": details.router.num_experts,
             "hidden_size": details.router.hidden_size,
         },
         "top_k": details.top_k,
         "temperature": details.temperature,
         "model_dim": details.hidden_size,
-        "skills": None
-        if details.skills is None
-        else {"count": len(details.skills.ids), "ids": list(details.skills.ids), "size": details.skills.size},
-        "pollution": [{"file": file.name, "bytes": file.nbytes} for file in details.pollution],
+        "skills": skills and {"count": len(skills.ids), "ids": list(skills.ids), "size": skills.size},
+        "pollution": [{"file": name(file), "bytes": file.stat().st_size} for file in details.pollution],
         "base_model": checkpoint.base_name,
         "training": dict(checkpoint.training),
     }
@@ -465,24 +424,18 @@ def check_base(checkpoint: Checkpoint, linears: Mapping[str, tuple[int, int]], h
             f"{hidden_size}; give its own base as base="
         )
     for expert in details.experts:
-        check_fit(expert.adapter, linears, base)
+        lora.check_fit(expert.adapter, linears, base)
 
 
-def read_experts(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> tuple[Factors, ...]:
+def read_experts(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> tuple[lora.Factors, ...]:
     """Each expert's matrices by module. Raises CheckpointError for NaN or Inf."""
-    return tuple(
-        read_factors(checkpoint.weights, expert.adapter, prefix=weight_name(expert, ""), dtype=dtype, device=device)
-        for expert in checkpoint.details.experts
-    )
+    return tuple(lora.read_factors(each.adapter, dtype=dtype, device=device) for each in checkpoint.details.experts)
 
 
 def read_router(
     checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The router's weight [experts, hidden size] and bias [experts]. Raises CheckpointError for NaN or Inf."""
-    router = checkpoint.details.router
-
-    def read(name: str, own: str) -> torch.Tensor:
-        return read_finite(checkpoint.weights, name, f"{router.file}: {own}", dtype, device)
-
-    return read("router.gate.weight", router.weight), read("router.gate.bias", router.bias)
+    router: Router = checkpoint.details.router
+    weight, bias = (lora.read_finite(router.source, name, dtype, device) for name in (router.weight, router.bias))
+    return weight, bias

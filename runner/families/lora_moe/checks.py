@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.checkpoints.checkpoint import Checkpoint
 from runner.checks.check import by_name, check, failed, part_check, part_outcome, passed, skipped
 from runner.checks.context import BUILT, CheckContext, Outcome
 from runner.checks.environment import write_zeros
 from runner.errors import ModelError
-from runner.families.lora import checks as lora
+from runner.families.hf import checks as hf
+from runner.families.lora_moe import TARGETS
 from runner.families.lora_moe.state import CONFIG, OLDER, read_skills
 
 if TYPE_CHECKING:
@@ -47,11 +46,10 @@ CHECKS = by_name(
 NEAR_TIE = 1e-2
 # Of the tiny layout, and of the small checkpoint.
 EXPERTS = 2
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 STEP = 1
 
 
-class MoeTraits(lora.LoraTraits):
+class MoeTraits(hf.LoraTraits):
     """Tokens may go to another expert where two are as good."""
 
     def comparable(self, model: nn.Module, alone: Any, together: Any, row: int, length: int) -> int:
@@ -65,16 +63,11 @@ class MoeTraits(lora.LoraTraits):
         return int(ties.nonzero()[0, 0]) if ties.any() else length
 
 
-def base_misfits(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[str]:
-    """As `Family.base_misfits`."""
-    return lora.base_misfits({expert.name: expert.adapter for expert in checkpoint.details.experts}, config)
-
-
 def write_example(root: Path) -> str:
     """The tiny layout."""
     for i in range(EXPERTS):
-        lora.write_adapter(root / "peft_adapters" / f"expert_{i}" / f"expert_{i}")
-    write_zeros(root / "router.safetensors", {"gate.weight": (EXPERTS, lora.HIDDEN), "gate.bias": (EXPERTS,)})
+        hf.write_adapter(root / "peft_adapters" / f"expert_{i}" / f"expert_{i}")
+    write_zeros(root / "router.safetensors", {"gate.weight": (EXPERTS, hf.TINY_HIDDEN), "gate.bias": (EXPERTS,)})
     config = {"model_type": "dylora-moe", "num_experts": EXPERTS}
     (root / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return "router.safetensors"
@@ -84,13 +77,12 @@ def build_small(context: CheckContext) -> Path:
     """Experts whose B is not zero, so that a lost or exchanged one shows in the logits, and a library of skills."""
     import torch
 
-    from runner.families.hf.checks import small_base
     from runner.families.lora.model import linear_shapes
     from runner.families.lora_moe.model import LoraMoeForCausalLM
     from runner.families.lora_moe.save import save_moe
 
     root = context.scratch / "built"
-    base, name = small_base(context, root)
+    base, name = hf.small_base(context, root)
     target = root / f"checkpoint-{STEP}"
     count = context.config.experts
     model, generator = base.model, torch.Generator().manual_seed(context.config.seed)
@@ -115,15 +107,6 @@ def build_small(context: CheckContext) -> Path:
     return target
 
 
-def write_model(checkpoint: Checkpoint, model: nn.Module, base: str, target: Path) -> None:
-    """Write a model that was built from `checkpoint` on the base at `base` as the new directory `target`."""
-    from runner.families.lora_moe.save import save_moe
-
-    library = checkpoint.details.skills
-    skills = None if library is None else read_skills(library)
-    save_moe(_model(model), target, base_name=base, step=checkpoint.step, skills=skills)
-
-
 def config(context: CheckContext) -> Outcome:
     """What the reader says of config.json, which is written where there is none and corrected where there is one."""
     there = any((context.directory / place / CONFIG).is_file() for place in ("", OLDER))
@@ -139,11 +122,8 @@ def router(context: CheckContext) -> Outcome:
     ours, theirs = _model(context.model), _model(context.reloaded)
     wrong = [
         f"gate.{name} differs by up to {(a.float() - b.float()).abs().max().item():.3g}"
-        for name, a, b in (
-            ("weight", ours.router.weight, theirs.router.weight),
-            ("bias", ours.router.bias, theirs.router.bias),
-        )
-        if not torch.equal(a, b)
+        for name, a in ours.router.named_parameters()
+        if not torch.equal(a, b := theirs.router.get_parameter(name))
     ]
     wrong += [
         f"{name} is {getattr(theirs, name)} instead of {getattr(ours, name)}"

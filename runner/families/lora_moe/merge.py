@@ -15,33 +15,14 @@ import torch
 from runner.checkpoints.checkpoint import Checkpoint, dtype_name
 from runner.errors import CheckpointError, ConfigError, RunnerError
 from runner.evaluation.base_models import Base
-from runner.families.lora.adapter import WEIGHT_FILES, Factors
+from runner.families.lora.checkpoint import WEIGHT_FILES, Factors
 from runner.families.lora.config import FILE_NAME as ADAPTER_CONFIG
 from runner.families.lora.model import linear_shapes
 from runner.families.lora_moe import checkpoint as lora_moe
-from runner.families.lora_moe.checkpoint import (
-    ADAPTERS,
-    TEMPERATURE,
-    TOP_K,
-    Expert,
-    MoeDetails,
-    check_base,
-    expert_name,
-    read_experts,
-    weight_name,
-)
+from runner.families.lora_moe import state
+from runner.families.lora_moe.checkpoint import Expert, MoeDetails, expert_name
 from runner.families.lora_moe.model import LoraForCausalLM
-from runner.families.lora_moe.state import (
-    CONFIG,
-    GATE,
-    MODEL_TYPE,
-    OLDER,
-    ROUTERS,
-    SKILLS,
-    TRAINER_STATE,
-    Skills,
-    read_skills,
-)
+from runner.families.lora_moe.state import ADAPTERS, CONFIG, GATE, SKILLS, Skills
 from runner.files.file_type import sha256_of
 from runner.merge.lazy_tensor import LazyTensor, from_source, from_tensor, mean, rows
 from runner.merge.plan import (
@@ -77,12 +58,9 @@ class ChosenExpert:
 
     def tensors(self) -> dict[str, LazyTensor]:
         """Its tensors under the keys of its file."""
-        prefix, weights = weight_name(self.expert, ""), self.source.checkpoint.weights
-        return {
-            name.removeprefix(prefix): from_source(weights, info)
-            for name, info in weights.infos.items()
-            if name.startswith(prefix)
-        }
+        prefix, weights = lora_moe.weight_name(self.expert, ""), self.source.checkpoint.weights
+        infos = weights.infos.items()
+        return {name.removeprefix(prefix): from_source(weights, i) for name, i in infos if name.startswith(prefix)}
 
     def row(self, number: int) -> dict[str, Any]:
         """What is said of it as expert `number` of the output."""
@@ -126,7 +104,8 @@ def plan_merge(
     step = latest_step(sources)
     base_name, base_findings = base_written(sources, base, output)
     info = _merge_info(sources, experts)
-    config, config_findings = _config(sources, len(experts), base_name, step)
+    named = {} if base_name is None else {"base_model_name_or_path": base_name}
+    config, config_findings = _config(sources, len(experts), {**named, **({} if step is None else {STEP: step})})
     adapters = [chosen.tensors() for chosen in experts]
     router = {gate: rows([_rows(source, experts, gate) for source in sources]) for gate in GATE}
     places = [f"{ADAPTERS}/{expert_name(i)}/{expert_name(i)}" for i in range(len(experts))]
@@ -142,11 +121,14 @@ def plan_merge(
         weights=weights,
         tensor_files=(
             *(TensorFile(name=f"{place}/{WEIGHT_FILES[0]}", value=tensors) for place, tensors in files.items()),
-            TensorFile(name=ROUTERS[0], value=router),
+            TensorFile(name=state.ROUTERS[0], value=router),
             *([TensorFile(name=SKILLS, value=skills.library)] if skills.library is not None else []),
         ),
         texts={
-            **{f"{p}/{ADAPTER_CONFIG}": _adapter_config(e, base_name) for p, e in zip(places, experts, strict=True)},
+            **{
+                f"{place}/{ADAPTER_CONFIG}": {**chosen.expert.adapter.settings.raw, **named}
+                for place, chosen in zip(places, experts, strict=True)
+            },
             CONFIG: {**config, "merge_info": info},
         },
         summary={
@@ -181,9 +163,9 @@ def _open_source(spec: SourceSpec, path: Path, checkpoint: Checkpoint) -> Source
     for index in spec.experts or ():
         if index >= details.num_experts:
             raise ConfigError(f"{path}: has no expert {index}; it has 0 to {details.num_experts - 1}")
-    places = (checkpoint.path, checkpoint.path / OLDER)
-    beside = [place / name for place in places for name in (CONFIG, TRAINER_STATE)]
-    configs = [expert.adapter.directory / ADAPTER_CONFIG for expert in details.experts]
+    places = (checkpoint.path, checkpoint.path / state.OLDER)
+    beside = [place / name for place in places for name in (CONFIG, state.TRAINER_STATE)]
+    configs = [expert.adapter.source.path.parent / ADAPTER_CONFIG for expert in details.experts]
     skills = [details.skills.file] if details.skills else []
     files = (*checkpoint.weights.files, *configs, *skills, *(file for file in beside if file.is_file()))
     return Source(spec=spec, path=path, checkpoint=checkpoint, files=files)
@@ -226,7 +208,7 @@ def _duplicates(spec: MergeSpec, experts: Sequence[ChosenExpert]) -> list[JsonOb
     seen: dict[tuple[int, str], int] = {}
     conflicts: list[JsonObject] = []
     for number, chosen in enumerate(experts):
-        file = chosen.expert.adapter.weights_file
+        file = chosen.expert.adapter.source.path
         other = seen.setdefault((file.stat().st_size, sha256_of(file)), number)
         if other == number:
             continue
@@ -265,24 +247,14 @@ def _rows(source: Source, experts: Sequence[ChosenExpert], gate: str) -> tuple[L
     return from_source(weights, weights.infos[f"router.{gate}"]), chosen
 
 
-def _adapter_config(chosen: ChosenExpert, base_name: str | None) -> JsonObject:
-    """The expert's own adapter_config.json, with the base as the merged checkpoint names it."""
-    named = {} if base_name is None else {"base_model_name_or_path": base_name}
-    return {**chosen.expert.adapter.settings.raw, **named}
-
-
-def _config(
-    sources: Sequence[Source], count: int, base_name: str | None, step: int | None
-) -> tuple[dict[str, Any], list[str]]:
-    """config.json for `count` experts, and what should be said of settings on which the sources differ."""
+def _config(sources: Sequence[Source], count: int, own: JsonObject) -> tuple[dict[str, Any], list[str]]:
+    """config.json for `count` experts, with the output's `own` values, and where the sources differ in settings."""
     details: list[MoeDetails] = [source.checkpoint.details for source in sources]
     dropped = ("merge_info", "model_name", "lora_r", "lora_alpha")  # of the older layout: adapters say it of themselves
     config = {name: value for name, value in details[0].config.items() if name not in dropped}
-    config |= {"model_type": MODEL_TYPE, "num_experts": count}
-    config |= {} if base_name is None else {"base_model_name_or_path": base_name}
-    config |= {} if step is None else {STEP: step}
+    config |= {"model_type": state.MODEL_TYPE, "num_experts": count, **own}
     findings = []
-    for name, default in (("top_k", TOP_K), ("temperature", TEMPERATURE)):
+    for name, default in (("top_k", lora_moe.TOP_K), ("temperature", lora_moe.TEMPERATURE)):
         kept = getattr(details[0], name)
         for source, each in zip(sources, details, strict=True):
             value = getattr(each, name)
@@ -380,7 +352,7 @@ def _check_skill_sizes(having: Sequence[tuple[Source, Skills]]) -> None:
 
 def _kept(source: Source, skills: Skills) -> tuple[dict[SkillId, LazyTensor], list[str]]:
     """The skills to take, renumbered from 0 where experts were chosen and each expert has its skill by number."""
-    read = {name: from_tensor(t, f"{skills.file}: skill {name}") for name, t in read_skills(skills).items()}
+    read = {name: from_tensor(t, f"{skills.file}: skill {name}") for name, t in state.read_skills(skills).items()}
     chosen = source.spec.experts
     if chosen is None:
         return read, []
@@ -441,8 +413,8 @@ def check_experts(
 
 def _factors(checkpoint: Checkpoint, base: Base) -> tuple[Factors, ...]:
     model = base.model
-    check_base(checkpoint, linear_shapes(model), model.config.hidden_size, base.path)
-    return read_experts(checkpoint, dtype=model.dtype, device=model.device)
+    lora_moe.check_base(checkpoint, linear_shapes(model), model.config.hidden_size, base.path)
+    return lora_moe.read_experts(checkpoint, dtype=model.dtype, device=model.device)
 
 
 @torch.inference_mode()

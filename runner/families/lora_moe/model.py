@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from runner.checkpoints.checkpoint import Checkpoint
 from runner.errors import ConfigError
 from runner.evaluation.attention import KeyValueCache
 from runner.evaluation.base_models import Base
+from runner.evaluation.decoding import CachedModel, PassCache, cached
 from runner.evaluation.llama import Llama
-from runner.families.lora.adapter import check_fit, read_factors
+from runner.families.lora.checkpoint import check_fit, read_factors
 from runner.families.lora_moe.checkpoint import check_base, read_experts, read_router
 
 
@@ -55,14 +57,11 @@ Adapter = Mapping[str, tuple[torch.Tensor, torch.Tensor, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class MoeCache:
-    """The keys and values of both passes: the experts change them, and each pass has its own experts."""
+    """What both passes remember: the experts change it, and each pass has its own experts, or none (`experts_on`)."""
 
-    features: Any
+    features: PassCache
     routed: Any
-
-    def fits(self, experts_on: bool) -> bool:
-        """Whether both passes have seen the same positions, or the first none where the experts are off."""
-        return self.features.get_seq_length() == (self.routed.get_seq_length() if experts_on else 0)
+    experts_on: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +69,6 @@ class LoraOutput:
     """`logits` [B, T, V]. With a router: `router_logits` and `expert_weights` [B, T, E]; `balance_loss` in training."""
 
     logits: torch.Tensor
-    past_key_values: Any = None
     router_logits: torch.Tensor | None = None
     expert_weights: torch.Tensor | None = None
     balance_loss: torch.Tensor | None = None
@@ -83,14 +81,13 @@ class LoraForCausalLM(nn.Module):
     expert_0, expert_1, …; `dropout` is that of the adapters in training.
     """
 
-    has_cache = True
-
     def __init__(self, base: nn.Module, adapters: Sequence[Adapter], *, dropout: float = 0.0) -> None:
         super().__init__()
         from runner.families.lora.model import add_adapters  # imports peft
 
         self.lm = _sharing_copy(base)
         self.names = tuple(f"expert_{i}" for i in range(len(adapters)))
+        self.dropout = dropout
         self.routing = add_adapters(self.lm, dict(zip(self.names, adapters, strict=True)), dropout)
         self.experts_on = True
         self.train(base.training)
@@ -131,27 +128,40 @@ class LoraForCausalLM(nn.Module):
         attention_mask: torch.Tensor | None = None,
         *,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool = False,
     ) -> LoraOutput:
-        """`input_ids` [B, T] → logits [B, T, V].
-
-        `attention_mask` [B, P + T] covers the P cached positions too; `past_key_values` is that of an earlier output.
-        """
-        self._set_all()
-        output = self.lm(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
+        """`input_ids`, `attention_mask`, `position_ids` [B, T] → logits [B, T, V], and what a router that is on did."""
+        arguments = _unseen(attention_mask, position_ids)
+        routed = self._route(input_ids, arguments)
+        logits = self.lm(input_ids, **arguments).logits
+        if routed is None:
+            return LoraOutput(logits=logits)
+        router_logits, weights = routed
+        return LoraOutput(
+            logits=logits,
+            router_logits=router_logits,
+            expert_weights=weights,
+            balance_loss=balance_loss(weights, attention_mask) if self.training else None,
         )
-        return LoraOutput(logits=output.logits, past_key_values=output.past_key_values)
+
+    def new_cache(self, padding: torch.Tensor, length: int) -> Any:
+        """As `CachedModel.new_cache`: that of the language model."""
+        return self._cached.new_cache(padding, length)
+
+    def advance(self, token_ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        """As `CachedModel.advance`."""
+        self._route(token_ids, {})
+        return self._cached.advance(token_ids, cache)
+
+    @cached_property
+    def _cached(self) -> CachedModel:
+        return cached(self.lm)
 
     def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """The input of `head`: [B, T, d], or the logits [B, T, V] of an architecture that does more than that."""
-        self._set_all()
-        return self._final(input_ids, attention_mask)
+        self._route(input_ids, _unseen(attention_mask, None))
+        if isinstance(self.lm, Llama):
+            return self.lm.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return self.lm(input_ids, attention_mask=attention_mask, use_cache=False).logits
 
     def adapters(self) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, float]], ...]:
         """The adapters as they are now, in the form in which they were given."""
@@ -163,13 +173,14 @@ class LoraForCausalLM(nn.Module):
             for adapter in self.names
         )
 
-    def _set_all(self) -> None:
-        self.routing.active = tuple((name, None) for name in self.names) if self.experts_on else ()
+    def _route(self, input_ids: torch.Tensor, arguments: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Set what the LoRA layers apply; router logits and weights [B, T, E] where a router decides.
 
-    def _final(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        if isinstance(self.lm, Llama):
-            return self.lm.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        return self.lm(input_ids, attention_mask=attention_mask, use_cache=False).logits
+        `arguments`: what the language model takes beside the ids. The setting stays after the pass, so that gradient
+        checkpointing, which runs layers again, finds it.
+        """
+        self.routing.active = tuple((name, None) for name in self.names) if self.experts_on else ()
+        return None
 
 
 class LoraMoeForCausalLM(LoraForCausalLM):
@@ -178,6 +189,8 @@ class LoraMoeForCausalLM(LoraForCausalLM):
     `router`: weight [E, d] and bias [E]. The first pass, which makes the router's features, has all experts on, none
     (`base`), or the first (`expert_0`), and no gradient: the router and the experts learn through the second.
     """
+
+    passes = 2
 
     def __init__(
         self,
@@ -201,72 +214,33 @@ class LoraMoeForCausalLM(LoraForCausalLM):
         self.router.bias = nn.Parameter(router[1], requires_grad=False)
         self.top_k, self.temperature, self.router_features = top_k, temperature, router_features
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool = False,
-    ) -> LoraOutput:
-        """As `LoraForCausalLM.forward`; with the experts off there is no routing in the output.
-
-        Raises ValueError for a cache that was filled with the experts off, or by another model.
-        """
-        cache = past_key_values
-        if cache is not None and not (isinstance(cache, MoeCache) and cache.fits(self.experts_on)):
-            raise ValueError("past_key_values must be the cache of this model's own output, with the experts as now")
-        if use_cache and cache is None:
-            cache = MoeCache(features=_empty_cache(self.lm), routed=_empty_cache(self.lm))
-        routed = self._route(input_ids, attention_mask, position_ids, cache.features if cache else None)
-        output = self.lm(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache.routed if cache else None,
-            use_cache=cache is not None,
-        )
-        if routed is None:
-            return LoraOutput(logits=output.logits, past_key_values=cache)
-        router_logits, weights = routed
-        return LoraOutput(
-            logits=output.logits,
-            past_key_values=cache,
-            router_logits=router_logits,
-            expert_weights=weights,
-            balance_loss=balance_loss(weights, attention_mask) if self.training else None,
+    def new_cache(self, padding: torch.Tensor, length: int) -> MoeCache:
+        """As `CachedModel.new_cache`, for both passes."""
+        return MoeCache(
+            features=PassCache(_empty_cache(self.lm, length), padding, self.config),
+            routed=self._cached.new_cache(padding, length),
+            experts_on=self.experts_on,
         )
 
-    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """As `LoraForCausalLM.hidden`."""
-        self._route(input_ids, attention_mask, None, None)
-        return self._final(input_ids, attention_mask)
+    def advance(self, token_ids: torch.Tensor, cache: MoeCache) -> torch.Tensor:
+        """As `CachedModel.advance`; the router sees each token once.
 
-    def _route(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The first pass: sets what the LoRA layers apply in the second; router logits and weights [B, T, E].
-
-        The setting stays after the pass, so that gradient checkpointing, which runs layers again, finds it.
+        Raises ValueError for a cache that was made with the experts on where they are off now, or the other way round.
         """
+        if cache.experts_on != self.experts_on:
+            raise ValueError("the cache must be one that this model made with the experts as now")
+        self._route(token_ids, cache.features.arguments(token_ids.shape[1]) if self.experts_on else {})
+        return self._cached.advance(token_ids, cache.routed)
+
+    def _route(self, input_ids: torch.Tensor, arguments: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The first pass, which decides what the LoRA layers apply in the second."""
         if not self.experts_on:
             self.routing.active = ()
             return None
         first = {"all_experts": self.names, "base": (), "expert_0": self.names[:1]}[self.router_features]
         self.routing.active = tuple((name, None) for name in first)
         with torch.no_grad():
-            features = self.lm.base_model(
-                input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            ).last_hidden_state
+            features = self.lm.base_model(input_ids, **arguments).last_hidden_state
         logits = self.router(features)
         if self.training:
             weights = dense_weights(logits, self.temperature)
@@ -279,9 +253,14 @@ class LoraMoeForCausalLM(LoraForCausalLM):
         return logits, weights
 
 
-def _empty_cache(lm: Any) -> Any:
+def _unseen(attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> dict[str, Any]:
+    """What a language model takes beside ids of which nothing is to be remembered."""
+    return {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
+
+
+def _empty_cache(lm: Any, length: int) -> Any:
     if isinstance(lm, Llama):
-        return KeyValueCache()
+        return KeyValueCache(length=length)
     from transformers import DynamicCache
 
     return DynamicCache(config=lm.config)
@@ -321,5 +300,5 @@ def build_adapter(checkpoint: Checkpoint, base: Base) -> LoraForCausalLM:
     checkpoint.require_complete()
     model, details = base.model, checkpoint.details
     check_fit(details, linear_shapes(model), base.path)
-    factors = read_factors(checkpoint.weights, details, dtype=model.dtype, device=model.device)
+    factors = read_factors(details, dtype=model.dtype, device=model.device)
     return LoraForCausalLM(model, [factors]).eval().requires_grad_(False)

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from runner.families.lora.adapter import adapter_config, key, save_adapter
-from runner.families.lora_moe.checkpoint import ADAPTERS, TEMPERATURE, expert_name
+from runner.families.lora.checkpoint import adapter_config, matrices, save_adapter
+from runner.families.lora_moe.checkpoint import TEMPERATURE, expert_name
 from runner.families.lora_moe.model import Adapter, LoraMoeForCausalLM
-from runner.families.lora_moe.state import CONFIG, MODEL_TYPE, ROUTERS, SKILLS
+from runner.families.lora_moe.state import ADAPTERS, CONFIG, MODEL_TYPE, ROUTERS, SKILLS
 from runner.files.staging import staged
 from runner.files.tensors import owned
 
@@ -73,16 +73,11 @@ def save_moe(
     CheckpointError where `directory` exists, RunnerError where the disk fails.
     """
     names = _linears(model.lm)
-    dropouts = _dropouts(model)
     settings = config(base_name=base_name, num_experts=len(model.names), step=step, top_k=model.top_k)
     if model.temperature != TEMPERATURE:
         settings["temperature"] = model.temperature
     experts = [
-        (
-            _adapter_config(adapter, names, base_name, dropouts.get(expert, 0.0)),
-            _tensors(adapter),
-        )
-        for expert, adapter in zip(model.names, model.adapters(), strict=True)
+        (_adapter_config(adapter, names, base_name, model.dropout), matrices(adapter)) for adapter in model.adapters()
     ]
     size = sum(tensor.nbytes for _, tensors in experts for tensor in tensors.values())
     manifest = None if recipe is None else {"recipe": dict(recipe)}
@@ -92,43 +87,18 @@ def save_moe(
             add_files(partial)
 
 
-def _dropouts(model: LoraMoeForCausalLM) -> dict[str, float]:
-    """The dropout of each expert's adapter in training; an expert without one is left out.
-
-    One walk over the model: a walk for each expert goes through the modules of all of them.
-    """
-    from runner.families.lora.model import RoutedLinear
-
-    found: dict[str, float] = {}
-    for layer in model.lm.modules():
-        if isinstance(layer, RoutedLinear):
-            for expert, each in layer.lora_dropout.items():
-                if isinstance(each, nn.Dropout):
-                    found[expert] = max(found.get(expert, 0.0), each.p)
-    return found
-
-
 def _adapter_config(adapter: Adapter, linears: list[str], base_name: str, dropout: float) -> dict[str, Any]:
     """adapter_config.json of one expert: the commonest rank and alpha for all modules, patterns for the others."""
     ranks = {module: a.shape[0] for module, (a, _, _) in adapter.items()}
     alphas = {module: _rounded(scaling * ranks[module]) for module, (_, _, scaling) in adapter.items()}
-    r, alpha = _commonest(ranks), _commonest(alphas)
-    config = adapter_config(
-        base_name=base_name, r=r, alpha=alpha, target_modules=_targets(adapter, linears), dropout=dropout
-    )
+    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    targets = _targets(adapter, linears)
+    config = adapter_config(base_name=base_name, r=r, alpha=alpha, target_modules=targets, dropout=dropout)
     patterns = {
         "rank_pattern": {module: rank for module, rank in ranks.items() if rank != r},
         "alpha_pattern": {module: value for module, value in alphas.items() if value != alpha},
     }
     return {**config, **{name: pattern for name, pattern in patterns.items() if pattern}}
-
-
-def _tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """A and B of every module under PEFT's names."""
-    tensors = {}
-    for module, (a, b, _) in adapter.items():
-        tensors[key(module, "A")], tensors[key(module, "B")] = a, b
-    return tensors
 
 
 def _targets(adapter: Adapter, linears: list[str]) -> set[str]:
@@ -147,10 +117,6 @@ def _linears(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, RoutedLinear)) and ".lora_" not in name and not name.endswith(".base_layer")
     ]
-
-
-def _commonest(values: Mapping[str, Any]) -> Any:
-    return Counter(values.values()).most_common(1)[0][0]
 
 
 def _rounded(alpha: float) -> float:

@@ -17,6 +17,7 @@ from runner.files.tensors import TensorInfo, TensorSource, is_tensor, load_pickl
 if TYPE_CHECKING:
     import torch
 
+ADAPTERS = "peft_adapters"
 OLDER = "dylo_moe_state"
 MODEL_TYPE = "dylora-moe"
 CONFIG = "config.json"
@@ -34,6 +35,7 @@ class Router:
     """The router: `weight` and `bias` name gate.weight [num_experts, hidden_size] and gate.bias [num_experts] in the
     file; `values` are the numbers that an older router.pt holds beside them."""
 
+    source: TensorSource
     file: Path
     weight: str
     bias: str
@@ -49,14 +51,6 @@ class Skills:
     file: Path
     ids: tuple[int | str, ...]
     size: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StrayFile:
-    """A file that does not belong in such a checkpoint; `name` is relative to the checkpoint."""
-
-    name: str
-    nbytes: int
 
 
 def read_config(directory: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -94,7 +88,7 @@ def router_files(root: Path) -> list[Path]:
     return [path for path in places if path.exists()]
 
 
-def open_router(root: Path, parts: Parts) -> tuple[Router, TensorSource] | None:
+def open_router(root: Path, parts: Parts) -> Router | None:
     """The router from headers; None, and a problem of `files` or `gate`, where there is none, or several, or no router.
 
     An older router.pt has its tensors under gate_state_dict, and numbers beside it.
@@ -112,7 +106,7 @@ def open_router(root: Path, parts: Parts) -> tuple[Router, TensorSource] | None:
             parts.sources.append(source)
     if len(found) == 1 and source is not None:
         with parts.within("gate"):
-            return _router(found[0], source), source
+            return _router(found[0], source)
     return None
 
 
@@ -137,7 +131,15 @@ def _router(path: Path, source: TensorSource) -> Router:
             raise CheckpointError(f"{path}: {info.name} is {info.dtype_name}; a router is floating-point")
     if values.get("input_size", shape[1]) != shape[1]:
         raise CheckpointError(f"{path}: says input_size {values['input_size']}, but {weight} is {list(shape)}")
-    return Router(file=path, weight=weight, bias=bias, num_experts=shape[0], hidden_size=shape[1], values=values)
+    return Router(
+        source=source,
+        file=path,
+        weight=weight,
+        bias=bias,
+        num_experts=shape[0],
+        hidden_size=shape[1],
+        values=values,
+    )
 
 
 def read_library(root: Path, parts: Parts) -> Skills | None:
@@ -167,8 +169,7 @@ def read_skills(skills: Skills) -> dict[int | str, torch.Tensor]:
 
 def skill_source(skills: Skills) -> TensorSource:
     """The embeddings as tensors that can be looked at one by one, under their ids."""
-    content = _skills(skills.file, load_pickle(skills.file, tensors="mmap"))
-    tensors = {str(name): tensor for name, tensor in content.items()}
+    tensors = {str(name): tensor for name, tensor in read_skills(skills).items()}
     infos = {name: TensorInfo.of(name, tensor) for name, tensor in tensors.items()}
     return TensorSource(path=skills.file, files=(skills.file,), infos=infos, reader=tensors.__getitem__)
 

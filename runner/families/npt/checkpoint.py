@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, NptLayer, describe_training, plain
+from runner.checkpoints.model_directory import INJECTION_HISTORY
 from runner.checkpoints.reading import Parts, Reading, load_mapping, look_for_merged_model, some, weight_names
 from runner.errors import CheckpointError
 from runner.files.strict_json import read_object
@@ -269,6 +270,8 @@ def read(listing: Listing) -> Reading:
 
 def _weights_file(listing: Listing) -> str | None:
     """The name of the file that holds the NPT weights, or None. Raises CheckpointError for several candidates."""
+    if INJECTION_HISTORY in listing.entries:
+        return None  # another format: the base beside the weights is not the one that they were trained on
     if not listing.path.is_dir():
         return listing.path.name if any(map(is_key, listing.weights(listing.path.name).infos)) else None
     named = [name for name in WEIGHT_FILES if name in listing.entries]

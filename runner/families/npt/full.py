@@ -160,9 +160,6 @@ def _layers(infos: Mapping[str, TensorInfo], where: Path, parts: Parts) -> tuple
     for index, matrices in keys.items():
         shapes = {name: infos[name].shape for (name,) in matrices.values()}
         layers.append(sized_layer(index, "single", {"gate": matrices}, shapes, where, parts, transposed=True))
-    whole = [name for matrices in keys.values() for (name,) in matrices.values() if not infos[name].is_floating]
-    if whole:
-        parts.fail("shapes", f"{whole[0]} is {infos[whole[0]].dtype_name}, no weights")
     return tuple(layer for layer in layers if layer is not None)
 
 

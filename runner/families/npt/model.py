@@ -9,23 +9,29 @@ v_a and v_b are never materialised: v_a_i · x = s_i · (W_a_up[i] x), so ΔW·x
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.errors import ModelError
+from runner.errors import ConfigError, ModelError
 from runner.evaluation.attention import Rotation
 from runner.evaluation.base_models import Base, build_plain, require_finite
 from runner.evaluation.llama import Llama, LlamaLayer
 from runner.evaluation.placement import Placement, follow, is_spread, torch_device
 from runner.families.npt import checkpoint as npt_delta
-from runner.families.npt.full import NptFullDetails
+
+if TYPE_CHECKING:
+    from runner.families.npt.full import NptFullDetails
 
 PROJECTIONS = ("gate", "up", "down")
+# Takes the place of an update: projection, attention [B, T, d], x [B, T, d_in], ΔW·x [B, T, d_out] → what counts.
+Override = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class RankKUpdate(nn.Module):
@@ -59,6 +65,14 @@ class RankKUpdate(nn.Module):
             list(self.w_b_up.unflatten(0, (self.num_ranks, self.np_rank)).unbind(0)),
         )
 
+    def vectors(self, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """v_a [..., k, d_in] and v_b [..., k, d_out] for `attention` [..., d]: for few positions, as they are large."""
+        s = (attention @ self.w_down).unflatten(-1, (self.num_ranks, self.np_rank)).unsqueeze(-2)
+        shape = (self.num_ranks, self.np_rank)
+        up = (each.unflatten(0, shape) for each in (self.w_a_up, self.w_b_up))
+        v_a, v_b = ((s @ each).squeeze(-2) for each in up)
+        return v_a, v_b
+
     def forward(self, attention: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """`attention` [..., d], `x` [..., d_in] → ΔW·x [..., d_out]."""
         s = attention @ self.w_down
@@ -83,6 +97,7 @@ class NptDecoderLayer(LlamaLayer):
         self.post_attention_layernorm = base.post_attention_layernorm
         self.updates = nn.ModuleDict(dict(updates))
         self.npt_mode = True
+        self.override: Override | None = None
         self.train(base.training)
 
     @property
@@ -108,7 +123,24 @@ class NptDecoderLayer(LlamaLayer):
     def _project(self, name: str, linear: nn.Module, attention: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if name not in self.updates:
             return linear(x)
-        return linear(x) + self.updates[name](attention, x)
+        update = self.updates[name](attention, x)
+        return linear(x) + (update if self.override is None else self.override(name, attention, x, update))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The files that a model in memory was made from; `base`: what it runs on, or was made from, as far as known.
+
+    `edited`: the checkpoint to which the edits of an npt_edit belong, where they lie apart from it.
+    """
+
+    checkpoint: Path
+    format: str
+    base: Path | None
+    files: tuple[Path, ...]
+    base_files: tuple[Path, ...] = ()
+    edited: Path | None = None
+    step: int | None = None
 
 
 class NptLlamaForCausalLM(Llama):
@@ -131,6 +163,11 @@ class NptLlamaForCausalLM(Llama):
             layer = self.model.layers[index]
             assert isinstance(layer, LlamaLayer)
             self.model.layers[index] = NptDecoderLayer(layer, layer_updates)
+        self.origin: Origin | None = None
+        # The base's weights in place of which others were written for good, by their modules, and the edits that
+        # did it, in order (transfer_permanent.py).
+        self.first_weights: dict[str, nn.Parameter] = {}
+        self.written: list[object] = []
         self.train(base.training)
 
     @property
@@ -139,10 +176,12 @@ class NptLlamaForCausalLM(Llama):
         return {i: layer for i, layer in enumerate(self.model.layers) if isinstance(layer, NptDecoderLayer)}
 
     def plain(self) -> "NptLlamaForCausalLM":
-        """A model over the same tensors with all layers standard, whatever the modes here."""
+        """A model over the same tensors with all layers standard, whatever was switched or written here."""
         twin = NptLlamaForCausalLM(self, {})
+        for name, weight in self.first_weights.items():
+            twin.get_submodule(name).weight = weight
         for layer in twin.npt_layers.values():
-            layer.npt_mode = False
+            layer.npt_mode, layer.override = False, None
         return twin
 
     @contextmanager
@@ -165,19 +204,45 @@ def build_npt(checkpoint: Checkpoint, base: Base) -> NptLlamaForCausalLM:
     """
     checkpoint.require_complete()
     _check_fit(checkpoint, base)
-    return _with_layers(base.model, npt_updates(checkpoint, base.model.dtype, base.model.device))
+    model = with_layers(base.model, npt_updates(checkpoint, base.model.dtype, base.model.device))
+    model.origin = _origin(checkpoint, base.path, base.files)
+    return model
 
 
-def build_complete(checkpoint: Checkpoint, details: NptFullDetails, placement: Placement) -> NptLlamaForCausalLM:
+def build_complete(checkpoint: Checkpoint, details: "NptFullDetails", placement: Placement) -> NptLlamaForCausalLM:
     """An npt_full: its own Llama with its own adapters. Raises as `build_npt`."""
     checkpoint.require_complete()
     names = [name for name in checkpoint.weights.infos if name not in details.adapter_keys]
     plain = build_plain(details.config, checkpoint.weights, names, placement)
     device = torch_device(placement.device)
-    return _with_layers(plain, npt_updates(checkpoint, plain.dtype, device, linear=True, scale=details.scale))
+    model = with_layers(plain, npt_updates(checkpoint, plain.dtype, device, linear=True, scale=details.scale))
+    model.origin = _origin(checkpoint, checkpoint.local_base())
+    return model
 
 
-def _with_layers(plain: nn.Module, updates: Mapping[int, Mapping[str, RankKUpdate]]) -> NptLlamaForCausalLM:
+def switch(model: NptLlamaForCausalLM, layers: Collection[int]) -> None:
+    """Let exactly the NPT layers `layers` modulate. Raises ConfigError for one that is none."""
+    if wrong := sorted(set(layers) - set(model.npt_layers)):
+        raise ConfigError(
+            f"layer {wrong[0]} is no NPT layer; the NPT layers are {', '.join(map(str, model.npt_layers))}"
+        )
+    for index, layer in model.npt_layers.items():
+        layer.npt_mode = index in layers
+
+
+def _origin(checkpoint: Checkpoint, base: Path | None, files: tuple[Path, ...] = ()) -> Origin:
+    return Origin(
+        checkpoint=checkpoint.path,
+        format=checkpoint.format,
+        base=base,
+        files=checkpoint.weights.files,
+        base_files=files,
+        step=checkpoint.step,
+    )
+
+
+def with_layers(plain: nn.Module, updates: Mapping[int, Mapping[str, RankKUpdate]]) -> NptLlamaForCausalLM:
+    """An NPT model over `plain`, in evaluation mode, each update where the layer's weights lie."""
     model = NptLlamaForCausalLM(plain, updates)
     if is_spread(plain):
         for layer in model.npt_layers.values():

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,12 +14,12 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
-from runner.comparison.comparison import Comparison
+from runner.comparison.comparison import Comparison, grouped, spelled
 from runner.comparison.insights import headline, insights, leading
 from runner.comparison.jobs import Job
-from runner.comparison.series import spelled
 from runner.metrics.verdict import thresholds
-from runner.reports.page.charts import charts, shortened, tell_apart
+from runner.reports.generation import step_rows
+from runner.reports.page.charts import Figure, charts, shortened, tell_apart
 from runner.results import FILE_NAME, JsonObject, is_number
 
 _PARTS = Path(__file__).parent
@@ -69,30 +70,40 @@ def page(comparison: Comparison, directory: Path, *, picture: bool) -> str:
     """
     figures = charts(comparison)
     columns, jobs = table(comparison, directory)
-    source, packed = _plotly() if figures else ("", "")
-    script = (_PARTS / "page.js").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string((_PARTS / "page.html").read_text(encoding="utf-8")).render(
+    return render(
+        "page.html",
+        figures,
         title=", ".join(path.resolve().name or str(path) for path in comparison.directories),
         directories=[str(path.resolve()) for path in comparison.directories],
-        policy=_policy([script, source] if figures else [script]),
-        css=Markup((_PARTS / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        plotly=Markup(packed),
-        data=Markup(_json([{"data": tell_apart(f.data), "layout": f.layout} for f in figures])),
         headline=headline(comparison),
         failures=failures(comparison, directory),
         failure_count=len(comparison.failures),
         shown_failures=_FAILURES_SHOWN,
         cards=_cards(comparison),
         findings=_findings(comparison),
-        figures=figures,
         absent=_absent(comparison),
+        texts=step_rows(comparison.done),
         columns=columns,
         jobs=jobs,
         differences=differences(comparison),
         thresholds=_threshold_words(),
         picture=picture,
+    )
+
+
+def render(template: str, figures: Sequence[Figure], **values: object) -> str:
+    """A self-contained page of the house: a template of this folder, its `figures`, and further `values`."""
+    source, packed = _plotly() if figures else ("", "")
+    script = (_PARTS / "page.js").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string((_PARTS / template).read_text(encoding="utf-8")).render(
+        policy=_policy([script, source] if figures else [script]),
+        css=Markup((_PARTS / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        plotly=Markup(packed),
+        data=Markup(_json([{"data": tell_apart(f.data), "layout": f.layout} for f in figures])),
+        figures=figures,
+        **values,
     )
 
 
@@ -157,9 +168,7 @@ def _cards(comparison: Comparison) -> list[JsonObject]:
 
 def failures(comparison: Comparison, directory: Path) -> list[JsonObject]:
     """Jobs without a result, those with one message together, in the order of the first of each."""
-    groups: dict[tuple[str, str], list[Job]] = {}
-    for job in comparison.failures:
-        groups.setdefault((_spoken(job.status), job.message), []).append(job)
+    groups = grouped(comparison.failures, lambda job: (_spoken(job.status), job.message))
     return [
         {
             "status": status,
@@ -226,9 +235,7 @@ def differences(comparison: Comparison) -> list[JsonObject]:
     """Each config key that differs, with its values and how many jobs have each."""
     rows = []
     for key, values in comparison.differences.items():
-        counts: dict[str, int] = {}
-        for value in values:
-            counts[spelled(value)] = counts.get(spelled(value), 0) + 1
+        counts = Counter(map(spelled, values))
         shown = [
             {"text": shortened(text, _LONGEST_VALUE), "count": count if count > 1 else 0}
             for text, count in counts.items()

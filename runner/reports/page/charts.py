@@ -8,9 +8,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from runner.comparison.comparison import Comparison
+from runner.comparison.comparison import Comparison, Series
 from runner.comparison.jobs import Job
-from runner.comparison.series import Series
 from runner.metrics.verdict import thresholds
 from runner.results import JsonObject, is_number
 

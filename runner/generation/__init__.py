@@ -1,0 +1,1 @@
+"""Text from a model: settings, prompts, streaming, side by side, and the chat."""
