@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from runner.checkpoints.reading import Parts
 from runner.families.gpt.records import RECORDS, Record, layers_with_values, undefined_depth
@@ -25,16 +25,6 @@ ALIKE = 2 / 3  # the share of names that a damaged state dict has in common with
 _SIZE = re.compile(r"(>?)(\d*)([Ln]?)(hd|V|W|d|H|P|R|S|T|m|)(?:/(\d+))?(?:\+(\d+))?")
 _BLOCK = re.compile(r"(?:transformer\.h|blocks)\.(0|[1-9][0-9]{0,4})\..+", re.DOTALL)
 _PLACE = re.compile(r"\{(\w+)\}")
-
-
-class Sizes(Protocol):
-    """Sizes that are known."""
-
-    vocab_size: int
-    head_rows: int
-    num_layers: int
-    model_dim: int
-    head_dim: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,13 +227,11 @@ def shown(dimensions: Sequence[str], sizes: Mapping[str, int]) -> str:
     return f"[{', '.join(str(size if (n := _known(size, sizes)) is None else n) for size in dimensions)}]"
 
 
-def expected_shapes(record: Record, sizes: Sizes, given: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Name → shape of every tensor of a model of these sizes; what they do not fix is as `given`."""
-    names = expanded(record, sizes.num_layers)
-    known = {
-        "V": sizes.vocab_size, "W": sizes.head_rows, "L": sizes.num_layers, "d": sizes.model_dim, "hd": sizes.head_dim,
-        "H": sizes.model_dim // sizes.head_dim,
-    }  # fmt: skip
+def expected_shapes(
+    record: Record, depth: int, sizes: Mapping[str, int], given: Mapping[str, Sequence[int]]
+) -> dict[str, list[int]]:
+    """Name → shape of every tensor of a model with V, W, d, hd, H as `sizes`; what they do not fix is as `given`."""
+    names, known = expanded(record, depth), {**sizes, "L": depth}
     found = {}
     for name, text in names.items():
         dimensions = text.split() if text != "[]" else []
