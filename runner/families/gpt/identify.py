@@ -6,13 +6,14 @@ What is the same for several records, and is not told apart by anything in the f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from runner.errors import ConfigError, did_you_mean
 from runner.families.gpt import script as scripts
-from runner.families.gpt.layouts import depth_of, key_matches, nearest, solved
+from runner.families.gpt.layouts import depth_of, is_padding, key_matches, nearest, solved
 from runner.families.gpt.records import LARGE, MEDIUM, RECORDS, Record
 from runner.files.tensors import TensorInfo
 
@@ -93,6 +94,8 @@ def identify(
                 record=code, problem=f"its script is that of {code.name}, but its tensors are those of {names}"
             )
         return Decision(record=code, how="hash")
+    count = math.prod(shapes.get("scalars", (0,)))
+    pool = [each for each in pool if is_padding(each, depth_of(infos, each), count)] or pool
     found = _without_hash(pool, script, is_tied)
     if (found.problem or found.candidates) and (own := RECORDS.get(noted or "")) in pool and own is not None:
         return Decision(record=own, how="metadata")

@@ -20,6 +20,7 @@ Shape = tuple[int, ...]
 
 HEAD_SIZE = 128  # in every record's script, and in no tensor of most
 VOCABULARY_MULTIPLE = 128
+PROCESSES = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64)  # that scalars are padded for
 ALIKE = 2 / 3  # the share of names that a damaged state dict has in common with its record
 
 _SIZE = re.compile(r"(>?)(\d*)([Ln]?)(hd|V|W|d|H|P|R|S|T|m|)(?:/(\d+))?(?:\+(\d+))?")
@@ -184,6 +185,12 @@ def solved(record: Record, depth: int, shapes: Mapping[str, Sequence[int]], size
         elif list(found) != known:
             wrong.append(f"{name} is {list(found)}, not {shown(dimensions, sizes)}")
     return wrong + _wrong_heads(names, sizes)
+
+
+def is_padding(record: Record, depth: int, count: int) -> bool:
+    """Whether `count` scalars are those that the record reads, padded for some usual number of training processes."""
+    used = sum(_known(size, {"L": depth}) or 0 for _, size in record.scalars)
+    return count in {-(-used // processes) * processes for processes in PROCESSES}
 
 
 def _wrong_head(
