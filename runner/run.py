@@ -376,7 +376,7 @@ _SHARED: dict[tuple[str, str], Any] = {}
 
 
 def _is_frozen(component: object) -> bool:
-    return is_dataclass(component) and bool(component.__dataclass_params__.frozen)  # type: ignore[attr-defined]
+    return is_dataclass(component) and bool(vars(type(component))["__dataclass_params__"].frozen)
 
 
 def _check_arguments(group: str, node: DictConfig) -> None:

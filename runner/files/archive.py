@@ -187,6 +187,10 @@ class Crcs:
         for step in steps(content):
             crc = zlib.crc32(step, crc)
         self._require(entry, crc, len(content))
+        # Whoever reads the tensors maps the file once more: these pages need not stay in memory beside those.
+        first = entry.header_offset - entry.header_offset % mmap.PAGESIZE
+        view: Any = self._view.obj
+        view.madvise(mmap.MADV_DONTNEED, first, min(len(self._view), entry.header_offset + len(content)) - first)
 
     def _require(self, entry: zipfile.ZipInfo, crc: int, size: int) -> None:
         if crc != entry.CRC or size != entry.file_size:
@@ -194,10 +198,6 @@ class Crcs:
                 f"{self._path}: record {entry.filename} (at byte {entry.header_offset}) is damaged: its CRC does not "
                 "match; copy or download the file again"
             )
-        # Whoever reads the tensors maps the file once more: these pages need not stay in memory beside those.
-        first = entry.header_offset - entry.header_offset % mmap.PAGESIZE
-        view: Any = self._view.obj
-        view.madvise(mmap.MADV_DONTNEED, first, min(len(self._view), entry.header_offset + size) - first)
 
 
 def mapped(path: Path) -> memoryview:

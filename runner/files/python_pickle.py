@@ -152,7 +152,9 @@ def _called(name: str, arguments: tuple[object, ...]) -> object:
             check_hooks(rest[1])
         # Every element must lie inside the storage, which can be no larger than its file.
         size = len(base.content)  # type: ignore[attr-defined]
-        tensor_v2(Storage(key="inside", count=size, item_bytes=1, record_bytes=size), offset, shape, strides)
+        tensor_v2(
+            Storage(key="inside", count=size, dtype="uint8", item_bytes=1, record_bytes=size), offset, shape, strides
+        )
         return _Tensor(storage=base, offset=offset, shape=shape, strides=strides)  # type: ignore[arg-type]
     raise Refused(f"calls {name} in a way that a file of this kind never does")
 

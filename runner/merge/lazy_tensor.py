@@ -138,10 +138,10 @@ def split(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def as_bytes(part: torch.Tensor) -> memoryview:
-    """The bytes of a 1-D contiguous tensor, not copied."""
+    """The bytes of a contiguous tensor, not copied; a single number has no dimension to view as bytes."""
     import torch
 
-    return part.view(torch.uint8).numpy().data
+    return part.reshape(-1).view(torch.uint8).numpy().data
 
 
 def mean(tensors: Sequence[LazyTensor]) -> LazyTensor:

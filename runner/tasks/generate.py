@@ -195,7 +195,7 @@ def _means(rows: Sequence[JsonObject]) -> JsonObject:
 
 
 def _cache_bytes(model: nn.Module, encoded: Encoded, settings: Settings) -> int | None:
-    """Keys and values of a full batch in all passes; None where it is not known how wide they are."""
+    """Keys and values of a full batch: 2 · layers · rows · positions · key width · bytes · passes; None: unknown."""
     config: Any = model.config
     heads = getattr(config, "num_key_value_heads", None)
     if not settings.cache or not heads:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from runner.families.lora.adapter import adapter_config, save_adapter
 from safetensors.torch import load_file
 
 from runner.errors import RunnerError
-from runner.families.lora.adapter import adapter_config, save_adapter
 from runner.files.staging import verify
 from tests.lora_files import adapter_tensors, modules_of
 from tests.merge.moe_sources import gathered

@@ -46,7 +46,8 @@ class GptDetails:
     what says the size of a head: script, tensors, or nothing.
 
     What the tensors do not say: `found_by`, how the record was found; `yarn`, the windows that training went through;
-    `before_split`: whether the head's rows are still the embedding; `end_of_text`: the token a document starts with.
+    `before_split`: whether the head's rows are still the embedding; `end_of_text`: the token a document starts with,
+    `end_is_known` unless it is taken for the last one of a vocabulary of its own.
     """
 
     record: Record
@@ -62,6 +63,7 @@ class GptDetails:
     yarn: tuple[int, ...] = ()
     before_split: bool = False
     end_of_text: int | None = None
+    end_is_known: bool = False
 
     @property
     def num_heads(self) -> int:
