@@ -9,9 +9,9 @@ import pickle
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runner.merge.lazy_tensor import LazyTensor, as_bytes
 from runner.merge.sink import Sink
@@ -73,7 +73,21 @@ class _Storage:
 _PLAIN = (dict, list, tuple, str, bytes, int, float, bool, type(None), complex, type, OrderedDict)
 
 
-class _Pickler(pickle._Pickler):  # type: ignore[name-defined,misc]
+if TYPE_CHECKING:
+
+    class _PythonPickler(pickle.Pickler):
+        """What typeshed does not say of the pickler in Python."""
+
+        write: Callable[[bytes], object]
+
+        def save(self, value: Any, save_persistent_id: bool = True) -> None:
+            """Pickle one value."""
+
+else:
+    _PythonPickler = pickle._Pickler
+
+
+class _Pickler(_PythonPickler):
     """Pickles a `LazyTensor` as torch pickles a tensor over a storage of its own.
 
     The pickler in Python, since the one in C refers only to what is imported.
@@ -86,9 +100,11 @@ class _Pickler(pickle._Pickler):  # type: ignore[name-defined,misc]
         self._tensors = tensors
 
     def persistent_id(self, value: Any) -> Any:
+        """That of a storage."""
         return value.identity if isinstance(value, _Storage) else None
 
     def save(self, value: Any, save_persistent_id: bool = True) -> None:
+        """Pickle one value. Raises TypeError for what is no plain one."""
         if isinstance(value, LazyTensor):
             function, arguments = self._made_of(value)
             self.save(function)

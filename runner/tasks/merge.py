@@ -216,12 +216,22 @@ def _functional(
 
     base = family.load_base(written, config.base, Placement(device=config.device, dtype=config.dtype))
     if output.check_functions is None or base is None:
-        first = output.sources[0].path
-        return f"it runs; compared with {first}", measure(config, written.path, context, first)
+        first, *others = [source.path for source in output.sources]
+        measured = measure(config, written.path, context, first)
+        if family.name != Hf.name or written.format != Hf.name:
+            return f"it runs; compared with {first}", measured
+        rows = [_fidelity(first, measured), *(_fidelity(o, measure(config, written.path, context, o)) for o in others)]
+        measured.details["fidelity"] = rows
+        return f"it runs; compared with {', '.join(row['source'] for row in rows)}", measured
     places = [*(source.checkpoint.directory for source in output.sources), base.path]
     tokenizer = load_tokenizer(config.tokenizer, places)
     prompts = {text: encode(tokenizer, text, base.model.config.vocab_size) for text in config.data.prompts}
     return output.check_functions(written, base, prompts), measure(config, written.path, context)
+
+
+def _fidelity(source: Path, measured: Result) -> dict[str, object]:
+    """How far the logits of the output are from those of a source, in the figures of task=diagnose."""
+    return {"source": str(source), **{name: measured.metrics.get(name) for name in ("mse", "cosine", "kl")}}
 
 
 def measure(config: MergeConfig, partial: Path, context: Context, reference: Path | None = None) -> Result:
@@ -269,6 +279,7 @@ def _result(config: MergeConfig, output: "MergeOutput", target: Path, context: C
             "dry_run": dry_run,
             **output.details,
             **verified.found,
+            **({"fidelity": measured.details["fidelity"]} if "fidelity" in measured.details else {}),
             "keys": len(output.weights),
             "parameters": output.parameters,
             "bytes": output.nbytes,

@@ -42,6 +42,13 @@ def compare(folder, file, runs):
     read_back(folder / file.name, comparisons(folder, [file], lambda count: None, runs)[file.name])
 
 
+def show(folder, file, runs, content):
+    watch = comparisons(folder, [file], lambda count: None, runs)[file.name]
+    for start in range(0, len(content), 500):
+        watch(start, memoryview(content)[start : start + 500])
+    watch(len(content), memoryview(b""))
+
+
 def test_they_are_the_same_in_the_same_file(written):
     folder, file, runs = written
     compare(folder, file, runs)
@@ -58,21 +65,14 @@ def test_every_other_byte_is_found_wherever_it_stands(written):
     """In a tensor, in a header, a name, the pickle, padding, a CRC or the directory at the end."""
     folder, file, runs = written
     healthy = (folder / file.name).read_bytes()
-    comparison = comparisons(folder, [file], lambda count: None, runs)[file.name]  # as read from the sound file
-    del comparison
     for place in range(0, len(healthy), 3):
         changed = bytearray(healthy)
         changed[place] ^= 1 << place % 8
-        watch = comparisons(folder, [file], lambda count: None, runs)[file.name]
         with pytest.raises(RunnerError, match="verification failed"):
-            for start in range(0, len(changed), 500):
-                watch(start, memoryview(changed)[start : start + 500])
-            watch(len(changed), memoryview(b""))
+            show(folder, file, runs, changed)
     for shorter in (healthy[:-1], healthy[: len(healthy) // 2], b""):
-        watch = comparisons(folder, [file], lambda count: None, runs)[file.name]
         with pytest.raises(RunnerError, match="verification failed"):
-            watch(0, memoryview(shorter))
-            watch(len(shorter), memoryview(b""))
+            show(folder, file, runs, shorter)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -202,7 +202,8 @@ def _summed(name: str, having: Sequence[Adapter], rank: int | None) -> tuple[tor
     # The singular values of B A are those of the small matrix between the two orthogonal ones.
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
-    return _at_rank(*torch.linalg.svd(r_b @ r_a.T, full_matrices=False), rank, q_b, q_a)
+    a, b = _at_rank(r_b @ r_a.T, rank)
+    return a @ q_a.T, q_b @ b
 
 
 def _masked(
@@ -217,18 +218,14 @@ def _masked(
     updates = [each.update(each.modules[name]) for each in having]
     mixed = make(updates, torch.zeros_like(updates[0]))
     whole = torch.cat([mixed.part(*step) for step in steps(updates[0].numel())]).reshape(updates[0].shape)
-    return _at_rank(*torch.linalg.svd(whole, full_matrices=False), rank)
+    return _at_rank(whole, rank)
 
 
-def _at_rank(
-    u: torch.Tensor, values: torch.Tensor, vh: torch.Tensor, rank: int,
-    left: torch.Tensor | None = None, right: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """A and B of the largest singular values, each with their roots; zeros where there are fewer."""
+def _at_rank(update: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of the largest singular values of an update, each with their roots; zeros where there are fewer."""
+    u, values, vh = torch.linalg.svd(update, full_matrices=False)
     roots = values[:rank].sqrt()
     a, b = roots[:, None] * vh[:rank], u[:, :rank] * roots
-    a = a if right is None else a @ right.T
-    b = b if left is None else left @ b
     lacking = rank - len(roots)
     if lacking > 0:
         a, b = torch.cat([a, a.new_zeros(lacking, a.shape[1])]), torch.cat([b, b.new_zeros(b.shape[0], lacking)], dim=1)
