@@ -42,21 +42,24 @@ def load(
     device_map: str | Mapping[str, int | str] | None = None,
     format: str = "auto",
     step: int | None = None,
+    **options: Option,
 ) -> "nn.Module":
     """The checkpoint at `path` as a module: `model(input_ids, attention_mask=None).logits` is [B, T, V].
 
     `base`: the model it needs to run (a directory or a hub name), by default the one that the checkpoint names.
     `dtype`: float32, bfloat16, float16, or "stored" (that of the embedding). `device_map`: auto, or
-    module → device: spread a Llama base over devices. `step` chooses from a run directory.
+    module → device: spread a Llama base over devices. `step` chooses from a run directory. `options`: keys of the
+    checkpoint's family, as `**{"family.window": 14}`.
     Raises CheckpointError, ModelError or ConfigError, each with one line that says what to do.
     """
     from runner.checkpoints.detect import open_checkpoint
     from runner.checkpoints.runs import resolve
     from runner.evaluation.placement import Placement
-    from runner.families.family import Auto
+    from runner.families.family import configured
 
-    checkpoint = open_checkpoint(resolve(Path(path).expanduser(), step), format)
-    family, placement = Auto().of(checkpoint), Placement(device=device, dtype=dtype, device_map=device_map)
+    own = configured(options)
+    checkpoint = open_checkpoint(resolve(Path(path).expanduser(), step), format, family=own)
+    family, placement = own.of(checkpoint), Placement(device=device, dtype=dtype, device_map=device_map)
     return family.build(checkpoint, family.load_base(checkpoint, base, placement), placement)
 
 

@@ -57,7 +57,7 @@ def _run(line: CommandLine) -> int:
         runs = _hydra(line)
         runs.hand_to_hydra(line, runs.job)
         return 0
-    from runner.sweeps.expand import expand, resume
+    from runner.expand import expand, resume
 
     resumed = None
     if line.get("resume") is not None:

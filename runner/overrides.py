@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.config import PATH_KEYS, TEXT_KEYS
+from runner.config import PATH_KEYS, TEXT_KEYS, implied_family
 from runner.errors import ConfigError
 
 # Hydra's flags that a user may give, and how many words each takes; "?" is at most one.
@@ -69,6 +69,8 @@ def parse(words: Sequence[str]) -> CommandLine:
         else:
             hint = f"; did you mean ckpt={word}?" if _exists(word) else "; options are written key=value, see --help"
             raise ConfigError(f"{word!r} is no option{hint}")
+    if family := implied_family([key for key, _ in overrides]):
+        overrides.insert(0, ("family", family))
     return CommandLine(flags=tuple(flags), overrides=tuple(overrides))
 
 

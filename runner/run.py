@@ -7,7 +7,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
@@ -28,6 +28,7 @@ from runner.config import (
     TASKS,
     CheckpointConfig,
     CommonConfig,
+    implied_family,
     list_keys,
     missing_key,
     one_as_list,
@@ -57,8 +58,28 @@ _HEAVY = ("diagnose", "convert", "diff")
 def run_once(line: CommandLine) -> int:
     """Run the one job of a command line; its exit code. Raises ConfigError for what Hydra refuses."""
     codes: list[int] = []
+    if is_follower():
+        with tempfile.TemporaryDirectory() as directory:
+            own = {"hydra.run.dir": directory, "hydra.output_subdir": "null", "tracker": "none", "output": "null"}
+            given = {**dict(line.overrides), **own}
+            hand_to_hydra(replace(line, overrides=tuple(given.items())), lambda cfg: codes.append(follow(cfg)))
+        return codes[-1]
     hand_to_hydra(line, lambda cfg: codes.append(job(cfg)))
     return codes[-1] if codes else 0
+
+
+def is_follower() -> bool:
+    """Whether a launcher of several processes (torchrun) started this one, and another one writes and speaks."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and int(os.environ.get("RANK") or 0) > 0
+
+
+def follow(cfg: DictConfig) -> int:
+    """The share of a follower in a job: it writes nothing, and the first process says what is wrong."""
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            return _run(cfg, Path(directory), Tracker(), in_sweep=True).exit_code
+        except RunnerError as error:
+            return error.exit_code
 
 
 def hand_to_hydra(line: CommandLine, task: TaskFunction) -> None:
@@ -175,6 +196,8 @@ def call(task: str, path: str | Path, **options: Any) -> dict[str, Any]:
     (a nested key as `**{"data.path": …}`). Raises the RunnerError that the command line would print.
     """
     overrides = [f"task={task}", "tracker=none", f"ckpt={quoted(str(path))}"]
+    if family := implied_family(options):
+        overrides.append(f"family={family}")
     for key, value in options.items():
         if value is not None:
             overrides.append(f"{key}={_spelled(value)}")
@@ -324,12 +347,18 @@ def _components(cfg: DictConfig, names: list[str]) -> dict[str, Any]:
     built = {}
     for name in names:
         node = cfg[name]
+        said = (name, repr(OmegaConf.to_container(node)))
+        if said in _SHARED:
+            built[name] = _SHARED[said]
+            continue
         if OmegaConf.is_dict(node):
             _check_arguments(name, node)
         try:
             if OmegaConf.is_dict(node):
                 one_as_list(node, list_keys(get_object(node["_target_"])))
             built[name] = instantiate(node, _convert_="all")
+            if _is_frozen(built[name]):
+                _SHARED[said] = built[name]
         except RunnerError:
             raise
         except Exception as error:
@@ -340,6 +369,14 @@ def _components(cfg: DictConfig, names: list[str]) -> dict[str, Any]:
                 raise missing_key(str(cause.full_key)) from error
             raise ConfigError(f"{name}: {str(cause).splitlines()[0]}") from error
     return built
+
+
+# What has been built of a group, by what its node says: the jobs of a sweep share what cannot change.
+_SHARED: dict[tuple[str, str], Any] = {}
+
+
+def _is_frozen(component: object) -> bool:
+    return is_dataclass(component) and bool(vars(type(component))["__dataclass_params__"].frozen)
 
 
 def _check_arguments(group: str, node: DictConfig) -> None:

@@ -1,6 +1,5 @@
 """Tiny random GPTs of both dialects, named and shaped as the training scripts save them."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,15 @@ import torch
 from runner.checkpoints.checkpoint import Checkpoint, Listing
 from runner.families.gpt import model as gpt
 from runner.families.gpt.checkpoint import FORMATS
+from runner.families.gpt.layouts import shapes_of
+from runner.families.gpt.pieces import COEFFICIENT, GptConfig
+from runner.families.gpt.records import LARGE, MEDIUM, RECORDS, SMALL
 
+RECORD_OF = {"small": RECORDS[SMALL], "medium": RECORDS[MEDIUM]}
+# What a script says of its heads: in these, 128 is the size of one.
+CODE = "model = GPT(head_dim=128)\n"
 DEPTHS = {"small": 8, "medium": 16}
+HEAD_SIZES = {"gated": 4}
 BY_NAME = {each.name: each for each in FORMATS}
 
 
@@ -43,7 +49,7 @@ def random_state(
 
 def script_file(path: Path, state: dict[str, torch.Tensor], *, prefix: str = "_orig_mod.", **entries: Any) -> Path:
     """`state` as the training script saves it."""
-    content = {"step": 300, "code": "import torch\n", "model": {prefix + name: t for name, t in state.items()}}
+    content = {"step": 300, "code": CODE, "model": {prefix + name: t for name, t in state.items()}}
     torch.save(content | {"optimizers": [], "val_loss": 3.25} | entries, path)
     return path
 
@@ -53,19 +59,58 @@ def opened(path: Path, dialect: str) -> Checkpoint:
 
 
 def built(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> gpt.GptForCausalLM:
-    config = gpt.GptConfig(**{field.name: getattr(checkpoint.details, field.name) for field in fields(gpt.GptConfig)})
-    return gpt.build(config, {name: checkpoint.weights.read(name) for name in checkpoint.details.keys}, dtype)
+    details = checkpoint.details
+    names = ("record", "vocab_size", "head_rows", "num_layers", "model_dim", "head_dim")
+    config = GptConfig(**{name: getattr(details, name) for name in names})
+    return gpt.build(config, {name: checkpoint.weights.read(name) for name in details.keys}, dtype)
 
 
-def model(dialect: str, state: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> gpt.GptForCausalLM:
+def model(
+    dialect: str, state: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32, head_dim: int = 128
+) -> gpt.GptForCausalLM:
     """The model of a state dict, without a file between."""
     head = state["lm_head.weight" if dialect == "small" else "lm_head_w"]
-    config = gpt.GptConfig(
-        dialect=dialect,
+    config = GptConfig(
+        record=RECORD_OF[dialect],
         vocab_size=len(state["embed.weight"]),
         head_rows=len(head),
         num_layers=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
         model_dim=head.shape[1],
-        num_scalars=len(state["scalars"]),
+        head_dim=head_dim,
     )
     return gpt.build(config, state, dtype)
+
+
+def record_state(name: str, *, seed: int = 0, vocab: int = 40, heads: int | None = None) -> dict[str, torch.Tensor]:
+    """Random tensors of a record, small, each of which moves the logits; heads of 8 (of 4 where there must be six)."""
+    record, generator = RECORDS[name], torch.Generator().manual_seed(seed)
+    count = heads or (6 if record.mudd == "gated" else 4)
+    depth = record.depth or (12 if record.track == "small" else 24 if name == LARGE else 16)
+    size = HEAD_SIZES.get(record.mudd, 8)
+    shapes = shapes_of(record, depth, vocabulary=vocab, width=count * size, head_dim=size)
+    state = {}
+    for key, shape in shapes.items():
+        tensor = torch.randn(shape, generator=generator) / (shape[-1] if len(shape) > 1 else 4) ** 0.5
+        if "embed" in key or "wte" in key or "vte" in key:
+            tensor = tensor * 4
+        elif "sign_table" in key:
+            tensor = tensor.sign()
+        elif "inv_freq" in key:
+            tensor = 10000.0 ** -(torch.arange(0, size, 2) / size)
+        elif COEFFICIENT.search(key):
+            tensor = tensor.abs() + 0.3
+        elif key.startswith("lm_head"):
+            tensor = tensor * 4
+        state[key] = tensor
+    if record.tied:
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+    return state
+
+
+def record_file(
+    path: Path, name: str, state: dict[str, torch.Tensor], code: str | None = None, step: int = 5000
+) -> Path:
+    """`state` as the record's script saves it; its text is left out, as in the goldens."""
+    record = RECORDS[name]
+    stand_in = f"modded-nanogpt record={name} sha256={'0' * 64} head_dim={HEAD_SIZES.get(record.mudd, 8)} eot=3"
+    return script_file(path, state, code=stand_in if code is None else code, step=step)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from runner.checkpoints.checkpoint import Listing
-from runner.families.gpt import model as gpt
 from runner.families.gpt.checkpoint import FORMATS
 from tests.conftest import ROOT, golden_numbers
 from tests.gpt_files import built, model, opened
@@ -54,17 +53,14 @@ TINY = {"small": "2025-05-24_StableTorch", "medium": "ipa_large_lite"}
 
 @pytest.mark.parametrize("dialect", TINY)
 @torch.inference_mode()
-def test_logits_with_tiny_heads(dialect, golden, monkeypatch):
+def test_logits_with_tiny_heads(dialect, golden):
     path = golden(f"gpt_records/{TINY[dialect]}")
     saved = torch.load(path / "state_step001395.pt", weights_only=True)["model"]
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved.items()}
     if dialect == "small":
         state["scalars"] = gathered_scalars(state)
-    else:
-        monkeypatch.setattr(gpt, "MEDIUM_BLOCKS", 24)
-    monkeypatch.setattr(gpt, "HEAD_SIZE", 8)
     expected = expected_tensors(path)
-    logits = model(dialect, state)(expected["tokens"][None]).logits[0]
+    logits = model(dialect, state, head_dim=8)(expected["tokens"][None]).logits[0]
     found = logits[expected["rows"]][:, expected["columns"]]
     torch.testing.assert_close(found, expected["logits"], rtol=0, atol=2e-4)
 

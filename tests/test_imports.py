@@ -38,9 +38,10 @@ MAY_IMPORT = {
     "tracking": KNOWLEDGE | {"comparison"},
     "tasks": KNOWLEDGE | ENGINES | PAGES | {"families", "transfer"},
     "overrides": KNOWLEDGE,
+    "expand": KNOWLEDGE | {"overrides", "sweeps"},
     "run": KNOWLEDGE | PAGES | {"tasks", "overrides"},
     "sweeps": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "checks"},
-    "cli": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "sweeps"},
+    "cli": KNOWLEDGE | PAGES | {"tasks", "overrides", "run", "sweeps", "expand"},
     "__main__": {"cli"},
     "transfer": KNOWLEDGE | ENGINES | {"families"},
     "__init__": {"run", "transfer", "evaluation", "checkpoints", "families", "tasks"},
@@ -74,7 +75,9 @@ def test_what_is_imported_is_declared_and_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = {normal(name) for name in project["dependencies"]}
     extras = {
-        normal(name) for group in ("panels", "launchers", "ray") for name in project["optional-dependencies"][group]
+        normal(name)
+        for group in ("panels", "launchers", "data", "ray")
+        for name in project["optional-dependencies"][group]
     }
     pinned = {normal(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     owners = packages_distributions()

@@ -14,8 +14,7 @@ from runner.evaluation import base_models as bases
 from runner.evaluation import reference
 from runner.evaluation.base_models import load_base
 from runner.evaluation.placement import Placement
-from runner.evaluation.tensor_cache import Store, model_cache, name_of, read, write
-from runner.files.manifest import content_hash
+from runner.evaluation.tensor_cache import Store, content_hash, model_cache, name_of, read, write
 from tests.conftest import npt_tensors, write_base, write_npt
 
 
@@ -30,7 +29,7 @@ def own(tmp_path: Path) -> Path:
 @pytest.fixture
 def settled(monkeypatch):
     """Files count as settled at once."""
-    monkeypatch.setattr("runner.files.manifest._SETTLED", -1)
+    monkeypatch.setattr("runner.evaluation.tensor_cache._SETTLED", -1)
 
 
 @pytest.fixture

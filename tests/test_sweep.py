@@ -11,11 +11,11 @@ from hydra.plugins.launcher import Launcher
 
 from runner.checkpoints.runs import find_run
 from runner.errors import ConfigError
+from runner.expand import expand, steps_of
 from runner.files.atomic import write_json
 from runner.installation import config_directory
 from runner.overrides import parse
 from runner.run import _unexpected, setup
-from runner.sweeps.expand import expand, steps_of
 from runner.sweeps.launchers import check_launcher, use_own_configs
 from runner.sweeps.plan import PlannedJob, SweepPlan, good_result, read_plan, write_plan
 from runner.sweeps.sacct import table

@@ -24,6 +24,9 @@ class HasFormats(Protocol):
     def formats(self) -> tuple[CheckpointFormat, ...]:
         """The formats that its checkpoints have."""
 
+    def likely_formats(self, listing: Listing) -> tuple[CheckpointFormat, ...]:
+        """Those of them that could match what lies there."""
+
 
 def families() -> dict[str, HasFormats]:
     """The families that conf/family/*.yaml name, those of --config-dir included, each with its YAML's settings.
@@ -44,10 +47,28 @@ def _family(file: Path) -> HasFormats:
     return family
 
 
-def formats(module: str | None = None) -> dict[str, CheckpointFormat]:
-    """Every format by name: those of the families in conf/family/, and those of `module`. Raises ConfigError."""
-    found = [each for family in families().values() for each in family.formats()]
-    return {each.name: each for each in (*found, *(formats_of(module) if module else ()))}
+def formats(module: str | None = None, family: HasFormats | None = None) -> dict[str, CheckpointFormat]:
+    """Every format by name: those of the families in conf/family/, and those of `module`. Raises ConfigError.
+
+    `family`: one of them with the settings of the command line, which its formats follow.
+    """
+    found = [each for known in families().values() for each in known.formats()]
+    own = () if family is None else family.formats()
+    return {each.name: each for each in (*found, *own, *(formats_of(module) if module else ()))}
+
+
+def _likely(listing: Listing, module: str | None, family: HasFormats | None) -> dict[str, CheckpointFormat]:
+    """As `formats`, without those that cannot match."""
+    found = [each for known in families().values() for each in known.likely_formats(listing)]
+    own = () if family is None else family.likely_formats(listing)
+    return {each.name: each for each in (*found, *own, *(formats_of(module) if module else ()))}
+
+
+def format_of(checkpoint: Checkpoint, module: str | None = None) -> CheckpointFormat:
+    """The format of an opened checkpoint."""
+    own = families().get(checkpoint.family)
+    known = {each.name: each for each in (own.formats() if own else ())}
+    return known.get(checkpoint.format) or formats(module)[checkpoint.format]
 
 
 def formats_of(module: str) -> tuple[CheckpointFormat, ...]:
@@ -58,21 +79,27 @@ def formats_of(module: str) -> tuple[CheckpointFormat, ...]:
         raise ConfigError(f"format.module={module}: is no module with FORMATS: {error}") from error
 
 
-def open_checkpoint(path: Path, format_name: str = "auto", module: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, format_name: str = "auto", module: str | None = None, family: HasFormats | None = None
+) -> Checkpoint:
     """The checkpoint at `path`, of the one format that matches or of the one that `format_name` forces.
 
-    A directory that holds exactly one checkpoint is that checkpoint. Raises CheckpointError where no format or
-    several match, with what was seen, and for a checkpoint that its format refuses.
+    `family`: as `formats`. A directory that holds exactly one checkpoint is that checkpoint. Raises CheckpointError
+    where no format or several match, with what was seen, and for a checkpoint that its format refuses.
     """
-    known = _known(format_name, module)
     listing = Listing.of(path)
+    known = _likely(listing, module, family)
+    if format_name == "auto" and (found := _matching(listing, known)[0]):
+        return finished(read(listing, known[_only(found, path)]).open())
+    if format_name not in known:
+        known = _known(format_name, module, family)
     if format_name != "auto":
         return finished(read(listing, known[format_name]).open())
     found, errors = _matching(listing, known)
     if not found:
         inside = [entry for entry in _directories(listing) if _matching(entry, known)[0]]
         if len(inside) == 1:
-            return open_checkpoint(inside[0].path, format_name, module)
+            return open_checkpoint(inside[0].path, format_name, module, family)
         if errors:
             raise errors[0]
         raise CheckpointError(_nothing_found(listing, known, inside))
@@ -80,14 +107,14 @@ def open_checkpoint(path: Path, format_name: str = "auto", module: str | None = 
 
 
 def recognise(
-    path: Path, format_name: str = "auto", module: str | None = None
+    path: Path, format_name: str = "auto", module: str | None = None, family: HasFormats | None = None
 ) -> tuple[Listing, CheckpointFormat | None]:
     """What lies at `path`, however damaged, and the format that it shows itself to be; None where nothing does.
 
     A directory that holds exactly one checkpoint is that checkpoint. Raises CheckpointError where nothing is there that
     could be a checkpoint, or several formats match.
     """
-    known = _known(format_name, module)
+    known = _known(format_name, module, family)
     listing = Listing.of(path)
     if format_name != "auto":
         return listing, known[format_name]
@@ -104,9 +131,9 @@ def recognise(
     return listing, known[name] if name else None
 
 
-def _known(format_name: str, module: str | None) -> dict[str, CheckpointFormat]:
+def _known(format_name: str, module: str | None, family: HasFormats | None) -> dict[str, CheckpointFormat]:
     """Every format by name. Raises ConfigError where `format_name` is none of them."""
-    known = formats(module)
+    known = formats(module, family)
     if format_name not in ("auto", *known):
         raise ConfigError(f"format={format_name} is unknown; formats are {', '.join(known)}")
     return known

@@ -30,8 +30,6 @@ STATUSES = (PASS, WARNING, FAIL, SKIPPED)
 BUILT = "built"
 # The family that is built where none is named, and that of what is too damaged to show it.
 DEFAULT_FAMILY, UNKNOWN = "npt", "unknown"
-# Tokens that stand for a prompt where there is no tokenizer.
-SEEDED_LENGTH = 64
 # The model, and what may hold the mapped file that it lies in.
 MODEL = ("model", "checkpoint", "reading", "recognised")
 # Of padded batches: the longest sequence, and the positions after it.
@@ -192,7 +190,7 @@ class CheckContext:
     @cached_property
     def recognised(self) -> tuple[Listing, CheckpointFormat | None]:
         """What `subject` is, and the format that it shows itself to be, however damaged. Raises CheckpointError."""
-        return recognise(self.subject, self.config.format.name, self.config.format.module)
+        return recognise(self.subject, self.config.format.name, self.config.format.module, self.config.family)
 
     @property
     def format(self) -> CheckpointFormat | None:
@@ -283,11 +281,9 @@ class CheckContext:
 
     def prompt_ids(self, text: str) -> torch.Tensor:
         """Token ids [T] of `text`, or what stands for it where there is no tokenizer."""
-        from runner.evaluation.tokenizers import encode
+        from runner.evaluation.evaluator import Evaluator
 
-        if self.tokenizer is None:
-            return self._seeded(text, SEEDED_LENGTH)
-        return encode(self.tokenizer, text, self._limits()[0])
+        return Evaluator(model=self.model, tokenizer=self.tokenizer, seed=self.config.seed).encode(text)
 
     def prompts(self) -> list[torch.Tensor]:
         """The token ids [T] of each of `data.prompts`."""
@@ -299,21 +295,19 @@ class CheckContext:
 
     def ragged(self, count: int) -> list[torch.Tensor]:
         """`count` sequences [T], the longest first, each with room for padding within the model's maximum."""
-        longest = self._limits()[1]
+        from runner.evaluation.forward import limits
+
+        longest = limits(self.model)[1]
         longest = LONGEST if longest is None else max(1, min(LONGEST, longest - PADDING))
         lengths = [max(1, longest - i * longest // count) for i in range(count)]
         return [self._seeded(f"sequence {i}", length) for i, length in enumerate(lengths)]
 
-    def _limits(self) -> tuple[int, int | None]:
-        from runner.evaluation.forward import limits
-
-        return limits(self.model)
-
     def _seeded(self, text: str, length: int) -> torch.Tensor:
         """Token ids [T] that stand for `text`: `length`, or as many as the model takes."""
+        from runner.evaluation.forward import limits
         from runner.evaluation.tokenizers import seeded_ids
 
-        vocab_size, longest = self._limits()
+        vocab_size, longest = limits(self.model)
         return seeded_ids(text, vocab_size, min(length, longest or length), self.config.seed)
 
     def free_all(self) -> None:

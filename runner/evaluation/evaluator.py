@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-from runner.evaluation.decoding import generate
 from runner.evaluation.forward import (
     CHUNK_ENTRIES,
     compare_finals,
@@ -26,8 +25,10 @@ from runner.evaluation.forward import (
 from runner.evaluation.llama import Llama
 from runner.evaluation.reference import Reference
 from runner.evaluation.tokenizers import TextTokenizer, encode, seeded_ids
-from runner.metrics import generation, layers
 from runner.metrics.fidelity import LogitComparison
+
+if TYPE_CHECKING:
+    from runner.metrics import layers
 
 # Tokens that stand for a prompt where there is no tokenizer.
 SEEDED_LENGTH = 64
@@ -103,6 +104,11 @@ class Evaluator:
             return min(first, *other.npt_layers)
         return 0
 
+    def notes(self, length: int) -> tuple[str, ...]:
+        """What should be known of figures of sequences of `length` tokens, where the model says so (`notes`)."""
+        notes = getattr(self.model, "notes", None)
+        return tuple(notes(length)) if callable(notes) else ()
+
     def encode(self, text: str) -> torch.Tensor:
         """Token ids [T] of a text, or what stands for it where there is no tokenizer. Raises ModelError."""
         if self.tokenizer is None:
@@ -160,7 +166,7 @@ class Evaluator:
         final = self.plain.trace(token_ids, []).final
         return self._compare(self._reference, self.plain.model, final, token_ids)
 
-    def layer_run(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, layers.Run]:
+    def layer_run(self, token_ids: torch.Tensor) -> "tuple[torch.Tensor, layers.Run]":
         """The reference's logits [T, V] and a function from the layers that are on to the model's, for per-layer tests.
 
         Layers below the first that is on give the plain model's hidden states, so a run starts there.
@@ -176,6 +182,9 @@ class Evaluator:
 
     def continuation(self, token_ids: torch.Tensor, count: int, *, temperature: float) -> dict[str, Any]:
         """Continuations of one prompt [T] by model and reference from the same seed, and how far they agree."""
+        from runner.evaluation.decoding import generate
+        from runner.metrics import generation
+
         settings: dict[str, Any] = {"temperature": temperature, "seed": self.seed}
         prompt = token_ids.to(device_of(self.model))
         tokens = generate(self.model, prompt, count, **settings)

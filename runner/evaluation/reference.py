@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from runner.evaluation.decoding import generate
 from runner.evaluation.forward import Trace, chunk_size, device_of, logit_chunks, logit_count, trace
 from runner.evaluation.llama import Llama
 from runner.evaluation.tensor_cache import ModelCache, name_of, read, write
@@ -80,6 +79,8 @@ class Reference:
         return self._known.continuations[key]
 
     def _generate(self, token_ids: torch.Tensor, count: int, temperature: float, seed: int) -> list[int]:
+        from runner.evaluation.decoding import generate
+
         prompt = token_ids.to(device_of(self.model))
         return generate(self.model, prompt, count, temperature=temperature, seed=seed)
 

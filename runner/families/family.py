@@ -9,20 +9,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from runner.config import AUTO
+from runner.config import AUTO, implied_family
 from runner.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Writer
+    from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, Writer
     from runner.checks.context import Check, CheckContext, Example, Traits
-    from runner.config import Conversion, TrainingSettings
+    from runner.config import Conversion
+    from runner.data.text import Data
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
     from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
-    from runner.training.loop import Trained, TrainingInputs
+    from runner.training.inputs import Trained, TrainingInputs
+    from runner.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ class Family:
     can_cut_vocabulary: ClassVar[bool] = False
     # Whether its base must be a Llama.
     llama_base: ClassVar[bool] = False
+    # Whether it is trained on text that need not fit into memory; else on documents that do.
+    trains_on_streams: ClassVar[bool] = False
 
     def of(self, checkpoint: "Checkpoint") -> "Family":
         """The family that works on `checkpoint`. Raises ConfigError where the checkpoint is of another one."""
@@ -52,6 +56,14 @@ class Family:
                 f"(format {checkpoint.format}: {checkpoint.evidence})"
             )
         return self
+
+    def on(self, data: "Data | None") -> "Family":
+        """The family with what the kind of data decides (None: there are none), where the user did not."""
+        return self
+
+    def of_reference(self, checkpoint: "Checkpoint") -> "Family":
+        """The family that works on `checkpoint`, with which one of this family is compared. Raises ConfigError."""
+        return Auto(device_map=self.device_map).of(checkpoint)
 
     def named(self, name: str) -> "Family":
         """The family `name`, with the settings here; any but `Auto` is the only one that it knows."""
@@ -63,6 +75,19 @@ class Family:
         from runner.checkpoints.detect import formats_of
 
         return tuple(each for module in self.format_modules for each in formats_of(module))
+
+    def may_hold(self, listing: "Listing", module: str) -> bool:
+        """Whether a format of `module` could match: where names say no, it is not imported to look closer."""
+        return True
+
+    def likely_formats(self, listing: "Listing") -> "tuple[CheckpointFormat, ...]":
+        """Those of `formats` that could match what lies there."""
+        likely = {module for module in self.format_modules if self.may_hold(listing, module)}
+        if likely == set(self.format_modules):
+            return self.formats()
+        from runner.checkpoints.detect import formats_of
+
+        return tuple(each for module in self.format_modules if module in likely for each in formats_of(module))
 
     # Models.
 
@@ -202,3 +227,14 @@ class Auto(Family):
         family = known[name]
         assert isinstance(family, Family), f"conf/family/{name}.yaml: its _target_ is no Family"
         return family if self.device_map is None else replace(family, device_map=self.device_map)
+
+
+def configured(options: Mapping[str, object]) -> Family:
+    """The family that has the keys `family.…` of `options`, with them; `Auto` without any. Raises ConfigError."""
+    if not options:
+        return Auto()
+    name = implied_family(options)
+    if name is None or any(not key.startswith("family.") for key in options):
+        raise ConfigError(f"{', '.join(options)}: no family has these keys; conf/family/ lists each one's")
+    own: dict[str, Any] = {key.partition(".")[2]: value for key, value in options.items()}
+    return replace(Auto().named(name), **own)

@@ -82,7 +82,7 @@ COLOURS = {
 }  # fmt: skip
 # Columns that are text: left-aligned, and folded where they do not fit.
 _TEXTS = (
-    "checkpoint", "prompt", "text", "reference_text", "details", "component", "name", "file", "figure", "phase",
+    "checkpoint", "prompt", "of", "text", "reference_text", "details", "component", "name", "file", "figure", "phase",
     "check",
 )  # fmt: skip
 

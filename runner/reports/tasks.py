@@ -122,6 +122,7 @@ def diff_facts(result: JsonObject) -> list[Fact]:
     rows: list[Line] = [
         *_fields(result, "ckpt", "reference"),
         ("Identical", same, "pass" if result["identical"] else ""),
+        ("Relation", None if result["identical"] else result.get("relation"), ""),
         ("Equal Tensors", many(result["equal_tensors"]), ""),
         ("Changed Tensors", many(result["changed_tensors"]), ""),
         ("Only in Checkpoint", _names(result["only_in_ckpt"]), ""),
@@ -265,9 +266,29 @@ def merge_tables(result: JsonObject, verbose: bool) -> Tables:
         for kind in ("layer", "expert", "skill")
         if kind in c
     ]
-    found = _some(("layers", layers), ("experts", experts), ("averaged", averaged), ("conflicts", conflicts))
+    merged = [
+        {
+            "parameters": ", ".join(f"{name} {value}" for name, value in _own(row).items()) or "–",
+            "details": printable(row["source"]),
+        }
+        for row in result.get("merged", [])
+    ]
+    fidelity = [
+        {**{name: number(row[name]) for name in ("kl", "mse", "cosine")}, "details": printable(row["source"])}
+        for row in result.get("fidelity", [])
+    ]
+    found = _some(
+        ("layers", layers), ("experts", experts), ("averaged", averaged), ("merged", merged),
+        ("logits against", fidelity), ("conflicts", conflicts),
+    )  # fmt: skip
     joint = diagnose_tables({**result, "layers": [row for row in rows if "mse" in row]}, verbose)
     return found + [each for each in joint if each[0] != "checks"]
+
+
+def _own(row: JsonObject) -> JsonObject:
+    """What a merge takes of one model or adapter, without what is not given."""
+    given = {**row.get("parameters", {}), **{name: row.get(name) for name in ("layer_range", "weight", "rank")}}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def panels_facts(result: JsonObject) -> list[Fact]:
@@ -323,9 +344,28 @@ def test_tables(result: JsonObject, verbose: bool) -> Tables:
 
 def train_facts(result: JsonObject) -> list[Fact]:
     """Every line of the report, in order."""
-    losses = [(name.replace("_", " ").capitalize(), number(value, 6), "") for name, value in result["metrics"].items()]
-    written = [("Last Checkpoint", result["ckpt"], ""), ("Checkpoints", len(result["checkpoints"]), "")]
-    return known([*written, *_fields(result, "base", "step"), *losses])
+    metrics = result.get("metrics") or {}
+    losses = [(name.replace("_", " ").capitalize(), number(value, 6), "") for name, value in metrics.items()]
+    written = [
+        ("Last Checkpoint", result.get("ckpt"), ""),
+        ("Best Checkpoint", result.get("best"), ""),
+        ("Checkpoints", len(result["checkpoints"]) or None, ""),
+    ]
+    plan = [
+        (name.replace("_", " ").capitalize(), _planned(value), "") for name, value in result.get("plan", {}).items()
+    ]
+    return known([*written, *_fields(result, "base", "step"), *losses, *plan])
+
+
+def _planned(value: object) -> object:
+    """A line of a plan: its stages as they are written on the command line."""
+    if isinstance(value, list):
+        return ", ".join(_stage(each) if isinstance(each, dict) else str(each) for each in value)
+    return f"{value:,}" if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _stage(stage: JsonObject) -> str:
+    return f"{stage['name']} {stage['first_step']:,} to {stage['last_step']:,}"
 
 
 def train_tables(result: JsonObject, verbose: bool) -> Tables:

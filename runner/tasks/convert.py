@@ -20,7 +20,7 @@ def run(config: ConvertConfig, context: Context) -> Result:
     """Write `convert.output`. Raises ConfigError for an unknown conversion, CheckpointError for bad files."""
     wanted: Conversion = config.convert
     with context.timed("open"):
-        checkpoint = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module)
+        checkpoint = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module, config.family)
         family: Family = config.family.of(checkpoint)
         checkpoint.require_complete()
     target = Path(wanted.output).expanduser()

@@ -9,7 +9,6 @@ from runner.config import DiagnoseConfig
 from runner.evaluation.evaluator import SEEDED_LENGTH, Evaluator
 from runner.evaluation.forward import device_of
 from runner.evaluation.tokenizers import seeded_ids
-from runner.metrics import layers as layer_measures
 from runner.metrics.fidelity import LogitComparison, perplexities, perplexity, summarise
 from runner.metrics.verdict import judge
 from runner.results import Result, versions
@@ -82,6 +81,8 @@ def logits(job: MeasurementRun) -> None:
 
 def isolation(job: MeasurementRun) -> None:
     """Each NPT layer alone, on the layer prompt."""
+    from runner.metrics import layers as layer_measures
+
     token_ids = job.evaluator.encode(job.config.data.layer_prompt)
     reference, run = job.evaluator.layer_run(token_ids)
     indices = [row["layer"] for row in job.result.layers]
@@ -93,6 +94,8 @@ def isolation(job: MeasurementRun) -> None:
 
 def progressive(job: MeasurementRun) -> None:
     """The lowest 1, 2, … n NPT layers together, on the layer prompt."""
+    from runner.metrics import layers as layer_measures
+
     token_ids = job.evaluator.encode(job.config.data.layer_prompt)
     reference, run = job.evaluator.layer_run(token_ids)
     indices = [row["layer"] for row in job.result.layers]
@@ -102,6 +105,8 @@ def progressive(job: MeasurementRun) -> None:
 
 def additivity(job: MeasurementRun) -> None:
     """Whether the layers' errors add up or interact; needs isolation and progressive."""
+    from runner.metrics import layers as layer_measures
+
     if job.result.progressive and job.wants("isolation"):
         isolated = [row["kl"] for row in job.result.layers]
         job.result.metrics["additivity"] = layer_measures.additivity(isolated, job.result.progressive[-1]["kl"])
@@ -225,7 +230,15 @@ def run(config: DiagnoseConfig, context: Context) -> Result:
         _only_run(job)
     else:
         _measure(job)
+    _note_length(job)
     return result
+
+
+def _note_length(job: MeasurementRun) -> None:
+    """What the model says of sequences as long as the longest one here."""
+    lengths = [row["tokens"] for row in job.result.per_prompt]
+    lengths.append(job.result.metrics.get("text", {}).get("longest", 0))
+    job.result.findings += job.evaluator.notes(max(lengths))
 
 
 def _measure(job: MeasurementRun) -> None:

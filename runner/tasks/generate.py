@@ -99,8 +99,6 @@ def speaker_of(setup: EvaluationSetup) -> Speaker:
     """The checkpoint's model with its tokenizer and the ids that end a text."""
     directories = [setup.checkpoint.directory, *([setup.base] if setup.base else [])]
     model, tokenizer = setup.evaluator.model, setup.evaluator.tokenizer
-    if tokenizer is not None and not isinstance(tokenizer, TextTokenizer):
-        raise ConfigError(f"tokenizer is a {type(tokenizer).__name__}; give its directory, its file, or a hub name")
     return Speaker(model=model, tokenizer=tokenizer, eos=eos_ids(model, tokenizer, *map(_ends, directories)))
 
 
@@ -197,16 +195,18 @@ def _means(rows: Sequence[JsonObject]) -> JsonObject:
 
 
 def _cache_bytes(model: nn.Module, encoded: Encoded, settings: Settings) -> int | None:
-    """Keys and values of a full batch: 2 · layers · rows · positions · key width · bytes; None where unknown."""
+    """Keys and values of a full batch: 2 · layers · rows · positions · key width · bytes · passes; None: unknown."""
     config: Any = model.config
     heads = getattr(config, "num_key_value_heads", None)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads if heads else 0
-    if not settings.cache or not width:
+    if not settings.cache or not heads:
         return None
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rows = min(settings.batch_size, len(encoded) * settings.num_samples)
     positions = max(len(ids) for _, ids in encoded) + settings.max_new_tokens
     size = next(model.parameters()).element_size()
-    return 2 * int(config.num_hidden_layers) * rows * positions * int(heads) * int(width) * size
+    return (
+        2 * getattr(model, "passes", 1) * int(config.num_hidden_layers) * rows * positions * int(heads) * width * size
+    )
 
 
 def _is_exact(model: nn.Module) -> bool:

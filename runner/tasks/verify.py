@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from runner.checkpoints.checkpoint import Checkpoint
-from runner.checkpoints.detect import open_checkpoint
+from runner.checkpoints.detect import HasFormats, open_checkpoint
 from runner.config import VerifyConfig
 from runner.errors import CheckpointError
 from runner.files import manifest, staging
@@ -29,7 +29,7 @@ def run(config: VerifyConfig, context: Context) -> Result:
         raise CheckpointError(f"{path}: no such file or directory")
     opened: list[Checkpoint] = []
     with context.timed("verify"):
-        steps = check_checkpoint(path, config.format.name, config.format.module, opened)
+        steps = check_checkpoint(path, config.format.name, config.format.module, opened, config.family)
         checks = list(context.track(steps, "verifying"))
     failed = any(check["status"] == "fail" for check in checks)
     proved = checks[0]["status"] == "pass"
@@ -50,7 +50,11 @@ def run(config: VerifyConfig, context: Context) -> Result:
 
 
 def check_checkpoint(
-    path: Path, format_name: str = "auto", module: str | None = None, opened: list[Checkpoint] | None = None
+    path: Path,
+    format_name: str = "auto",
+    module: str | None = None,
+    opened: list[Checkpoint] | None = None,
+    family: HasFormats | None = None,
 ) -> Iterator[Check]:
     """One row {name, status, details} a check, as each is done; after a failure the later ones are `skipped`.
 
@@ -60,7 +64,7 @@ def check_checkpoint(
     opened = [] if opened is None else opened
 
     def structure() -> str:
-        checkpoint = open_checkpoint(path, format_name, module)
+        checkpoint = open_checkpoint(path, format_name, module, family)
         checkpoint.require_complete()
         opened.append(checkpoint)
         return f"{checkpoint.format}: {checkpoint.evidence}"

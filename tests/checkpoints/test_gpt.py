@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 
 from runner.checkpoints.checkpoint import Listing
 from runner.errors import CheckpointError, ConfigError
-from runner.families.gpt.checkpoint import FORMATS, GptDetails, Provenance, provenance
+from runner.families.gpt.checkpoint import FORMATS, Provenance, provenance
+from runner.families.gpt.layouts import GptDetails
 from runner.families.gpt.save import WEIGHT_FILES, cut_vocabulary, save
 from runner.files.file_type import sha256_of
-from tests.gpt_files import BY_NAME, built, model, opened, random_state, script_file
+from tests.gpt_files import BY_NAME, RECORD_OF, built, model, opened, random_state, script_file
 
 DIALECTS = ["small", "medium"]
 
@@ -43,15 +44,20 @@ def details_of(state):
     small = "lm_head.weight" in state
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     return GptDetails(
-        dialect="small" if small else "medium",
+        record=RECORD_OF["small" if small else "medium"],
         vocab_size=state["embed.weight"].shape[0],
         head_rows=state["lm_head.weight" if small else "lm_head_w"].shape[0],
         num_layers=depth,
-        num_heads=state["embed.weight"].shape[1] // 128,
+        head_dim=128,
         model_dim=state["embed.weight"].shape[1],
         num_scalars=len(state["scalars"]),
         keys=tuple(state),
     )
+
+
+def sizes(details):
+    names = "record vocab_size head_rows num_layers num_heads model_dim num_scalars".split()
+    return {name: getattr(details, name) for name in names} | {"keys": set(details.keys)}
 
 
 @pytest.mark.parametrize("directory", [False, True])
@@ -63,23 +69,24 @@ def test_every_layout_gives_the_same_tensors_and_sizes(dialect, write, directory
     torch.save({"tokens": torch.arange(4)}, tmp_path / "expected.pt")
     before = sha256_of(file)
     listing = Listing.of(tmp_path if directory else file)
-    assert [each.matches(listing) is not None for each in FORMATS] == [dialect == "small", dialect == "medium"]
+    assert [each.matches(listing) is not None for each in FORMATS] == [dialect == "small", dialect == "medium", False]
     checkpoint = BY_NAME[f"gpt_{dialect}"].open(listing)
     assert (checkpoint.format, checkpoint.family, checkpoint.path) == (f"gpt_{dialect}", "gpt", listing.path)
-    assert checkpoint.details == details_of(state)
+    assert sizes(checkpoint.details) == sizes(details_of(state))
     assert (checkpoint.details.head_rows, checkpoint.details.num_heads) == (128, 2)
     assert f"{dialect} attention in {7 if dialect == 'small' else 15} blocks" in checkpoint.evidence
     assert checkpoint.step == (None if write is as_bare else 300)
     assert checkpoint.weights.infos.keys() == state.keys()
     assert all(torch.equal(checkpoint.weights.read(name), tensor) for name, tensor in state.items())
-    assert checkpoint.findings == ()
+    without_script = write in (as_bare, as_safetensors)
+    assert [finding[:33] for finding in checkpoint.findings] == ["the size of a head is not said by"] * without_script
     assert sha256_of(file) == before
 
 
 def test_other_files_do_not_match(checkpoint, base, tmp_path):
     torch.save({"blocks.0.attn.W_Q": torch.ones(2)}, tmp_path / "other.pt")
     for path in (checkpoint, base, tmp_path, tmp_path / "other.pt"):
-        assert [each.matches(Listing.of(path)) for each in FORMATS] == [None, None]
+        assert [each.matches(Listing.of(path)) for each in FORMATS] == [None, None, None]
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -87,7 +94,7 @@ def test_there_and_back_gives_identical_tensors(dialect, tmp_path):
     state = random_state(dialect, scalar_padding=4 if dialect == "small" else 0)
     state = {name: tensor.bfloat16() if "embed" in name else tensor for name, tensor in state.items()}
     state["blocks.0.mlp." + ("c_proj.weight" if dialect == "small" else "proj_w")] = torch.randn(512, 128).T
-    code = "print('ünïcode')\n" * 3
+    code = "print('ünïcode', head_dim=128)\n" * 3
     source = opened(script_file(tmp_path / "source.pt", state, code=code, step=7, val_loss=1.2727), dialect)
     for step, name in enumerate((WEIGHT_FILES[1], WEIGHT_FILES[0], WEIGHT_FILES[1])):
         folder = tmp_path / str(step)
@@ -127,7 +134,7 @@ def test_cutting_the_vocabulary_leaves_the_other_logits_as_they_are(dialect, tmp
     tensors, details = cut_vocabulary(state, checkpoint.details, 200)
     assert (details.vocab_size, details.head_rows) == (200, 200)
     again = opened(save(tmp_path, tensors, details, provenance=Provenance()), dialect)
-    assert again.details == details
+    assert sizes(again.details) == sizes(details)
     ids = torch.tensor([[0, 199, 3, 77]])
     whole, cut = built(checkpoint)(ids).logits, built(again)(ids).logits
     assert cut.shape == (1, 4, 200)
@@ -221,7 +228,7 @@ def test_metadata_that_is_not_ours(tmp_path):
     with pytest.raises(CheckpointError, match="the metadata entry 'training' is not valid JSON"):
         opened(tmp_path, "small")
     save_file(state, tmp_path / "a.safetensors", metadata={"format": "pt", "who": "me"})
-    assert opened(tmp_path, "small").findings == ("beside the weights it holds who, which nothing reads",)
+    assert opened(tmp_path, "small").findings[0] == "beside the weights it holds who, which nothing reads"
     path = script_file(tmp_path / "b.pt", state, training="{half")
     assert opened(path, "small").step == 300
 
@@ -231,10 +238,14 @@ def test_entries_that_nothing_reads_are_said(tmp_path):
     assert opened(path, "small").findings == ("beside the weights it holds args, seed, which nothing reads",)
 
 
-def test_a_medium_depth_without_known_skips_can_be_inspected_only(tmp_path):
-    checkpoint = opened(as_script(tmp_path, random_state("medium", layers=12)), "medium")
-    assert "only defined for 16 blocks" in checkpoint.findings[0]
+def test_a_medium_of_another_depth_needs_to_say_its_heads(tmp_path):
+    state = random_state("medium", layers=12)
+    checkpoint = opened(as_script(tmp_path, state), "medium")
     assert BY_NAME["gpt_medium"].describe(checkpoint)["num_layers"] == 12
+    assert built(checkpoint)(torch.tensor([[3, 4]])).logits.isfinite().all()
+    script_file(tmp_path / "b.pt", state, code="import torch\n")
+    with pytest.raises(CheckpointError, match=r"heads of 128\) or ipa_large_lite \(heads of 64\).* family.record="):
+        opened(tmp_path / "b.pt", "medium")
 
 
 def without(*parts):

@@ -222,7 +222,7 @@ MOE: list[Damage] = [
         "shapes",
         "lora_B.weight is for 32 outputs, that of expert_0 for 16",
     ),
-    ("another output size in every expert", outputs_of_another_base, "base", "where the base has 32 and 16"),
+    ("another output size in every expert", outputs_of_another_base, "base", "but the base has 32 and 16"),
     ("every expert of another hidden size", inputs_of_another_base, "hidden_size", "a hidden size of 32"),
     ("skills of no kind", lambda p: torch.save([1], p / "skill_library.pt"), "skill_library", "not a dictionary"),
 ]

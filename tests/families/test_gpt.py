@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from runner.errors import ModelError
+from runner.families.gpt import attention, pieces
 from runner.families.gpt import model as gpt
-from tests.gpt_files import model, random_state
+from tests.gpt_files import RECORD_OF, model, random_state
 
 IDS = [5, 17, 9, 0, 23, 17, 2]
 DIALECTS = ["small", "medium"]
@@ -148,9 +149,13 @@ def test_later_tokens_do_not_change_earlier_logits(dialect):
 
 def test_attention_in_chunks_of_queries(monkeypatch):
     q, k, v = torch.randn(3, 2, 3, 20, 128, generator=torch.Generator().manual_seed(0))
-    whole = gpt.causal_attention(q, k, v)
-    monkeypatch.setattr(gpt, "QUERY_CHUNK", 7)
-    torch.testing.assert_close(gpt.causal_attention(q, k, v), whole, rtol=1e-5, atol=1e-6)
+    whole = attention.causal_attention(q, k, v)
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 7)
+    mask = torch.ones(20, 20, dtype=torch.bool).tril()
+    found = attention.causal_attention(q, k, v, mask=lambda start, end: mask[None, None, start:end])
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+    low = [x.bfloat16() for x in (q, k, v)]
+    torch.testing.assert_close(attention.causal_attention(*low).float(), whole, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -159,7 +164,7 @@ def test_hidden_states_blocks_and_head(dialect):
     ids, record = torch.tensor([IDS, IDS[::-1]]), []
     hidden = net.hidden(ids, record=record)
     assert [tuple(x.shape) for x in record] == [(2, 7, 128)] * net.config.num_layers
-    assert torch.equal(gpt.norm(record[-1]), hidden)
+    assert torch.equal(pieces.norm(record[-1]), hidden)
     chunks = torch.cat([net.head(part) for part in hidden.split(3, dim=1)], dim=1)
     torch.testing.assert_close(chunks, net(ids).logits, rtol=1e-4, atol=1e-5)
 
@@ -189,11 +194,6 @@ def test_the_model_has_copies():
     assert not any(parameter.requires_grad for parameter in net.parameters())
 
 
-def test_long_sequences_leave_the_trained_window():
-    assert gpt.notes(1024) == ()
-    assert "1025 tokens leaves the trained window of 1024" in gpt.notes(1025)[0]
-
-
 @pytest.mark.parametrize(
     ("ids", "mask", "says"),
     [
@@ -217,9 +217,8 @@ def test_inputs_that_cannot_be_right(ids, mask, says):
     [
         ({"num_layers": 7}, "an even number of blocks"),
         ({"num_layers": 4}, "at least 6, not 4"),
-        ({"dialect": "medium"}, "defined for 16 blocks, not 8"),
+        ({"record": RECORD_OF["medium"]}, "at least 12, not 8"),
         ({"model_dim": 100}, "a multiple of the head size 128, not 100"),
-        ({"num_scalars": 39}, "39 scalars are too few"),
     ],
 )
 def test_sizes_that_are_not_defined(change, says):

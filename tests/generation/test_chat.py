@@ -69,7 +69,7 @@ def talk(partners, capsys):
         given = settings or Settings(max_new_tokens=6, temperature=0.8, seed=5)
         chat = Chat(partners(100, template), given, at_step=lambda step: partners(step, template), read=read, **options)
         chat.talk()
-        return chat, capsys.readouterr().out
+        return chat, " ".join(capsys.readouterr().out.split())
 
     return call
 

@@ -160,7 +160,7 @@ def test_the_pictures_are_the_same_each_time_and_whole(tmp_path):
 
 def test_the_command_line_imports_no_plotting_library():
     code = (
-        "import sys, runner.cli, runner.run, runner.sweeps.expand, runner.reports.console, runner.reports.tasks; "
+        "import sys, runner.cli, runner.run, runner.expand, runner.reports.console, runner.reports.tasks; "
         "print([name for name in ('plotly', 'matplotlib', 'scipy', 'jinja2') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -241,11 +241,11 @@ TYPED = [
     ("add a b c", "magnitude"), ("subtract a b c", "replaces"), ("average a b c d", "magnitude"), ("scale a 2 e", "magnitude"),
     ("negate a n", "magnitude"), ("layers", "NPT layers"), ("layers 1,2", "active: 1, 2"), ("delete p", "is gone"),
     (f'sweep a "{B}"', "by layer"), (f'map "{A}"', "layer 1"), ("save s", "saved in"), ("load s", "modulations:"),
-    (f'inject-one "{A} x"', "written"), (f'inject-all "{A} x"', "written"), (f'inject-multi "{A} x" 1', "written"),
-    ("write a 2", "written"), ("edits", "4\\."), ("recall", "of 12"), ("general", "2 \\+ 2"), ("save-model m", "opens it"),
+    ("layer 1", "layer 1"), (f'inject-one "{A} x"', "written"), (f'inject-all "{A} x"', "written"), (f'inject-multi "{A} x" 1', "written"),
+    ("write a 2", "written"), ("edits", "4\\."), ("recall", "of 9"), ("general", "2 \\+ 2"), ("save-model m", "opens it"),
     ("reset 1", "first weights"), ("reset-all", "first weights"), ("strength 0.5", "0.5"), ("layer 2", "layer 2"),
     ("mode 0 npt", "layer 0: npt"), ("modes", "layer 1"), ("arch", "hidden size"), ("status", "edits"), (f'ask "{A}"', "\r\n"),
-    ("clear", "no token"), ("history", "track x"), ("clear-history", "empty"), ("help", "inject-blend"),
+    ("clear", "no token"), ("history", "status"), ("clear-history", "empty"), ("help", "inject-blend"),
     ("injekt", "did you mean 'inject'"), ("layers 99", "no NPT layer"),
 ]  # fmt: skip
 

@@ -62,7 +62,7 @@ def test_what_a_killed_recorder_began_is_recorded_once(
 ) -> None:
     left_by(identity, result, WandbTracker())
     left_by(identity, {**result, "step": 3000}, WandbTracker(name="other"))
-    (first, second) = sorted(Path("outputs/wandb/pending").iterdir())
+    second, first = sorted(Path("outputs/wandb/pending").iterdir())  # the same job again is "-2"
     begun = Path("outputs/wandb") / f"offline-run-20260101_000000-{first.stem}"
     begun.mkdir()
     record_left("outputs/wandb")

@@ -9,10 +9,11 @@ from runner.checkpoints.checkpoint import Checkpoint
 from runner.checks.check import by_name, check, failed, part_check, passed
 from runner.checks.context import CheckContext, Outcome, Traits
 from runner.checks.environment import write_zeros
-from runner.families.gpt.layouts import HEAD_SIZE, MEDIUM_DEPTH, SMALLEST_DEPTH, Dialect, all_shapes
+from runner.families.gpt.layouts import shapes_of
+from runner.families.gpt.records import MEDIUM, RECORDS, SMALL
 
 CHECKS = by_name(
-    part_check("blocks", "an even number, block 7 without attention", "files"),
+    part_check("blocks", "as many as the record has, some without attention", "files"),
     part_check("keys", "every tensor, nothing else", "blocks", advice="save the state dict again"),
     part_check("shapes", "widths, heads and scalars fit", "keys"),
     check("convert", "converted there and back", "families.gpt.checks.convert", "roundtrip"),
@@ -24,38 +25,41 @@ class GptTraits(Traits):
     """The logits stay within the soft cap of the dialect."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.logit_bounds = (-15.0, 15.0) if checkpoint.format == "gpt_medium" else (0.0, 30.0)
+        from runner.families.gpt.pieces import CAPS
+
+        self.logit_bounds = CAPS[checkpoint.details.record.cap][1]
 
 
-def write_example(dialect: Dialect, root: Path) -> str:
-    """The tiny layout of a dialect."""
+def write_example(record: str, depth: int, root: Path) -> str:
+    """The tiny layout of a record."""
     root.mkdir(parents=True)
-    depth = MEDIUM_DEPTH if dialect == "medium" else SMALLEST_DEPTH
-    write_zeros(root / "model.safetensors", all_shapes(dialect, depth, vocabulary=16, d=HEAD_SIZE))
+    write_zeros(root / "model.safetensors", shapes_of(RECORDS[record], depth))
     return "model.safetensors"
 
 
-EXAMPLES = {f"gpt_{dialect}": partial(write_example, dialect) for dialect in ("small", "medium")}
+EXAMPLES = {
+    "gpt_small": partial(write_example, SMALL, 6),
+    "gpt_medium": partial(write_example, MEDIUM, 16),
+    "gpt_record": partial(write_example, "2026-03-06_SimplifyHC", 11),
+}
 
 
 def build_small(context: CheckContext) -> Path:
-    """A small model of the first dialect with random weights, saved as the training script saves one."""
+    """A small model with random weights, saved as the training script saves one."""
     import torch
 
-    from runner.families.gpt import model as gpt
     from runner.families.gpt import save as gpt_save
     from runner.families.gpt.checkpoint import Provenance
     from runner.families.gpt.layouts import details_of
     from runner.files.staging import staged
 
-    config = gpt.GptConfig(dialect="small", vocab_size=256, head_rows=256, num_layers=8, model_dim=128, num_scalars=40)
+    record = RECORDS[SMALL]
     generator = torch.Generator().manual_seed(context.config.seed)
-    with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in gpt.GptForCausalLM(config).named_parameters()}
+    shapes = shapes_of(record, 8, vocabulary=256)
     tensors = {name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for name, shape in shapes.items()}
-    tensors["scalars"] = torch.rand(config.num_scalars, generator=generator) + 0.3
+    tensors["scalars"] = torch.rand(shapes["scalars"], generator=generator) + 0.3
     target = context.scratch / "built" / f"checkpoint-{STEP}"
-    details = details_of(tensors, config.dialect, target)
+    details = details_of(tensors, record, target)
     with staged(target) as partial_directory:
         gpt_save.save(partial_directory, tensors, details, provenance=Provenance(step=STEP))
     return target

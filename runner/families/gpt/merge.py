@@ -5,11 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.checkpoint import Checkpoint, dtype_name
+from runner.checkpoints.checkpoint import Checkpoint
 from runner.errors import CheckpointError, ConfigError
-from runner.families.gpt.checkpoint import FAMILY, STATE, Provenance, metadata, provenance
-from runner.families.gpt.layouts import SCALARS, GptDetails
-from runner.families.gpt.save import WEIGHT_FILES
+from runner.families.gpt.checkpoint import FAMILY, NAMES, STATE, Provenance, metadata, provenance
+from runner.families.gpt.layouts import GptDetails
+from runner.families.gpt.save import WEIGHT_FILES, noted
 from runner.merge import lazy_tensor
 from runner.merge.lazy_tensor import LazyTensor
 from runner.merge.plan import (
@@ -23,7 +23,7 @@ from runner.merge.plan import (
 )
 from runner.merge.spec import MergeSpec, SourceSpec
 
-_SIZES = ("num_layers", "model_dim", "vocab_size", "head_rows")
+_SIZES = ("num_layers", "model_dim", "vocab_size", "head_rows", "head_dim")
 
 
 def plan_merge(
@@ -45,6 +45,7 @@ def plan_merge(
     weights = {name: _combined(how, sources, name, shares, spec.t) for name in details.keys}
     origins = [provenance(source.checkpoint.weights) for source in sources]
     origin = Provenance(step=leader.step, code=origins[sources.index(leader)].code)
+    origin = noted(origin, details, always=spec.format == "safetensors")
     names = [str(source.path) for source in sources]
     rows = [
         {"source": name, "weight": share, "step": source.step, "val_loss": each.val_loss}
@@ -112,12 +113,12 @@ def _check_same(first: Source, other: Source) -> None:
     """Raise CheckpointError where two sources are not of one dialect and size."""
     a: GptDetails = first.checkpoint.details
     b: GptDetails = other.checkpoint.details
-    if a.dialect != b.dialect:
+    if a.record != b.record:
+        one, another = (NAMES.get(each.record.name, each.record.name) for each in (a, b))
         raise CheckpointError(
-            f"{first.path} is gpt_{a.dialect}, {other.path} gpt_{b.dialect}: they compute different functions and "
-            "cannot be averaged"
+            f"{first.path} is {one}, {other.path} {another}: they compute different functions and cannot be averaged"
         )
-    sizes = [asdict(details) for details in (a, b)]
+    sizes = [{name: getattr(details, name) for name in _SIZES} for details in (a, b)]
     if differing := [name for name in _SIZES if sizes[0][name] != sizes[1][name]]:
         shown = [", ".join(f"{name} {size[name]}" for name in differing) for size in sizes]
         raise CheckpointError(
@@ -128,7 +129,7 @@ def _check_same(first: Source, other: Source) -> None:
 def _combined(how: str, sources: Sequence[Source], name: str, shares: Sequence[float], t: float) -> LazyTensor:
     weights = [source.checkpoint.weights for source in sources]
     found = [lazy_tensor.from_source(each, each.infos[name]) for each in weights]
-    if name == SCALARS and len({piece.shape for piece in found}) > 1:
+    if name == "scalars" and len({piece.shape for piece in found}) > 1:
         # Padded for different numbers of training processes: padding has no meaning.
         used = range(sources[0].checkpoint.details.used_scalars)
         found = [lazy_tensor.rows([(tensor, used)]) for tensor in found]
@@ -145,16 +146,16 @@ def _file(layout: str, weights: dict[str, LazyTensor], origin: Provenance) -> Te
 
 def _said(sources: Sequence[Source], weights: dict[str, LazyTensor]) -> list[str]:
     """What happens to precision, optimizers and validation losses."""
-    dtypes = sorted({dtype_name(tensor.dtype) for tensor in weights.values()})
+    dtypes = sorted({tensor.dtype_name for tensor in weights.values()})
     said = [f"computed in float64 and rounded to the dtypes in which the weights are stored: {', '.join(dtypes)}"]
     differing: dict[str, None] = {}
     for name, tensor in weights.items():
-        found = {dtype_name(source.checkpoint.weights.infos[name].dtype) for source in sources}
+        found = {source.checkpoint.weights.infos[name].dtype_name for source in sources}
         if len(found) > 1:
             stored = " and ".join(sorted(found))
-            differing[f"some weights are stored as {stored}: written as {dtype_name(tensor.dtype)}"] = None
+            differing[f"some weights are stored as {stored}: written as {tensor.dtype_name}"] = None
     said += differing
-    padded = {source.checkpoint.weights.infos[SCALARS].numel: None for source in sources}
+    padded = {info.numel: None for source in sources if (info := source.checkpoint.weights.infos.get("scalars"))}
     if len(padded) > 1:
         said.append(f"scalars are padded to {' and '.join(map(str, padded))} values: they are written without padding")
     with_state = [str(source.path) for source in sources if source.checkpoint.training.get("optimizers")]

@@ -10,14 +10,7 @@ from torch import nn
 from runner.checkpoints.checkpoint import Checkpoint, Expected, Writer
 from runner.errors import ConfigError
 from runner.families.gpt.checkpoint import STATE, Provenance, metadata, provenance
-from runner.families.gpt.layouts import (
-    EMBEDDING,
-    HEAD,
-    VALUE_EMBEDDINGS,
-    VOCABULARY_MULTIPLE,
-    GptDetails,
-    details_of,
-)
+from runner.families.gpt.layouts import VOCABULARY_MULTIPLE, GptDetails, details_of, expanded
 from runner.files.staging import staged
 
 WEIGHT_FILES = ("model.pt", "model.safetensors")
@@ -38,8 +31,10 @@ def save(
     that do not make the model which `details` describe.
     """
     path = directory / weights_file
-    found = details_of(tensors, details.dialect, path)
-    assert replace(found, keys=details.keys) == details, "the tensors have other sizes than the details"
+    found = details_of(tensors, details.record, path, details.head_dim)
+    sizes = ("vocab_size", "head_rows", "num_layers", "model_dim", "num_scalars")
+    assert all(getattr(found, size) == getattr(details, size) for size in sizes), "the tensors have other sizes"
+    provenance = noted(provenance, details, always=weights_file.endswith(".safetensors"))
     if weights_file.endswith(".safetensors"):
         from safetensors.torch import save_file
 
@@ -48,6 +43,12 @@ def save(
         beside = {name: value for name, value in asdict(provenance).items() if value is not None}
         torch.save({**beside, STATE: _own(tensors)}, path)
     return path
+
+
+def noted(origin: Provenance, details: GptDetails, *, always: bool) -> Provenance:
+    """`origin` with the record, where nothing else in the file would say it, or `always`."""
+    needed = always or details.found_by in ("told", "metadata")
+    return replace(origin, record=details.record.name if needed else None)
 
 
 def cut_vocabulary(
@@ -62,9 +63,15 @@ def cut_vocabulary(
             f"vocab_size={vocab_size}: the checkpoint has {details.vocab_size} rows, and only padding to a multiple of "
             f"{VOCABULARY_MULTIPLE} can be cut: give {details.smallest_vocab_size} to {details.vocab_size}"
         )
-    tables = (EMBEDDING, *VALUE_EMBEDDINGS, HEAD[details.dialect])
-    cut = {name: tensor[:vocab_size] if name in tables else tensor for name, tensor in tensors.items()}
-    return cut, replace(details, vocab_size=vocab_size, head_rows=vocab_size)
+    cut, head_is_cut = dict(tensors), details.record.head_rows != "padded"
+    for name, shape in expanded(details.record, details.num_layers).items():
+        for dimension, size in enumerate(shape.split()):
+            if size == "5V":
+                cut[name] = tensors[name].unflatten(0, (5, -1))[:, :vocab_size].flatten(0, 1)
+            elif size == "V" or (size == "W" and head_is_cut):
+                cut[name] = tensors[name].narrow(dimension, 0, vocab_size)
+    head_rows = vocab_size if head_is_cut else details.head_rows
+    return cut, replace(details, vocab_size=vocab_size, head_rows=head_rows)
 
 
 def model_tensors(checkpoint: Checkpoint, model: nn.Module) -> dict[str, torch.Tensor]:

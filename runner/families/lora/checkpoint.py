@@ -249,25 +249,28 @@ def settings_findings(adapter: AdapterDetails, name: str) -> list[str]:
 Factors = Mapping[str, tuple["torch.Tensor", "torch.Tensor", float]]
 
 
+def misfits(adapter: AdapterDetails, linears: Mapping[str, tuple[int, int]], base: object = "") -> list[str]:
+    """What of it a base with these linear modules (inputs, outputs) by name has not, or in other sizes."""
+    named, problems = f"the base {base}".rstrip(), []
+    for module in adapter.modules:
+        sizes, found = (module.in_features, module.out_features), linears.get(module.name)
+        if found is None:
+            problems.append(f"adapts {module.name}, which {named} has not")
+        elif found != sizes:
+            made = f"{module.name} is adapted from {sizes[0]} to {sizes[1]} features"
+            problems.append(f"{made}, but {named} has {found[0]} and {found[1]}")
+    return problems
+
+
 def check_fit(adapter: AdapterDetails, linears: Mapping[str, tuple[int, int]], base: object) -> None:
-    """Check an adapter against `linears`, the base's linear modules by name with (inputs, outputs).
+    """Check an adapter against `linears`, as `misfits` does.
 
     Raises ModelError for modules that the base has not or has in other sizes, CheckpointError for modules of the
     base that the adapter's config names but its file leaves out.
     """
     path = adapter.source.path
-    absent = sorted(module.name for module in adapter.modules if module.name not in linears)
-    if absent:
-        raise ModelError(
-            f"{path}: adapts {', '.join(absent)}, which the base {base} has not; give its own base as base="
-        )
-    for module in adapter.modules:
-        sizes = (module.in_features, module.out_features)
-        if sizes != linears[module.name]:
-            raise ModelError(
-                f"{path}: {module.name} is adapted from {sizes[0]} to {sizes[1]} features, but the base {base} has "
-                f"{linears[module.name][0]} and {linears[module.name][1]}; give its own base as base="
-            )
+    if problems := misfits(adapter, linears, base):
+        raise ModelError(f"{path}: {some(problems)}; give its own base as base=")
     if adapter.settings.targets is not None:
         wanted = {name for name in linears if adapter.settings.target_of(name) is not None}
         absent = sorted(wanted - {module.name for module in adapter.modules})

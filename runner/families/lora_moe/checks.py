@@ -10,7 +10,7 @@ from runner.checks.check import by_name, check, failed, part_check, part_outcome
 from runner.checks.context import BUILT, CheckContext, Outcome
 from runner.checks.environment import write_zeros
 from runner.errors import ModelError
-from runner.families.lora import checks as lora
+from runner.families.hf import checks as hf
 from runner.families.lora_moe import TARGETS
 from runner.families.lora_moe.state import CONFIG, OLDER, read_skills
 
@@ -49,7 +49,7 @@ EXPERTS = 2
 STEP = 1
 
 
-class MoeTraits(lora.LoraTraits):
+class MoeTraits(hf.LoraTraits):
     """Tokens may go to another expert where two are as good."""
 
     def comparable(self, model: nn.Module, alone: Any, together: Any, row: int, length: int) -> int:
@@ -66,8 +66,8 @@ class MoeTraits(lora.LoraTraits):
 def write_example(root: Path) -> str:
     """The tiny layout."""
     for i in range(EXPERTS):
-        lora.write_adapter(root / "peft_adapters" / f"expert_{i}" / f"expert_{i}")
-    write_zeros(root / "router.safetensors", {"gate.weight": (EXPERTS, lora.HIDDEN), "gate.bias": (EXPERTS,)})
+        hf.write_adapter(root / "peft_adapters" / f"expert_{i}" / f"expert_{i}")
+    write_zeros(root / "router.safetensors", {"gate.weight": (EXPERTS, hf.TINY_HIDDEN), "gate.bias": (EXPERTS,)})
     config = {"model_type": "dylora-moe", "num_experts": EXPERTS}
     (root / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return "router.safetensors"
@@ -77,13 +77,12 @@ def build_small(context: CheckContext) -> Path:
     """Experts whose B is not zero, so that a lost or exchanged one shows in the logits, and a library of skills."""
     import torch
 
-    from runner.families.hf.checks import small_base
     from runner.families.lora.model import linear_shapes
     from runner.families.lora_moe.model import LoraMoeForCausalLM
     from runner.families.lora_moe.save import save_moe
 
     root = context.scratch / "built"
-    base, name = small_base(context, root)
+    base, name = hf.small_base(context, root)
     target = root / f"checkpoint-{STEP}"
     count = context.config.experts
     model, generator = base.model, torch.Generator().manual_seed(context.config.seed)

@@ -129,9 +129,19 @@ class LoraForCausalLM(nn.Module):
         *,
         position_ids: torch.Tensor | None = None,
     ) -> LoraOutput:
-        """`input_ids`, `attention_mask`, `position_ids` [B, T] → logits [B, T, V]."""
-        self._set_all()
-        return LoraOutput(logits=self.lm(input_ids, **_unseen(attention_mask, position_ids)).logits)
+        """`input_ids`, `attention_mask`, `position_ids` [B, T] → logits [B, T, V], and what a router that is on did."""
+        arguments = _unseen(attention_mask, position_ids)
+        routed = self._route(input_ids, arguments)
+        logits = self.lm(input_ids, **arguments).logits
+        if routed is None:
+            return LoraOutput(logits=logits)
+        router_logits, weights = routed
+        return LoraOutput(
+            logits=logits,
+            router_logits=router_logits,
+            expert_weights=weights,
+            balance_loss=balance_loss(weights, attention_mask) if self.training else None,
+        )
 
     def new_cache(self, padding: torch.Tensor, length: int) -> Any:
         """As `CachedModel.new_cache`: that of the language model."""
@@ -139,7 +149,7 @@ class LoraForCausalLM(nn.Module):
 
     def advance(self, token_ids: torch.Tensor, cache: Any) -> torch.Tensor:
         """As `CachedModel.advance`."""
-        self._set_all()
+        self._route(token_ids, {})
         return self._cached.advance(token_ids, cache)
 
     @cached_property
@@ -148,8 +158,10 @@ class LoraForCausalLM(nn.Module):
 
     def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """The input of `head`: [B, T, d], or the logits [B, T, V] of an architecture that does more than that."""
-        self._set_all()
-        return self._final(input_ids, attention_mask)
+        self._route(input_ids, _unseen(attention_mask, None))
+        if isinstance(self.lm, Llama):
+            return self.lm.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return self.lm(input_ids, attention_mask=attention_mask, use_cache=False).logits
 
     def adapters(self) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, float]], ...]:
         """The adapters as they are now, in the form in which they were given."""
@@ -161,13 +173,14 @@ class LoraForCausalLM(nn.Module):
             for adapter in self.names
         )
 
-    def _set_all(self) -> None:
-        self.routing.active = tuple((name, None) for name in self.names) if self.experts_on else ()
+    def _route(self, input_ids: torch.Tensor, arguments: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Set what the LoRA layers apply; router logits and weights [B, T, E] where a router decides.
 
-    def _final(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        if isinstance(self.lm, Llama):
-            return self.lm.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        return self.lm(input_ids, attention_mask=attention_mask, use_cache=False).logits
+        `arguments`: what the language model takes beside the ids. The setting stays after the pass, so that gradient
+        checkpointing, which runs layers again, finds it.
+        """
+        self.routing.active = tuple((name, None) for name in self.names) if self.experts_on else ()
+        return None
 
 
 class LoraMoeForCausalLM(LoraForCausalLM):
@@ -176,6 +189,8 @@ class LoraMoeForCausalLM(LoraForCausalLM):
     `router`: weight [E, d] and bias [E]. The first pass, which makes the router's features, has all experts on, none
     (`base`), or the first (`expert_0`), and no gradient: the router and the experts learn through the second.
     """
+
+    passes = 2
 
     def __init__(
         self,
@@ -199,27 +214,6 @@ class LoraMoeForCausalLM(LoraForCausalLM):
         self.router.bias = nn.Parameter(router[1], requires_grad=False)
         self.top_k, self.temperature, self.router_features = top_k, temperature, router_features
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        position_ids: torch.Tensor | None = None,
-    ) -> LoraOutput:
-        """As `LoraForCausalLM.forward`; with the experts off there is no routing in the output."""
-        arguments = _unseen(attention_mask, position_ids)
-        routed = self._route(input_ids, arguments)
-        logits = self.lm(input_ids, **arguments).logits
-        if routed is None:
-            return LoraOutput(logits=logits)
-        router_logits, weights = routed
-        return LoraOutput(
-            logits=logits,
-            router_logits=router_logits,
-            expert_weights=weights,
-            balance_loss=balance_loss(weights, attention_mask) if self.training else None,
-        )
-
     def new_cache(self, padding: torch.Tensor, length: int) -> MoeCache:
         """As `CachedModel.new_cache`, for both passes."""
         return MoeCache(
@@ -238,17 +232,8 @@ class LoraMoeForCausalLM(LoraForCausalLM):
         self._route(token_ids, cache.features.arguments(token_ids.shape[1]) if self.experts_on else {})
         return self._cached.advance(token_ids, cache.routed)
 
-    def hidden(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """As `LoraForCausalLM.hidden`."""
-        self._route(input_ids, _unseen(attention_mask, None))
-        return self._final(input_ids, attention_mask)
-
     def _route(self, input_ids: torch.Tensor, arguments: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The first pass: sets what the LoRA layers apply in the second; router logits and weights [B, T, E].
-
-        `arguments`: what the language model takes beside the ids. The setting stays after the pass, so that gradient
-        checkpointing, which runs layers again, finds it.
-        """
+        """The first pass, which decides what the LoRA layers apply in the second."""
         if not self.experts_on:
             self.routing.active = ()
             return None
