@@ -180,14 +180,17 @@ def take_steps(
     averaged = world.averaged(parameters, losses)
     scaler = precision.scaler
     for step in steps:
+        taken: list[B] = []
         for skipped in range(_MOST_SKIPPED + 1):
             for parameter in parameters:
                 parameter.grad = None
             sums: dict[str, torch.Tensor] = {}
-            for left in reversed(range(accumulation)):
-                with averaged.synchronised(last=left == 0):
+            for number in range(accumulation):
+                if number == len(taken):
+                    taken.append(batches())  # a step that is skipped is taken again with the same ones
+                with averaged.synchronised(last=number == accumulation - 1):
                     with precision.passes():
-                        found = averaged(batches(), step)
+                        found = averaged(taken[number], step)
                     loss = found["loss"] if accumulation == 1 else found["loss"] / accumulation
                     (loss if scaler is None else scaler.scale(loss)).backward()
                 for name, value in found.items():
