@@ -26,6 +26,7 @@ from runner.training.precision import Precision
 from runner.training.settings import TrainingSettings
 
 B = TypeVar("B")
+Given = TypeVar("Given", covariant=True)
 OnStep = Callable[[int, Mapping[str, float]], None]
 Optimizers = Sequence[tuple[torch.optim.Optimizer, LambdaLR]]
 # The link to the checkpoint with the best evaluation.
@@ -35,10 +36,10 @@ _MOST_SKIPPED = 30
 _EXACT = Precision("float32", torch.device("cpu"))
 
 
-class Source(Protocol[B]):
+class Source(Protocol[Given]):
     """Batches without end; where it stands can be saved, and taken up again by another process."""
 
-    def next(self) -> B:
+    def next(self) -> Given:
         """The next micro-batch of this process."""
 
     def state(self) -> dict[str, object]:
@@ -237,7 +238,8 @@ class _Running(Generic[B]):
         self.data_before: dict[str, object] | None = None
 
     def run(self) -> Ended:
-        loop, settings, figures = self.loop, self.loop.settings, {}
+        loop, settings = self.loop, self.loop.settings
+        figures: dict[str, float] = {}
         steps = take_steps(
             range(self.at.step + 1, settings.max_steps + 1), loop.parameters, [(loop.optimizer, loop.schedule)],
             self._next, loop.losses, clip=settings.gradient_clip_value, factor=settings.gradient_scale_factor,
@@ -338,8 +340,7 @@ class _Running(Generic[B]):
 
 def warmed(schedule: LambdaLR, step: int) -> float:
     """The rate of the first group that `step` was taken with."""
-    rate: float = schedule.base_lrs[0] * schedule.lr_lambdas[0](step - 1)
-    return rate
+    return float(schedule.base_lrs[0]) * schedule.lr_lambdas[0](step - 1)
 
 
 @contextmanager
@@ -353,7 +354,7 @@ def asked_to_stop() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     # What is ignored stays ignored: a shell's background job does not hear the terminal's Ctrl-C.
     for number, handler in before.items():
@@ -375,7 +376,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _untouched(device: torch.device) -> AbstractContextManager[None]:
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])  # type: ignore[no-any-return]
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _random_state(device: torch.device) -> dict[str, object]:

@@ -146,6 +146,7 @@ def losses(
         if own is None or (trained is not None and i not in trained):
             hidden = layer(hidden, **base.arguments)
             continue
+        assert isinstance(layer, NptDecoderLayer)
         # The lowest NPT layer has the base's input in every pass.
         if ratios is None:
             s, output, after = _by_itself(layer, own, hidden, base.arguments, alone=i == first)
