@@ -13,6 +13,7 @@ from typing import Any
 from runner.checkpoints.detect import open_checkpoint
 from runner.config import TransferConfig
 from runner.errors import ConfigError, ModelError, RunnerError, printable
+from runner.evaluation.decoding import eos_ids
 from runner.evaluation.placement import Placement
 from runner.evaluation.tokenizers import load_tokenizer
 from runner.families.npt import Npt
@@ -23,7 +24,6 @@ from runner.families.npt.transfer_experiments import read_experiments, run_exper
 from runner.families.npt.transfer_permanent import default_strength
 from runner.files.atomic import write_whole
 from runner.generation.chat import line_history
-from runner.generation.speaker import eos_ids
 from runner.results import JsonObject, Result, versions
 from runner.tasks.context import Context, cache_directory, checkpoint_path
 from runner.transfer import tokenizer_of
