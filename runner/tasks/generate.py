@@ -204,10 +204,8 @@ def _cache_bytes(model: nn.Module, encoded: Encoded, settings: Settings) -> int 
     width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rows = min(settings.batch_size, len(encoded) * settings.num_samples)
     positions = max(len(ids) for _, ids in encoded) + settings.max_new_tokens
-    size = next(model.parameters()).element_size()
-    return (
-        2 * getattr(model, "passes", 1) * int(config.num_hidden_layers) * rows * positions * int(heads) * width * size
-    )
+    layers: int = config.num_hidden_layers * getattr(model, "passes", 1)
+    return 2 * layers * rows * positions * int(heads) * width * next(model.parameters()).element_size()
 
 
 def _is_exact(model: nn.Module) -> bool:

@@ -160,7 +160,7 @@ class Reader:
     def both(self, ids: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [T - position, V] from `position` on, injected from there, and without injection."""
         if self._cache is None:
-            with overridden(self._model, self._active, self._shifted(position)):
+            with overridden(self._model, self._active, self.overrides_at(position)):
                 injected = self._logits(ids)[position:]
             with overridden(self._model, self._active, {}):
                 return injected, self._logits(ids)[position:]
@@ -181,7 +181,7 @@ class Reader:
         logits: torch.Tensor = self._model.lm_head(hidden).float()
         return logits
 
-    def _shifted(self, position: int) -> dict[int, Override]:
+    def overrides_at(self, position: int) -> dict[int, Override]:
         """The overrides where a pass reads what comes before `position`, too."""
 
         def shifted(
