@@ -231,7 +231,8 @@ def _width(rows: Rows, gap: int) -> int:
 def print_comparison(comparison: Comparison, written: ComparisonFiles, console: Console) -> None:
     """What a sweep prints at its end: failures (to stderr), the learning curve, what it says, where the page lies."""
     found = summary(comparison)
-    for status, text in failures(found["failures"]):
+    # A failed job's own line said why, as it ended.
+    for status, text in failures([row for row in found["failures"] if row["status"] != "failed"]):
         print(f"{status.upper()} {text}", file=sys.stderr)
     terminal = console.is_terminal
     gap = 2 if console.width >= 100 else 1
