@@ -61,7 +61,7 @@ class Data:
         """The parts of each corpus of text, and its weight. Raises ConfigError for one that is not there."""
         from runner.data.streams import find_parts
 
-        return [(find_parts(str(path)), float(weight)) for path, weight in (self.mix or {self.path: 1.0}).items()]
+        return [(find_parts(str(path)), float(weight)) for path, weight in (self.mix or {str(self.path): 1.0}).items()]
 
     def documents(self, seed: int = 0) -> list[str]:
         """The documents of text, at most `MAX_DOCUMENTS`; none for the plain prompts."""

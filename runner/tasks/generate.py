@@ -79,6 +79,8 @@ def run(config: GenerateConfig, context: Context) -> Result:
         "cache_bytes": _cache_bytes(speaker.model, encoded, settings),
         "shown": shown,
     }
+    longest = max(len(row["ids"]) + len(row["new_ids"]) for row in result.generation)
+    result.findings += setup.evaluator.notes(longest)
     if total > 1 and settings.batch_size > 1 and not _is_exact(speaker.model):
         result.findings.append(
             "near-ties may be decided otherwise in a batch of another size; only in float32 on a CPU they are not"

@@ -288,12 +288,10 @@ def test_in_a_terminal(run_directory, tmp_path):
 def test_twice_ends_the_chat(run_directory, tmp_path):
     terminal = Terminal(tmp_path, "task=generate", f"ckpt={run_directory}", "step=100")
     terminal.until("you> ")
-    terminal.type("\x03")
-    terminal.until("Ctrl-C once more")
-    terminal.until("you> ")
-    terminal.type("\x03")
-    terminal.until("you> |interrupted")
-    terminal.type("\x03")
+    said = ""
+    while "runner: interrupted" not in said:  # on a busy machine the second may come too late to be one
+        terminal.type("\x03")
+        said = terminal.until("Ctrl-C once more|runner: interrupted")
     assert terminal.end() == 130
 
 
