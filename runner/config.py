@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from runner.errors import ConfigError, did_you_mean
 from runner.installation import config_directory
@@ -48,6 +48,20 @@ def keys_below(root: str, task: str) -> list[str]:
     nodes += map(_mapping, sorted((directory / root).glob("*.yaml")))
     names = {name for node in nodes if isinstance(node, dict) for name in node}
     return [f"{root}.{name}" for name in sorted(names - {"defaults", "_target_"})]
+
+
+def given_below(root: str) -> frozenset[str] | None:
+    """The keys of the node `root` that the command line of this job says itself; None outside of one.
+
+    What follows from another key of that name, as `train.seed` from `seed`, counts as said with it.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return None
+    keys = [override.partition("=")[0].lstrip("+~") for override in HydraConfig.get().overrides.task]
+    nested = {key.split(".")[1] for key in keys if key.startswith(f"{root}.")}
+    return frozenset(nested | {key for key in keys if "." not in key})
 
 
 def implied_family(keys: Iterable[str]) -> str | None:
@@ -198,65 +212,6 @@ class DiffConfig(CheckpointConfig):
     reference: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
-    """How anything over a frozen base is trained; steps are optimizer steps.
-
-    `batch_size` rows of up to `sequence_length` tokens are a batch; a checkpoint is written every `save_every` steps
-    and at the end. The names of the fields below say what each number of a subclass must be. Raises ConfigError for
-    what cannot be trained.
-    """
-
-    max_steps: int
-    save_every: int
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float = 0.0
-    gradient_clip_value: float = 1.0
-    batch_size: int
-    sequence_length: int = 256
-    seed: int = 0
-
-    family: ClassVar[str]
-    at_least_one: ClassVar[tuple[str, ...]] = ("max_steps", "save_every", "batch_size")
-    positive: ClassVar[tuple[str, ...]] = ("learning_rate", "gradient_clip_value")
-    not_negative: ClassVar[tuple[str, ...]] = ("weight_decay",)
-
-    def __post_init__(self) -> None:
-        for name in self.at_least_one:
-            check_whole(name, getattr(self, name), 1)
-        check_whole("sequence_length", self.sequence_length, 2)
-        check_whole("warmup_steps", self.warmup_steps, 0)
-        check_whole("seed", self.seed, 0)
-        for name in (*self.positive, *self.not_negative):
-            check_number(name, getattr(self, name), zero_allowed=name in self.not_negative)
-        if self.warmup_steps >= self.max_steps:
-            raise ConfigError(f"train.warmup_steps={self.warmup_steps} must be below train.max_steps={self.max_steps}")
-
-    def values(self) -> dict[str, object]:
-        """The fields but for the checkpoint to go on from: what the trained weights are made with."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "resume_from"}
-
-    def is_saved(self, step: int) -> bool:
-        """Whether a checkpoint is written after `step`."""
-        return step % self.save_every == 0 or step == self.max_steps
-
-
-def check_whole(name: str, value: object, least: int, *, or_else: str = "") -> None:
-    """Raise ConfigError unless `train.<name>` is a whole number of at least `least`; `or_else`: what else it may be."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(
-            f"train.{name}={value}: must be a whole number, at least {least}{or_else and f', or {or_else}'}"
-        )
-
-
-def check_number(name: str, value: object, *, zero_allowed: bool) -> None:
-    """Raise ConfigError unless `train.<name>` is a finite number above 0, or 0 where that is allowed."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value < 0 or (value == 0 and not zero_allowed):  # type: ignore[operator]
-        raise ConfigError(f"train.{name}={value}: must be a number {'of at least' if zero_allowed else 'above'} 0")
-
-
 @dataclass
 class TrainConfig(RunningConfig):
     """`task=train`; `family` chooses what is trained, and so the keys of `train`."""
@@ -304,7 +259,7 @@ PATH_KEYS = {
 }  # fmt: skip
 # Keys whose value is text as it was typed: `1234e5`, `1_000` and `a, b` are no numbers and no list.
 TEXT_KEYS = {
-    "data.prompts", "data.layer_prompt", "tracker.name", "tracker.project", "tracker.entity",
+    "train.curriculum", "data.prompts", "data.layer_prompt", "tracker.name", "tracker.project", "tracker.entity",
     "prompt", "generate.system", "generate.stop",
 }  # fmt: skip
 # Keys that a group's choice sets for all tasks alike and that nobody overrides.

@@ -18,16 +18,26 @@ from rich.progress import (
 
 @contextmanager
 def step_bar(
-    console: Console, what: str, total: int, done: int = 0
+    console: Console,
+    what: str,
+    total: int,
+    done: int = 0,
+    *,
+    tokens: int | None = None,
+    stage: Callable[[int], str | None] = lambda step: None,
 ) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """A function to call with (step, losses) after each step; `losses["loss"]`, speed and time left are shown."""
+    """A function to call with (step, losses) after each step; `losses["loss"]`, speed and time left are shown, with
+    `tokens` a step those in a second, too, and the name of the `stage` that a step runs in."""
     with _bar(console, MofNCompleteColumn(), TextColumn("{task.fields[figures]}")) as progress:
         task = progress.add_task(what, total=total, completed=done, figures="")
 
         def on_step(step: int, losses: Mapping[str, float]) -> None:
             speed = progress.tasks[0].speed
-            rate = f", {speed:.0f} steps/s" if speed else ""
-            progress.update(task, completed=step, figures=f"loss {losses['loss']:.3f}{rate}")
+            rate = f", {speed:.3g} steps/s" if speed else ""
+            rate += f", {speed * tokens:,.0f} tokens/s" if speed and tokens else ""
+            name = f"{stage(step)}, " if stage(step) else ""
+            shown = f"{name}loss {losses['loss']:.3f}{rate}"
+            progress.update(task, completed=step, total=max(total, step), figures=shown)
 
         yield on_step
 

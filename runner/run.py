@@ -7,7 +7,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
@@ -58,8 +58,28 @@ _HEAVY = ("diagnose", "convert", "diff")
 def run_once(line: CommandLine) -> int:
     """Run the one job of a command line; its exit code. Raises ConfigError for what Hydra refuses."""
     codes: list[int] = []
+    if is_follower():
+        with tempfile.TemporaryDirectory() as directory:
+            own = {"hydra.run.dir": directory, "hydra.output_subdir": "null", "tracker": "none", "output": "null"}
+            given = {**dict(line.overrides), **own}
+            hand_to_hydra(replace(line, overrides=tuple(given.items())), lambda cfg: codes.append(follow(cfg)))
+        return codes[-1]
     hand_to_hydra(line, lambda cfg: codes.append(job(cfg)))
     return codes[-1] if codes else 0
+
+
+def is_follower() -> bool:
+    """Whether a launcher of several processes (torchrun) started this one, and another one writes and speaks."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and int(os.environ.get("RANK") or 0) > 0
+
+
+def follow(cfg: DictConfig) -> int:
+    """The share of a follower in a job: it writes nothing, and the first process says what is wrong."""
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            return _run(cfg, Path(directory), Tracker(), in_sweep=True).exit_code
+        except RunnerError as error:
+            return error.exit_code
 
 
 def hand_to_hydra(line: CommandLine, task: TaskFunction) -> None:

@@ -19,7 +19,9 @@ from runner.sweeps.launchers import check_values
 CONF = config_directory()
 GROUPS = ("family", "format", "tier", "data", "tracker", "experiment")
 CHOICES = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
-MANDATORY = {("data", "text"): [f"data.path={CONF / 'config.yaml'}"], ("data", "shards"): ["data.path=x.bin"]}
+MANDATORY = {("data", "text"): [f"data.path={CONF / 'config.yaml'}"], ("data", "shards"): ["data.path=x.bin"]} | {
+    ("experiment", "npt_multi_layer"): [f"data.path={CONF / 'config.yaml'}"]
+}
 
 
 NEEDED = {"convert": ["convert.output=out"]}
@@ -108,6 +110,10 @@ SINGLE = {
 }
 
 
+# Lists of as many values as the training needs: one is none of them.
+OF_A_LENGTH = {"train.betas", "experiment.train.betas", "train.layer_weights"}
+
+
 def lists_in(node, way: str) -> set[str]:
     """The keys below `node` whose value is a list."""
     if not isinstance(node, dict):
@@ -129,7 +135,7 @@ def test_every_key_of_the_configs_that_is_a_list_is_tried_below():
         if OmegaConf.is_dict(node) and key not in FIXED_KEYS and "_target_" in node
         for name in list_keys(get_object(node["_target_"]))
     }
-    assert found | typed | {"train.target_modules"} == set(SINGLE)
+    assert found | typed | {"train.target_modules"} == set(SINGLE) | OF_A_LENGTH
 
 
 @pytest.mark.parametrize("key", SINGLE)

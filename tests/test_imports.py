@@ -75,7 +75,9 @@ def test_what_is_imported_is_declared_and_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = {normal(name) for name in project["dependencies"]}
     extras = {
-        normal(name) for group in ("panels", "launchers", "ray") for name in project["optional-dependencies"][group]
+        normal(name)
+        for group in ("panels", "launchers", "data", "ray")
+        for name in project["optional-dependencies"][group]
     }
     pinned = {normal(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     owners = packages_distributions()

@@ -1,14 +1,17 @@
 """What models are measured on: prompts, and documents of text."""
 
-import re
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from runner.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+    from runner.data.streams import Part
 
 MAX_DOCUMENTS = 200
 
@@ -17,6 +20,7 @@ MAX_DOCUMENTS = 200
 class Data:
     """`prompts` give the figures everyone compares; `name` says where documents of text come from, if any.
 
+    `column`: of JSON lines and parquet, what holds the text; `mix`: paths with their weights in the place of `path`.
     `max_tokens`: how many are read of token shards, from the first one on. Raises ConfigError for what cannot be read.
     """
 
@@ -24,43 +28,61 @@ class Data:
     prompts: tuple[str, ...]
     layer_prompt: str
     path: str | None = None
+    column: str = "text"
+    mix: Mapping[str, float] | None = None
     max_tokens: int = 65536
 
     def __post_init__(self) -> None:
         given = [*self.prompts, self.layer_prompt] if isinstance(self.prompts, (list, tuple)) else [None]
         if not self.prompts or not all(isinstance(p, str) and p for p in given):
             raise ConfigError("data.prompts must be a list of texts that are not empty, data.layer_prompt such a text")
-        if self.name == "text" and not self.path:
+        if self.name == "text" and not self.path and not self.mix:
             raise ConfigError(
-                "data=text needs data.path=FILE, a text file whose documents are separated by empty lines"
+                "data=text needs data.path=FILE, a text file whose documents are separated by empty lines, a file of "
+                "JSON lines or parquet, or a directory or glob of such files"
             )
         if self.name == "shards" and not self.path:
             raise ConfigError("data=shards needs data.path: a .bin file of tokens, a directory of them, or a glob")
         if not isinstance(self.max_tokens, int) or isinstance(self.max_tokens, bool) or self.max_tokens < 2:
             raise ConfigError(f"data.max_tokens={self.max_tokens}: give a whole number, at least 2")
-        if self.name == "text" and not Path(str(self.path)).expanduser().is_file():
-            raise ConfigError(f"data.path={self.path}: no such file")
+        if not isinstance(self.column, str) or not self.column:
+            raise ConfigError(f"data.column={self.column}: give the name of a column")
+        if self.mix is not None and not (
+            isinstance(self.mix, Mapping) and self.mix and all(map(_is_weight, self.mix.values()))
+        ):
+            raise ConfigError(f"data.mix={self.mix}: give paths with their weights above 0, as {{a.jsonl:0.7,b/:0.3}}")
+        if self.name == "text":
+            self.corpora()
+
+    def corpora(self) -> "list[tuple[list[Part], float]]":
+        """The parts of each corpus of text, and its weight. Raises ConfigError for one that is not there."""
+        from runner.data.streams import find_parts
+
+        return [(find_parts(str(path)), float(weight)) for path, weight in (self.mix or {self.path: 1.0}).items()]
 
     def documents(self, seed: int = 0) -> list[str]:
         """The documents of text, at most `MAX_DOCUMENTS`; none for the plain prompts."""
         if self.name == "world":
             return world_documents(seed)
-        if self.path is None or self.name == "shards":
+        if self.name != "text":
             return []
-        try:
-            text = Path(self.path).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"data.path={self.path}: cannot be read as UTF-8 text: {error}") from error
-        documents = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+        from runner.data.streams import Documents
+
+        found = chain.from_iterable(Documents(parts, self.column, seed=0).epoch() for parts, _ in self.corpora())
+        documents = [text.strip() for text in islice(found, MAX_DOCUMENTS)]
         if not documents:
             raise ConfigError(f"data.path={self.path}: holds no text")
-        return documents[:MAX_DOCUMENTS]
+        return documents
 
     def token_sequences(self, length: int, vocab_size: int) -> "list[torch.Tensor]":
         """The first `max_tokens` of the shards in sequences [T] of `length`. Raises ConfigError or CheckpointError."""
         from runner.data.shards import read_shards, sequences
 
         return sequences(read_shards(str(self.path), self.max_tokens, vocab_size), length)
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def world_documents(seed: int = 0, sentences: int = 8) -> list[str]:

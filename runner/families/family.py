@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
     from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Writer
     from runner.checks.context import Check, CheckContext, Example, Traits
-    from runner.config import Conversion, TrainingSettings
+    from runner.config import Conversion
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
     from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
-    from runner.training.loop import Trained, TrainingInputs
+    from runner.training.inputs import Trained, TrainingInputs
+    from runner.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class Family:
     can_cut_vocabulary: ClassVar[bool] = False
     # Whether its base must be a Llama.
     llama_base: ClassVar[bool] = False
+    # Whether it is trained on text that need not fit into memory; else on documents that do.
+    trains_on_streams: ClassVar[bool] = False
 
     def of(self, checkpoint: "Checkpoint") -> "Family":
         """The family that works on `checkpoint`. Raises ConfigError where the checkpoint is of another one."""

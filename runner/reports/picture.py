@@ -5,7 +5,7 @@ Both are made of the same few shapes; PNG by Pillow, drawn larger than it is and
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby, pairwise
@@ -78,6 +78,19 @@ def pictures(comparison: Comparison) -> dict[str, bytes]:
     return {"png": _png(shapes), "svg": _svg(shapes)}
 
 
+def line_picture(lines: Mapping[str, Sequence[Point]], *, name: str, title: str) -> bytes:
+    """A PNG of `lines`, each (step, value) with values above 0; `name` stands at the axis of values."""
+    values = [value for points in lines.values() for _, value in points]
+    steps = [step for points in lines.values() for step, _ in points]
+    margin = 0.02 * (max(steps) - min(steps)) or 1
+    scale = Scale(steps=(min(steps) - margin, max(steps) + margin), values=(0.6 * min(values), 1.5 * max(values)))
+    shapes = list(_axes(scale, name, title))
+    for number, points in enumerate(lines.values()):
+        drawn = [(scale.x(step), scale.y(value)) for step, value in points]
+        shapes.append(Shape(points=drawn, colour=_colour(number), width=1.5))
+    return _png([*shapes, *_legend(list(lines))])
+
+
 def _drawn(series: Sequence[Series]) -> Iterator[Shape]:
     """The whole picture, what is below first."""
     values = [v for one in series for v in one.values("mse") if v is not None and v > 0]
@@ -92,7 +105,7 @@ def _drawn(series: Sequence[Series]) -> Iterator[Shape]:
     margin = 0.02 * (max(steps) - min(steps)) or 1
     scale = Scale(steps=(min(steps) - margin, max(steps) + margin), values=(low, high))
     yield from _statuses(scale) if judged else ()
-    yield from _axes(scale)
+    yield from _axes(scale, "mse", "MSE of the logits, by training step")
     for band, number in shown.items():
         upper = [(scale.x(step), scale.y(top)) for step, _, _, top in band]
         lower = [(scale.x(step), scale.y(bottom)) for step, bottom, _, _ in band]
@@ -102,7 +115,7 @@ def _drawn(series: Sequence[Series]) -> Iterator[Shape]:
     for number, one in enumerate(series):
         yield from _curve(one, number, scale)
     if len(series) > 1:
-        yield from _legend(series)
+        yield from _legend([one.label for one in series])
 
 
 def _curve(one: Series, number: int, scale: Scale) -> Iterator[Shape]:
@@ -131,7 +144,7 @@ def _statuses(scale: Scale) -> Iterator[Shape]:
             start = end
 
 
-def _axes(scale: Scale) -> Iterator[Shape]:
+def _axes(scale: Scale, name: str, title: str) -> Iterator[Shape]:
     for value in _log_ticks(*scale.values):
         y = scale.y(value)
         yield Shape(points=[(_LEFT, y), (_RIGHT, y)], colour=_LINES)
@@ -142,21 +155,21 @@ def _axes(scale: Scale) -> Iterator[Shape]:
         yield Shape(points=[(x, _BOTTOM + 12)], text=str(round(step)), anchor="mm")
     yield Shape(points=[(_LEFT, _TOP), (_LEFT, _BOTTOM), (_RIGHT, _BOTTOM)], colour=_FRAME, width=1)
     yield Shape(points=[((_LEFT + _RIGHT) / 2, _BOTTOM + 36)], text="step", anchor="ms")
-    yield Shape(points=[(12, _TOP - 8)], text="mse")
-    yield Shape(points=[(_LEFT, 22)], text="MSE of the logits, by training step", size=14)
+    yield Shape(points=[(12, _TOP - 8)], text=name)
+    yield Shape(points=[(_LEFT, 22)], text=title, size=14)
 
 
-def _legend(series: Sequence[Series]) -> Iterator[Shape]:
-    shown = series[:_MOST_LABELS]
+def _legend(labels: Sequence[str]) -> Iterator[Shape]:
+    shown = labels[:_MOST_LABELS]
     columns = 2 if len(shown) > 6 else 1
     rows = -(-len(shown) // columns)
-    for number, one in enumerate(shown):
+    for number, label in enumerate(shown):
         x, y = _RIGHT - 260 * (columns - number // rows), _TOP + 12 + 15 * (number % rows)
         yield Shape(points=[(x, y), (x + 22, y)], colour=_colour(number), width=2)
-        yield Shape(points=[(x + 28, y)], text=_label(one.label), anchor="lm", size=10)
-    if len(series) > len(shown):
+        yield Shape(points=[(x + 28, y)], text=_label(label), anchor="lm", size=10)
+    if len(labels) > len(shown):
         at = (_RIGHT - 260, _TOP + 12 + 15 * rows)
-        yield Shape(points=[at], text=f"… and {len(series) - len(shown)} more", anchor="lm", size=10)
+        yield Shape(points=[at], text=f"… and {len(labels) - len(shown)} more", anchor="lm", size=10)
 
 
 def _ticks(first: float, last: float) -> list[float]:

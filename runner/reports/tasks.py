@@ -323,9 +323,28 @@ def test_tables(result: JsonObject, verbose: bool) -> Tables:
 
 def train_facts(result: JsonObject) -> list[Fact]:
     """Every line of the report, in order."""
-    losses = [(name.replace("_", " ").capitalize(), number(value, 6), "") for name, value in result["metrics"].items()]
-    written = [("Last Checkpoint", result["ckpt"], ""), ("Checkpoints", len(result["checkpoints"]), "")]
-    return known([*written, *_fields(result, "base", "step"), *losses])
+    metrics = result.get("metrics") or {}
+    losses = [(name.replace("_", " ").capitalize(), number(value, 6), "") for name, value in metrics.items()]
+    written = [
+        ("Last Checkpoint", result.get("ckpt"), ""),
+        ("Best Checkpoint", result.get("best"), ""),
+        ("Checkpoints", len(result["checkpoints"]) or None, ""),
+    ]
+    plan = [
+        (name.replace("_", " ").capitalize(), _planned(value), "") for name, value in result.get("plan", {}).items()
+    ]
+    return known([*written, *_fields(result, "base", "step"), *losses, *plan])
+
+
+def _planned(value: object) -> object:
+    """A line of a plan: its stages as they are written on the command line."""
+    if isinstance(value, list):
+        return ", ".join(_stage(each) if isinstance(each, dict) else str(each) for each in value)
+    return f"{value:,}" if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def _stage(stage: JsonObject) -> str:
+    return f"{stage['name']} {stage['first_step']:,} to {stage['last_step']:,}"
 
 
 def train_tables(result: JsonObject, verbose: bool) -> Tables:

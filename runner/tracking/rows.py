@@ -12,7 +12,18 @@ from runner.results import JsonObject, is_number
 
 STEP = "checkpoint/step"
 # Every metric that matches a pattern is drawn over this one; the x axes themselves come first.
-AXES = {"eval/*": STEP, "merge/*": STEP, "layer/*": "layer/index", "train/*": "train/step"}
+# What a training logs beside `train/…`, under the names that the original's guide promises.
+_OF_TRAINING = (
+    "loss", "mlp_direct_loss", "regularization", "v_a_norm", "v_b_norm", "v_a_attention_similarity", "curriculum",
+    "training", "eval_loss", "eval_mlp_direct_loss", "eval_regularization",
+)  # fmt: skip
+AXES = {
+    "eval/*": STEP,
+    "merge/*": STEP,
+    "layer/*": "layer/index",
+    "train/*": "train/step",
+    **{f"{group}/*": "train/step" for group in _OF_TRAINING},
+}
 
 LAYER_FIGURES = ("mse", "cosine", "kl")
 _CHECK_COLUMNS = ("name", "status", "integrity", "score", "seconds", "peak_bytes", "details", "recommendation")
@@ -83,13 +94,17 @@ def layer_rows(result: JsonObject) -> list[dict[str, float]]:
 
 
 def tables(result: JsonObject, step: int | None) -> dict[str, LoggedTable]:
-    """`tables/per_layer`, `tables/per_prompt` and, of a test, `tables/checks`; only those that have rows.
+    """`tables/per_layer` and `tables/per_prompt`, of a test `tables/checks`, of a training `tables/samples`.
+
+    Only those that have rows.
 
     Each has a `ckpt_step` column.
     """
     records = {"tables/per_layer": result.get("layers"), "tables/per_prompt": result.get("per_prompt")}
     if result.get("task") == "test":
         records["tables/checks"] = [{name: row.get(name) for name in _CHECK_COLUMNS} for row in result["checks"]]
+    if result.get("task") == "train":
+        records["tables/samples"] = result.get("samples")
     return {name: _table(rows, step) for name, rows in records.items() if rows}
 
 

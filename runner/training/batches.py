@@ -1,5 +1,6 @@
 """From sentences to batches of token ids, without padding: rows of a batch have one length."""
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from runner.data.streams import is_held_out
 from runner.data.world import EOS, question_and_answer
+from runner.errors import ConfigError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -128,3 +131,19 @@ def _encode(sentence: str, tokenizer: "Tokenizer") -> tuple[list[int], int]:
     """The sentence's token ids with `<bos>`, and how many of them belong to its question."""
     question, _ = question_and_answer(sentence)
     return tokenizer.encode(sentence).ids, len(tokenizer.encode(question).ids)
+
+
+def split_held_out(
+    documents: Sequence[Sequence[int]], fraction: float
+) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+    """The documents (token ids) to train on, and the `fraction` of them, by their hash, to measure on.
+
+    Raises ConfigError where none is left for one of the two.
+    """
+    held = [is_held_out(json.dumps(list(document)), fraction) for document in documents]
+    parts = [[d for d, h in zip(documents, held, strict=True) if h is wanted] for wanted in (False, True)]
+    if not all(parts):
+        raise ConfigError(
+            f"train.eval_fraction={fraction} of {len(documents)} documents leaves none to train or measure on"
+        )
+    return parts[0], parts[1]

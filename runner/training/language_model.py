@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
-from transformers import LlamaConfig, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -16,7 +17,7 @@ from runner.data.world import BOS, EOS, PAD, World
 from runner.errors import ConfigError
 from runner.training.batches import Batch, equal_length_batches, packed_samples, sentence_samples
 from runner.training.loop import OnStep, take_steps
-from runner.training.optimization import Muon
+from runner.training.optimization import Muon, warmup_and_cosine
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -75,14 +76,15 @@ def train_language_model(
         Muon(matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay),
         torch.optim.AdamW(others, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
     )
-    scheduled = [(o, get_cosine_schedule_with_warmup(o, settings.warmup_steps, settings.max_steps)) for o in optimizers]
+    share = warmup_and_cosine(settings.warmup_steps, settings.max_steps)
+    scheduled = [(optimizer, LambdaLR(optimizer, share)) for optimizer in optimizers]
     batches = _batches(world, tokenizer, settings, seed)
 
-    def losses(step: int) -> dict[str, torch.Tensor]:
-        return {"loss": _loss(model, next(batches))}
+    def losses(batch: Batch, step: int) -> dict[str, torch.Tensor]:
+        return {"loss": _loss(model, batch)}
 
-    steps, parameters = range(1, settings.max_steps + 1), list(model.parameters())
-    for step, figures in take_steps(steps, parameters, scheduled, losses, clip=settings.gradient_clip_value):
+    steps, parameters, clip = range(1, settings.max_steps + 1), list(model.parameters()), settings.gradient_clip_value
+    for step, figures in take_steps(steps, parameters, scheduled, lambda: next(batches), losses, clip=clip):
         if on_step is not None:
             on_step(step, figures)
     for parameter in parameters:

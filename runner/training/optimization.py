@@ -1,19 +1,31 @@
 """What every training shares: optimizers and schedules, and what is refused where it diverges."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_cosine_schedule_with_warmup
 
-from runner.config import TrainingSettings
 from runner.errors import DivergedError
 from runner.files.tensors import is_finite
+from runner.training.settings import TrainingSettings
 
 DIVERGED = "give a smaller train.learning_rate or train.gradient_clip_value"
 # The quintic of Keller Jordan's Newton-Schulz iteration: five rounds bring all singular values near 1.
 _ROUNDS = 5
 _A, _B, _C = 3.4445, -4.7750, 2.0315
+
+
+def warmup_and_cosine(warmup: int, total: int) -> Callable[[int], float]:
+    """The share of the rate after so many steps: linear from 0 over `warmup` steps, then a cosine to 0 at `total`."""
+
+    def share(done: int) -> float:
+        if done < warmup:
+            return done / warmup
+        progress = (done - warmup) / (total - warmup)
+        return 0.5 * (1 + math.cos(math.pi * progress)) if progress < 1 else 0.0
+
+    return share
 
 
 def optimizer_and_schedule(
@@ -23,16 +35,27 @@ def optimizer_and_schedule(
     optimizer = torch.optim.AdamW(
         parameters,
         lr=settings.learning_rate,
-        betas=(0.9, 0.95),
+        betas=settings.betas,
+        eps=settings.epsilon,
         weight_decay=settings.weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.max_steps)
+    return optimizer, LambdaLR(optimizer, warmup_and_cosine(settings.warmup_steps, settings.max_steps))
 
 
-def require_finite_loss(loss: torch.Tensor, step: int) -> None:
+def stand_at(schedule: LambdaLR, step: int) -> None:
+    """Let the schedule stand after `step`: its rates follow from the step and `base_lrs` alone."""
+    schedule.last_epoch = step
+    schedule._step_count = step + 1
+    rates = [rate * share(step) for rate, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
+
+
+def require_finite_loss(loss: float, step: int) -> None:
     """Raise DivergedError where the loss of `step`, or the norm of its gradient, is NaN or Inf."""
-    if not bool(torch.isfinite(loss)):
+    if not math.isfinite(loss):
         raise DivergedError(f"the loss is no longer finite at step {step}: {DIVERGED}")
 
 

@@ -3,15 +3,20 @@
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from runner.config import TrainingSettings
 from runner.errors import CheckpointError, ConfigError, ModelError
 from runner.files import manifest
+from runner.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from runner.training.loop import Source
 
 # What the state of the optimizer and its schedule says again, whatever the settings say.
 RESTORED = ("learning_rate", "weight_decay")
@@ -39,25 +44,36 @@ def recipe(settings: TrainingSettings, rows: Sequence[Sequence[int]], base_name:
     return plain
 
 
-def differences(checkpoint: Path, now: Mapping[str, object], harmless: Collection[str]) -> list[str]:
+def recipe_of(checkpoint: Path) -> Mapping[str, object] | None:
+    """The recipe in a checkpoint's manifest, or None. Raises CheckpointError for a damaged manifest."""
+    if not (checkpoint / manifest.FILE_NAME).is_file():
+        return None
+    found = manifest.read(checkpoint).get("recipe")
+    return found if isinstance(found, Mapping) else None
+
+
+def differences(
+    checkpoint: Path, now: Mapping[str, object], harmless: Collection[str], restored: Collection[str] = RESTORED
+) -> list[str]:
     """In what a training with the recipe `now` that goes on from `checkpoint` is not the one that wrote it.
 
-    One line a difference; what is `harmless` changes no weight. Empty where it continues that training bit for bit.
+    One line a difference; what is `harmless` changes no weight, what is `restored` stays as the optimizer's state has
+    it. Empty where it continues that training bit for bit. What an older recipe does not name is no difference.
     Raises CheckpointError for a damaged manifest.
     """
-    if not (checkpoint / manifest.FILE_NAME).is_file():
-        return [f"{checkpoint} has no {manifest.FILE_NAME}: what it was trained with is not known"]
-    before = manifest.read(checkpoint).get("recipe")
-    if not isinstance(before, Mapping):
+    before = recipe_of(checkpoint)
+    if before is None and (checkpoint / manifest.FILE_NAME).is_file():
         return [f"{checkpoint / manifest.FILE_NAME} has no recipe: what it was trained with is not known"]
-    changed = [name for name in now if now[name] != before.get(name) and name not in harmless]
-    return [_difference(name, before.get(name), now[name]) for name in changed]
+    if before is None:
+        return [f"{checkpoint} has no {manifest.FILE_NAME}: what it was trained with is not known"]
+    changed = [name for name in now if name in before and now[name] != before[name] and name not in harmless]
+    return [_difference(name, before[name], now[name], restored) for name in changed]
 
 
-def _difference(name: str, before: object, now: object) -> str:
+def _difference(name: str, before: object, now: object, restored: Collection[str]) -> str:
     if name == "data_sha256":
         return "goes on with other data than the checkpoint's: not what one uninterrupted training would have given"
-    if name in RESTORED:
+    if name in restored:
         return f"{name} stays {before}, as the checkpoint's optimizer has it, and is not {now}"
     return f"goes on with {name} {now} after {before}: not what one uninterrupted training would have given"
 
@@ -130,3 +146,50 @@ def _alike(found: object, own: object) -> bool:
     if isinstance(own, (list, tuple)):
         return isinstance(found, (list, tuple)) and len(found) == len(own) and all(map(_alike, found, own))
     return type(found) is type(own)
+
+
+S = TypeVar("S", bound=TrainingSettings)
+P = TypeVar("P", bound="Source[Any]")
+
+
+def as_before(
+    settings: S, saved: Mapping[str, object], given: Collection[str] | None, path: Path
+) -> tuple[S, list[str]]:
+    """The settings to go on with from the checkpoint at `path`, and what of them is another than before.
+
+    What was not `given` on the command line is as `saved`; None: all of `settings` counts as given. Raises ConfigError
+    where what was saved cannot be gone on with.
+    """
+    known = {each.name for each in fields(settings)} - {*settings.unrecorded}
+    kept, said = {}, []
+    for name in (each for each in saved if each in known):
+        before, now = saved[name], getattr(settings, name)
+        before = tuple(before) if isinstance(before, list) else before
+        if before == now:
+            continue
+        if given is None or name in given:
+            said.append(f"goes on with {name} {_shown(now)} after {_shown(before)}")
+        else:
+            kept[name] = before
+    try:
+        settings = replace(settings, **kept)
+        settings.check_schedule()
+        return settings, said
+    except ConfigError as error:
+        raise ConfigError(f"{error} (what is not given is as {path} has it)") from error
+
+
+def _shown(value: object) -> str:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+
+def taken_up(make: Callable[[], P], state: object) -> tuple[P, str | None]:
+    """A source of batches that stands where `state`, out of a checkpoint, says; or at its start, and why."""
+    source = make()
+    if not isinstance(state, Mapping):
+        return source, None if state is None else "the checkpoint does not say where they were"
+    try:
+        source.restore(state)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        return make(), str(error) or type(error).__name__
+    return source, None

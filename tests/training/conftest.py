@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from runner.evaluation.llama import Llama
 from runner.families.npt import EquivalenceSettings
 from runner.families.npt.model import NptLlamaForCausalLM
-from runner.families.npt.training import initial_updates
+from runner.families.npt.training_start import initial_updates
 from tests.llamas import own
 
 

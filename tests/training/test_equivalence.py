@@ -6,7 +6,9 @@ import torch
 from runner.errors import ModelError
 from runner.families.npt import PROJECTIONS, EquivalenceSettings
 from runner.families.npt.model import NptLlamaForCausalLM, npt_tensors
-from runner.families.npt.training import base_outputs, initial_updates, losses, train_equivalence
+from runner.families.npt.training import train_equivalence
+from runner.families.npt.training_losses import base_outputs, losses
+from runner.families.npt.training_start import initial_updates
 
 
 def test_the_logits_come_close_to_the_bases(base, batches):
@@ -15,9 +17,9 @@ def test_the_logits_come_close_to_the_bases(base, batches):
     )
     model = NptLlamaForCausalLM(base, initial_updates(base.config, settings))
     seen = []
-    before = [losses(model, base_outputs(model, ids))[1].item() for ids in batches]
+    before = [losses(model, base_outputs(model, ids)).logits.item() for ids in batches]
     final = train_equivalence(model, batches, settings, on_step=lambda step, figures: seen.append((step, figures)))
-    after = [losses(model, base_outputs(model, ids))[1].item() for ids in batches]
+    after = [losses(model, base_outputs(model, ids)).logits.item() for ids in batches]
     assert sum(after) < 0.05 * sum(before)
     assert [step for step, _ in seen] == list(range(1, 301))
     assert final == seen[-1][1]

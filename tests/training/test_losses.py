@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from runner.families.npt import EquivalenceSettings
-from runner.families.npt import training as training_losses
+from runner.families.npt import EquivalenceSettings, training_losses
 from runner.families.npt.model import NptLlamaForCausalLM
-from runner.families.npt.training import base_outputs, cached_base_outputs, initial_updates, losses
+from runner.families.npt.training_losses import base_outputs, cached_base_outputs, losses
+from runner.families.npt.training_start import initial_updates
 
 
 @pytest.fixture(params=[(0, 2), (1,), (1, 2)], ids=str)
@@ -21,7 +21,8 @@ def model(base, layers) -> NptLlamaForCausalLM:
 def test_losses_are_those_of_the_models_themselves(base, model, layers, batches):
     """Against hidden states that the base records, one NPT layer active at a time."""
     ids = batches[1]
-    direct, logits = losses(model, base_outputs(model, ids))
+    found = losses(model, base_outputs(model, ids))
+    direct, logits = found.direct, found.logits
     states = base(ids, output_hidden_states=True, use_cache=False).hidden_states
     before_norm = []
     base.model.norm.register_forward_pre_hook(lambda _, inputs: before_norm.append(inputs[0]))
@@ -43,7 +44,8 @@ def test_losses_are_those_of_the_models_themselves(base, model, layers, batches)
 
 def test_only_the_updates_get_gradients(model, batches):
     parameters = {name: parameter.requires_grad_(".updates." in name) for name, parameter in model.named_parameters()}
-    direct, logits = losses(model, base_outputs(model, batches[0]))
+    found = losses(model, base_outputs(model, batches[0]))
+    direct, logits = found.direct, found.logits
     (sum(direct.values()) + logits).backward()
     for name, parameter in parameters.items():
         assert (parameter.grad is not None) == (".updates." in name)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from runner.config import AUTO, TrainingSettings, check_whole
+from runner.config import AUTO
 from runner.errors import ConfigError
 from runner.families.family import Family
+from runner.training.settings import TrainingSettings, check_whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from runner.families.lora_moe.model import LoraMoeForCausalLM
     from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
-    from runner.training.loop import Trained, TrainingInputs
+    from runner.training.inputs import Trained, TrainingInputs
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 REDUCTIONS = ("max", "median")

@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from runner.config import TrainingSettings, check_whole
 from runner.errors import ConfigError
 from runner.families.family import Family
+from runner.families.npt.curriculum import Stage, parse, stage_at
+from runner.training.settings import TrainingSettings, check_number, check_whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from runner.families.npt.model import NptLlamaForCausalLM
     from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
-    from runner.training.loop import Trained, TrainingInputs
+    from runner.training.inputs import Trained, TrainingInputs
 
 DELTA, FULL, EDIT = "npt_delta", "npt_full", "npt_edit"
 PROJECTIONS = {"single": ("gate",), "dual": ("gate", "up"), "triple": ("gate", "up", "down")}
@@ -43,6 +44,7 @@ class Npt(Family):
         "runner.families.npt.edited",
     )
     llama_base: ClassVar[bool] = True
+    trains_on_streams: ClassVar[bool] = True
 
     def needs_base(self, checkpoint: "Checkpoint") -> bool:
         """All but those that hold its weights do, formats of a user's own among them."""
@@ -161,12 +163,23 @@ class Npt(Family):
         return NptTraits()
 
 
+LAYER_WEIGHTS = ("uniform", "linear")
+INITS = ("scaled", "xavier")
+DIRECT_LOSSES = ("relative", "mse")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EquivalenceSettings(TrainingSettings):
     """Which layers become NPT layers, and how they are trained.
 
-    `direct_weight`, `logit_weight`: how much each loss counts. `initial_scale`: the size of the random W_b_up
-    relative to that of the other matrices; 0 starts from the unmodulated MLP.
+    `curriculum`: stages as `name:steps[:ratio[:ratio]]` (README of this folder); None: the layers are trained by
+    themselves on what the base gives them, and together by the logits. `direct_weight`, `logit_weight` (the original's
+    name: `fidelity_weight`, which wins) and `regularization_weight`: how much each loss counts; `layer_weights`: how
+    much each layer does. `direct_loss`: relative to the target's mean square, or mse; None: mse under a curriculum.
+    `init=scaled`: `initial_scale` is the size of the random W_b_up relative to that of the other matrices, 0 starts
+    from the unmodulated MLP; `init=xavier`: as the original, of size `init_scale`.
+    Of a checkpoint that is gone on from: `new_layers` allows layers that it does not have, `keep_layers` keeps those
+    that are not trained, and `start_step` is where the schedule starts.
     """
 
     layers: tuple[int, ...]
@@ -178,13 +191,29 @@ class EquivalenceSettings(TrainingSettings):
     learning_rate: float = 1e-3
     warmup_steps: int = 300
     batch_size: int = 8
+    curriculum: str | None = None
     direct_weight: float = 1.0
+    direct_loss: str | None = None
     logit_weight: float = 1.0
+    fidelity_weight: float | None = None
+    regularization_weight: float = 0.0
+    layer_weights: str | tuple[float, ...] = "uniform"
+    init: str = "scaled"
     initial_scale: float = 1.0
+    init_scale: float = 0.001
+    new_layers: bool = False
+    keep_layers: bool = True
+    start_step: int | None = None
 
     family: ClassVar[str] = "npt"
     at_least_one: ClassVar[tuple[str, ...]] = ("np_rank", "num_ranks", *TrainingSettings.at_least_one)
-    not_negative: ClassVar[tuple[str, ...]] = ("weight_decay", "direct_weight", "logit_weight", "initial_scale")
+    positive: ClassVar[tuple[str, ...]] = ("init_scale", *TrainingSettings.positive)
+    not_negative: ClassVar[tuple[str, ...]] = (
+        "weight_decay", "direct_weight", "logit_weight", "regularization_weight", "initial_scale",
+    )  # fmt: skip
+    unrecorded: ClassVar[tuple[str, ...]] = (
+        *TrainingSettings.unrecorded, "new_layers", "keep_layers", "start_step",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, (list, tuple)) or not self.layers:
@@ -194,15 +223,69 @@ class EquivalenceSettings(TrainingSettings):
             check_whole("layers", layer, 0)
         if len(set(self.layers)) < len(self.layers):
             raise ConfigError(f"train.layers={list(self.layers)}: names a layer twice")
-        if self.modulation not in PROJECTIONS:
-            raise ConfigError(f"train.modulation={self.modulation} is unknown; choose {', '.join(PROJECTIONS)}")
+        for name, known in (("modulation", tuple(PROJECTIONS)), ("init", INITS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"train.{name}={getattr(self, name)} is unknown; choose {', '.join(known)}")
+        if self.direct_loss not in (None, *DIRECT_LOSSES):
+            raise ConfigError(f"train.direct_loss={self.direct_loss} is unknown; choose {' or '.join(DIRECT_LOSSES)}")
+        for name in ("new_layers", "keep_layers"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"train.{name}={getattr(self, name)}: give true or false")
         super().__post_init__()
-        if not self.direct_weight and not self.logit_weight:
+        if self.fidelity_weight is not None:
+            check_number("fidelity_weight", self.fidelity_weight, zero_allowed=True)
+        if self.start_step is not None:
+            check_whole("start_step", self.start_step, 0)
+        if not self.direct_weight and not self.of_logits:
             raise ConfigError("train.direct_weight and train.logit_weight are both 0: nothing would be trained")
+        weights = self.layer_weights
+        if isinstance(weights, (list, tuple)):  # Hydra makes a list of one word, too
+            alone = len(weights) == 1 and isinstance(weights[0], str)
+            object.__setattr__(self, "layer_weights", weights[0] if alone else tuple(weights))
+        self.weight_of()
+        if self.curriculum is not None:
+            parse(self.curriculum)
+
+    @property
+    def of_logits(self) -> float:
+        """How much the logits count."""
+        return self.logit_weight if self.fidelity_weight is None else self.fidelity_weight
+
+    @property
+    def relative(self) -> bool:
+        """Whether direct losses are relative to their targets."""
+        return self.direct_loss == "relative" or (self.direct_loss is None and self.curriculum is None)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages; none for the one stage of a training without a curriculum."""
+        return () if self.curriculum is None else parse(self.curriculum)
+
+    def stage(self, step: int) -> str | None:
+        """As `TrainingSettings.stage`."""
+        stages = self.stages()
+        return stages[stage_at(stages, step)].name if stages else None
+
+    def weight_of(self) -> dict[int, float]:
+        """How much each layer counts; linear goes from 1 to 0.5 in the order of `layers`. Raises ConfigError."""
+        said, count = self.layer_weights, len(self.layers)
+        if isinstance(said, str):
+            if said not in LAYER_WEIGHTS:
+                raise ConfigError(
+                    f"train.layer_weights={said} is unknown; choose uniform, linear, or a number for each layer"
+                )
+            fall = 0.5 if said == "linear" and count > 1 else 0.0
+            return {layer: 1 - fall * j / max(1, count - 1) for j, layer in enumerate(self.layers)}
+        if not isinstance(said, tuple) or len(said) != count:
+            raise ConfigError(f"train.layer_weights={said}: give a number for each of the {count} layers")
+        for number in said:
+            check_number("layer_weights", number, zero_allowed=True)
+        return dict(zip(self.layers, map(float, said), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(EquivalenceSettings):
-    """The `train` node of `task=train`. `resume_from`: a checkpoint, or a run whose last one it is, to go on from."""
+    """The `train` node of `task=train`. `resume_from`: a checkpoint, or a run whose last one it is, to go on from.
+    `dry_run`: say what would be trained, and stop."""
 
     resume_from: str | None = None
+    dry_run: bool = False

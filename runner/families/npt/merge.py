@@ -210,13 +210,13 @@ def open_source(spec: SourceSpec, path: Path, checkpoint: Checkpoint) -> NptSour
         path=path,
         checkpoint=checkpoint,
         files=(*checkpoint.weights.files, *(file for file in beside if file.is_file())),
-        order=_optimizer_order(checkpoint),
+        order=optimizer_order(checkpoint),
         layers={index: layer for index, layer in layers.items() if spec.layers is None or index in spec.layers},
         weight=1.0 if spec.weight is None else spec.weight,
     )
 
 
-def _optimizer_order(checkpoint: Checkpoint) -> tuple[str, ...]:
+def optimizer_order(checkpoint: Checkpoint) -> tuple[str, ...]:
     """The names by the index under which an optimizer state beside them counts them.
 
     That is their order in the file, but safetensors' own writer sorts names, dtype by dtype, and so loses it: where

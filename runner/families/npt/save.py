@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,24 +108,45 @@ def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def flat_optimizer_state(state: Mapping[str, Any], model: NptLlamaForCausalLM) -> dict[str, object]:
+def flat_optimizer_state(
+    state: Mapping[str, Any],
+    model: NptLlamaForCausalLM,
+    *,
+    trained: Collection[int] | None = None,
+    kept: Mapping[str, Mapping[str, object]] | None = None,
+) -> dict[str, object]:
     """A state dict over the updates' parameters → the same over the keys of the saved weights, in their order.
 
     The format saves every rank-1 term under a key of its own, and the i-th entry of a saved state belongs to the i-th
-    key of the weights; the modules hold the k terms of a matrix stacked in one parameter.
+    key of the weights; the modules hold the k terms of a matrix stacked in one parameter. `trained`: the layers that
+    the state is of (None: all); `kept`: entries of the others' keys, where there are any.
     """
     flat: dict[int, dict[str, object]] = {}
-    for index, (update, stacked_by_columns) in enumerate(_matrices(model)):
-        entries = state["state"][index]
+    names, index, number = list(npt_tensors(model)), 0, 0
+    for layer, update, stacked_by_columns in _matrices(model):
+        is_trained = trained is None or layer in trained
+        entries = state["state"].get(index, {}) if is_trained else {}
         parts = {name: _split(value, update, stacked_by_columns) for name, value in entries.items()}
         for rank in range(update.num_ranks):
-            flat[len(flat)] = {name: values[rank] for name, values in parts.items()}
-    return {"state": flat, "param_groups": [{**_only_group(state), "params": list(range(len(flat)))}]}
+            entry = {name: values[rank] for name, values in parts.items()}
+            if not is_trained:
+                entry = dict((kept or {}).get(names[number], {}))
+            if entry:
+                flat[number] = entry
+            number += 1
+        index += is_trained
+    return {"state": flat, "param_groups": [{**_only_group(state), "params": list(range(number))}]}
 
 
-def stacked_optimizer_state(state: object, model: NptLlamaForCausalLM) -> dict[str, object]:
-    """The inverse of `flat_optimizer_state`. Raises ModelError where the state has another number of tensors."""
-    expected = sum(update.num_ranks for update, _ in _matrices(model))
+def stacked_optimizer_state(
+    state: object, model: NptLlamaForCausalLM, *, trained: Collection[int] | None = None
+) -> dict[str, object]:
+    """The inverse of `flat_optimizer_state`, of a state of the layers `trained` alone.
+
+    Raises ModelError where the state has another number of tensors.
+    """
+    matrices = [(u, columns) for layer, u, columns in _matrices(model) if trained is None or layer in trained]
+    expected = sum(update.num_ranks for update, _ in matrices)
     if not isinstance(state, Mapping) or not isinstance(state.get("state"), Mapping):
         raise ModelError("the training state holds no state of an optimizer")
     if len(state["state"]) != expected:
@@ -135,7 +156,7 @@ def stacked_optimizer_state(state: object, model: NptLlamaForCausalLM) -> dict[s
         )
     stacked: dict[int, dict[str, object]] = {}
     taken = 0
-    for update, stacked_by_columns in _matrices(model):
+    for update, stacked_by_columns in matrices:
         entries = [state["state"].get(taken + rank) for rank in range(update.num_ranks)]
         names = set(entries[0]) if isinstance(entries[0], Mapping) else set()
         if not names or not all(isinstance(entry, Mapping) and set(entry) == names for entry in entries):
@@ -147,12 +168,12 @@ def stacked_optimizer_state(state: object, model: NptLlamaForCausalLM) -> dict[s
     return {"state": stacked, "param_groups": [{**_only_group(state), "params": list(range(len(stacked)))}]}
 
 
-def _matrices(model: NptLlamaForCausalLM) -> Iterator[tuple[RankKUpdate, bool]]:
-    """The update of each parameter in their order, and whether its terms lie side by side in columns (w_down)."""
-    for layer in model.npt_layers.values():
+def _matrices(model: NptLlamaForCausalLM) -> Iterator[tuple[int, RankKUpdate, bool]]:
+    """Layer and update of each parameter in their order, and whether its terms lie side by side in columns (w_down)."""
+    for index, layer in model.npt_layers.items():
         for update in layer.updates.values():
             assert isinstance(update, RankKUpdate)
-            yield from ((update, True), (update, False), (update, False))
+            yield from ((index, update, True), (index, update, False), (index, update, False))
 
 
 def _only_group(state: Mapping[str, object]) -> Mapping[str, object]:
