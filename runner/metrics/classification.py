@@ -67,7 +67,7 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     share, z2 = right / total, _Z**2
     middle = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2)) / (1 + z2 / total)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return (middle - half if right else 0.0), (middle + half if right < total else 1.0)
 
 
 def difference(right: int, total: int, other_right: int, other_total: int) -> tuple[float, float, float]:
