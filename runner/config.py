@@ -222,6 +222,15 @@ class TrainConfig(RunningConfig):
 
 
 @dataclass
+class FinetuneConfig(ModelConfig):
+    """`task=finetune`; `train` and `data` are the same for every family."""
+
+    ckpt: str | None = None  # type: ignore[assignment]  # of train.resume_from: as that run says
+    data: Component = MISSING
+    train: Component = MISSING
+
+
+@dataclass
 class SweepConfig(CommonConfig):
     """`task=compare` and `task=panels`; `sweep`: a directory or a list of several."""
 
@@ -248,19 +257,20 @@ TASKS: dict[str, type[CommonConfig]] = {
     "diff": DiffConfig,
     "test": TestConfig,
     "train": TrainConfig,
+    "finetune": FinetuneConfig,
     "generate": GenerateConfig,
     "compare": SweepConfig,
     "panels": SweepConfig,
 }
 PATH_KEYS = {
-    "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "tracker.dir", "train.resume_from",
+    "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "data.train", "data.validation", "data.test", "tracker.dir", "train.resume_from",
     "prompts", "convert.output", "merge.output", "merge.sources", "merge.base", "merge.file", "junit", "sweep",
     "hydra.run.dir", "hydra.sweep.dir",
 }  # fmt: skip
 # Keys whose value is text as it was typed: `1234e5`, `1_000` and `a, b` are no numbers and no list.
 TEXT_KEYS = {
     "train.curriculum", "data.prompts", "data.layer_prompt", "tracker.name", "tracker.project", "tracker.entity",
-    "prompt", "generate.system", "generate.stop",
+    "data.separator", "prompt", "generate.system", "generate.stop",
 }  # fmt: skip
 # Keys that a group's choice sets for all tasks alike and that nobody overrides.
 FIXED_KEYS = ("verdict",)

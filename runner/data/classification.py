@@ -70,6 +70,8 @@ class ClassificationData:
         fraction = self.validation_fraction
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
             raise ConfigError(f"data.validation_fraction={fraction}: give a share between 0 and 1")
+        if isinstance(self.test, str) and self.test.startswith("{"):
+            object.__setattr__(self, "test", _mapping(self.test))
         if isinstance(self.test, Mapping) and not all(isinstance(path, str) and path for path in self.test.values()):
             raise ConfigError(f"data.test={dict(self.test)}: give names with a file each, as {{hi: test.hi.jsonl}}")
 
@@ -96,6 +98,17 @@ class ClassificationData:
         if not inside.is_file():
             raise ConfigError(f"data.{part}={path}: no such file or directory")
         return inside
+
+
+def _mapping(text: str) -> dict[str, str]:
+    """`{hi: test.hi.jsonl, ur: test.ur.jsonl}` as it was typed: names up to a colon, entries up to a comma."""
+    found = {}
+    for entry in text.strip().removeprefix("{").removesuffix("}").split(","):
+        name, colon, path = (part.strip().strip("'\"") for part in entry.partition(":"))
+        if not colon or not name or name in found:
+            raise ConfigError(f"data.test={text}: give names with a file each, each once, as {{hi: test.hi.jsonl}}")
+        found[name] = path
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

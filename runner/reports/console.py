@@ -183,7 +183,7 @@ def _text(value: object) -> "Text":
 
 
 # The tasks whose report has a module of its own.
-_MODULES = {"compare": "compare", "generate": "generation"}
+_MODULES = {"compare": "compare", "generate": "generation", "finetune": "classification"}
 
 
 def _report(task: str) -> tuple[Callable[..., list[Fact]], Callable[..., Tables]]:
