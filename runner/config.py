@@ -263,7 +263,8 @@ TASKS: dict[str, type[CommonConfig]] = {
     "panels": SweepConfig,
 }
 PATH_KEYS = {
-    "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "data.train", "data.validation", "data.test", "tracker.dir", "train.resume_from",
+    "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "tracker.dir", "train.resume_from",
+    "data.train", "data.validation", "data.test",
     "prompts", "convert.output", "merge.output", "merge.sources", "merge.base", "merge.file", "junit", "sweep",
     "hydra.run.dir", "hydra.sweep.dir",
 }  # fmt: skip
@@ -340,6 +341,8 @@ class Conversion:
     def __post_init__(self) -> None:
         if not self.output:
             raise ConfigError("convert.output is needed: the directory to write")
+        if self.to == "torch":  # as the original of task=finetune is called
+            object.__setattr__(self, "to", "pt")
         if self.to not in ("safetensors", "pt", "hf"):
             raise ConfigError(f"convert.to={self.to}: choose safetensors, pt or hf")
         if self.vocab_size is not None and self.vocab_size < 1:

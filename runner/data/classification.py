@@ -36,8 +36,8 @@ class ClassificationData:
     `train`, `validation`: a file, or for `train` a directory with train.*, validation.* or dev.*, and test.*. `test`: a
     file, or name → file. `text`, `label`, `labels`: columns, and the classes in order; None: found. `group`: a column
     by which figures are split. `max_length`: of a row in tokens. `separator`: between texts; None: the tokenizer's
-    end-of-text. `pair`: separator, or tokenizer for its own template of two texts. `validation_fraction` of the training
-    rows is held out where there is no `validation`. Raises ConfigError.
+    end-of-text. `pair`: separator, or tokenizer for its own template of two texts. `validation_fraction` of the
+    training rows is held out where there is no `validation`. Raises ConfigError.
     """
 
     name: str
@@ -76,7 +76,7 @@ class ClassificationData:
             raise ConfigError(f"data.test={dict(self.test)}: give names with a file each, as {{hi: test.hi.jsonl}}")
 
     def paths(self) -> dict[str, Path]:
-        """Each file: `train`, `validation`, `test` or `test/<name>` → its path. Raises ConfigError for one not there."""
+        """Each file: `train`, `validation`, `test` or `test/<name>` → its path. Raises ConfigError."""
         found: dict[str, Path] = {}
         for part in ("train", "validation", "test"):
             given = getattr(self, part)
@@ -94,7 +94,9 @@ class ClassificationData:
         place = Path(path).expanduser()
         inside = _in_directory(place, part) if place.is_dir() else place
         if inside is None:
-            raise ConfigError(f"data.{part}={path}: the directory holds no {' or '.join(f'{n}.*' for n in PARTS[part])}")
+            raise ConfigError(
+                f"data.{part}={path}: the directory holds no {' or '.join(f'{n}.*' for n in PARTS[part])}"
+            )
         if not inside.is_file():
             raise ConfigError(f"data.{part}={path}: no such file or directory")
         return inside
@@ -153,18 +155,21 @@ def read_labelled(
         if number == 1:
             found = found or data.text or _choose(row, where)
             label_column = label_column or next((name for name in LABEL_COLUMNS if name in row), LABEL_COLUMNS[0])
-        assert found is not None and label_column is not None
+        assert found is not None
+        assert label_column is not None
         texts.append(tuple(_text(row, column, where) for column in found))
         raw.append(_label(row, label_column, where))
         groups.append(None if data.group is None else str(_cell(row, data.group, where)))
     if not texts:
         raise ConfigError(f"{path}: holds no rows")
-    assert found is not None and label_column is not None
+    assert found is not None
+    assert label_column is not None
     kinds = {isinstance(value, int) for value in raw}
     if len(kinds) > 1:
         odd = next(i for i, value in enumerate(raw) if isinstance(value, int) is not isinstance(raw[0], int))
         raise ConfigError(
-            f"{path}: row {odd + 1}: {label_column}={raw[odd]!r}, where row 1 has {raw[0]!r}: numbers and names are mixed"
+            f"{path}: row {odd + 1}: {label_column}={raw[odd]!r}, where row 1 has {raw[0]!r}: numbers and names are "
+            "mixed"
         )
     known = tuple(labels) if labels else _classes(raw, data.labels, path, label_column)
     numbers = [_number(value, known, f"{path}: row {i}", label_column) for i, value in enumerate(raw, 1)]
@@ -267,7 +272,9 @@ def _label(row: Mapping[str, Any], column: str, where: str) -> int | str:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{where}: {column}={_shown(value)}: a label is a whole number from 0 on, or a name")
     if value < 0:
-        raise ConfigError(f"{where}: {column}={value}: a label is 0 or more; {value} stands for no label in many data sets")
+        raise ConfigError(
+            f"{where}: {column}={value}: a label is 0 or more; {value} stands for no label in many data sets"
+        )
     return value
 
 
@@ -306,7 +313,7 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _opened(path: Path) -> io.TextIOWrapper:
-    binary: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    binary: Any = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # noqa: SIM115
     return io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
 
 

@@ -182,7 +182,7 @@ def epoch_order(lengths: Sequence[int], size: int, accumulation: int, seed: int,
 
 
 class EpochBatches:
-    """Batches for the loop, epoch after epoch: every row once in each. `weights` [C]: how much a row of a class counts."""
+    """Batches for the loop, every row once an epoch. `weights` [C]: how much a row of a class counts."""
 
     def __init__(
         self, rows: TokenRows, *, size: int, accumulation: int, seed: int, weights: Sequence[float] | None = None

@@ -113,8 +113,8 @@ class FinetuneSettings:
     def shares(self, total: int) -> Callable[[int], float]:
         """The share of a group's peak after so many of `total` steps.
 
-        linear: up over the first `warmup` of them, (i + 1) / (w + 1), then down to `final_scale` at 90 %. cosine: down to
-        it at the end.
+        linear: up over the first `warmup` of them, (i + 1) / (w + 1), then down to `final_scale` at 90 %. cosine: down
+        to it at the end.
         """
         warm = int(self.warmup * total)
 

@@ -48,7 +48,9 @@ class Scored:
 
 
 @torch.inference_mode()
-def score(model: Classifier, rows: TokenRows, classes: int, batch_size: int, precision: Precision | None = None) -> Scored:
+def score(
+    model: Classifier, rows: TokenRows, classes: int, batch_size: int, precision: Precision | None = None
+) -> Scored:
     """Measure a set as a whole; the model is in evaluation mode meanwhile. The loss is the mean, unweighted."""
     was_training, parts = [(module, module.training) for module in model.modules()], {}
     model.eval()
@@ -86,8 +88,8 @@ def class_weights(labels: Sequence[int], names: Sequence[str]) -> list[float]:
     counts = [labels.count(i) for i in range(len(names))]  # type: ignore[attr-defined]
     if 0 in counts:
         raise ConfigError(
-            f"train.class_weights=balanced: no training row is of the class {names[counts.index(0)]}, whose weight would "
-            "not be finite"
+            f"train.class_weights=balanced: no training row is of the class {names[counts.index(0)]}, whose "
+            "weight would not be finite"
         )
     return [len(labels) / (len(names) * count) for count in counts]
 
@@ -124,7 +126,11 @@ class FinetuneRun:
         schedule = LambdaLR(optimizer, settings.shares(settings.epochs * per_epoch))
         weights = class_weights(list(self.train.labels), self.labels) if settings.class_weights == "balanced" else None
         source = EpochBatches(
-            self.train, size=settings.batch_size, accumulation=settings.accumulation, seed=settings.seed, weights=weights
+            self.train,
+            size=settings.batch_size,
+            accumulation=settings.accumulation,
+            seed=settings.seed,
+            weights=weights,
         )
         weight = None if weights is None else torch.tensor(weights, device=device)
         precision = Precision({"float32": "float32", "bfloat16": "bf16"}[settings.precision], device)
@@ -161,7 +167,9 @@ class FinetuneRun:
         def on_log(step: int, row: Mapping[str, float]) -> None:
             if self.on_log is not None:
                 share = schedule.lr_lambdas[0](step - 1)
-                rates = {f"lr/{group['name']}": rate * share for group, rate in zip(parts, schedule.base_lrs, strict=True)}
+                rates = {
+                    f"lr/{group['name']}": rate * share for group, rate in zip(parts, schedule.base_lrs, strict=True)
+                }
                 own = {"train/loss": row["loss"], "train/grad_norm": row["gradient_norm"]}
                 self.on_log(step, {**own, **rates, "epoch": step / per_epoch})
 
@@ -182,8 +190,7 @@ class FinetuneRun:
         return Finetuned(
             step=ended.step, history=history, best=best, interrupted=ended.interrupted,
             reason=self._reason(ended.step, ended.interrupted, counted.max_steps, per_epoch, history),
-            groups=[{"name": str(each["name"]), "tensors": len(each["params"]), "learning_rate": each["lr"],  # type: ignore[arg-type]
-                     "weight_decay": each["weight_decay"]} for each in parts],  # type: ignore[dict-item]
+            groups=list(map(_described, parts)),
         )  # fmt: skip
 
     def scored(self, precision: Precision | None = None) -> Scored:
@@ -219,11 +226,18 @@ class FinetuneRun:
             raise CheckpointError(f"{self.resume_from}: its state is none of this training: {error}") from error
         at = loop.restore(state)
         if at.step >= loop.settings.max_steps:
-            raise ConfigError(f"train.resume_from={self.resume_from}: is at step {at.step} already; give more train.epochs")
+            raise ConfigError(
+                f"train.resume_from={self.resume_from}: is at step {at.step} already; give more train.epochs"
+            )
         return at
 
 
 _LOGGED = ("loss", "accuracy", "balanced_accuracy", "macro_f1", "macro_f2")
+
+
+def _described(group: Mapping[str, Any]) -> dict[str, float | int | str]:
+    own = {"name": group["name"], "tensors": len(group["params"])}
+    return {**own, "learning_rate": group["initial_lr"], "weight_decay": group["weight_decay"]}
 
 
 def train_mode(model: Classifier, settings: FinetuneSettings) -> None:

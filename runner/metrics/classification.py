@@ -91,12 +91,5 @@ def in_words(found: Mapping[str, float]) -> str:
     return f"{interval}, no better than guessing: always giving the commonest class has {majority:.3f}"
 
 
-def better(name: str, found: float, best: float | None) -> bool:
-    """Whether `found` of the figure `name` improves on `best`; a tie does not."""
-    if not math.isfinite(found):
-        return False
-    return best is None or (found < best if name in SMALLER_IS_BETTER else found > best)
-
-
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0

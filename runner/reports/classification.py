@@ -64,7 +64,9 @@ def classification_tables(result: JsonObject) -> Tables:
         if any("difference" in other for other in result["transfer"]):
             cells["difference"] = f"{100 * row['difference']:+.1f}" if "difference" in row else "–"
             own = "difference" in row
-            cells["95 % "] = f"{100 * row['difference_low']:+.1f} to {100 * row['difference_high']:+.1f}" if own else "–"
+            cells["95 % "] = (
+                f"{100 * row['difference_low']:+.1f} to {100 * row['difference_high']:+.1f}" if own else "–"
+            )
         if "agreement" in row:
             cells["agreement"] = percent(row["agreement"])
         rows.append(cells)

@@ -156,7 +156,8 @@ def open_classifier(
             family = Auto().of(checkpoint)
     if checkpoint.format != FORMAT:
         raise ConfigError(
-            f"{path}: is a {checkpoint.format}, and data=classification measures what task=finetune leaves; fine-tune it first"
+            f"{path}: is a {checkpoint.format}, and data=classification measures what task=finetune leaves; "
+            "fine-tune it first"
         )
     placement = Placement(device=config.device, dtype=config.dtype)
     with context.timed("load_base"):

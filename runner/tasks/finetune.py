@@ -1,4 +1,4 @@
-"""`task=finetune`: a head over a checkpoint's last hidden state, and what is trained under it, to tell classes apart."""
+"""`task=finetune`: a head over a checkpoint's last hidden state, and what trains under it, to tell classes apart."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ from runner.finetuning.files import DESCRIPTION, content_hash, load_parameters, 
 from runner.finetuning.rows import Encoder, padded, separator_of
 from runner.finetuning.scope import Scope, choose, reached
 from runner.finetuning.settings import FinetuneSettings
-from runner.finetuning.training import BEST, LAST, Finetuned, FinetuneRun, Scored, score
+from runner.finetuning.training import BEST, LAST, FinetuneRun, Scored, score
 from runner.metrics.classification import in_words
 from runner.progress import step_bar
 from runner.results import Result, finite, versions
@@ -49,7 +49,9 @@ def run(config: FinetuneConfig, context: Context) -> Result:
     config, resume_from = _resumed(config)
     settings: FinetuneSettings = config.train
     if config.dtype != "float32":
-        raise ConfigError(f"dtype={config.dtype}: weights are trained in float32; the passes take train.precision=bfloat16")
+        raise ConfigError(
+            f"dtype={config.dtype}: weights are trained in float32; the passes take train.precision=bfloat16"
+        )
     with context.timed("data"):
         data, findings = _read(config.data, settings.seed)
     with context.timed("load_checkpoint"):
@@ -85,7 +87,7 @@ def run(config: FinetuneConfig, context: Context) -> Result:
     findings += [f"{each.name}: {in_words(each.scored.figures)}" for each in sets]
     for each in tests:
         context.tracker.log({f"test/{each.name}/{name}": value for name, value in each.scored.figures.items()})
-    result = Result(
+    return Result(
         task="finetune",
         ckpt=str(opened.checkpoint.path),
         base=str(opened.base.path) if opened.base else None,
@@ -115,7 +117,6 @@ def run(config: FinetuneConfig, context: Context) -> Result:
         },
         exit_code=INTERRUPTED if done.interrupted else 0,
     )
-    return result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,9 +237,9 @@ def _prepare(opened: _Opened, settings: FinetuneSettings, data: _Data, config: F
     found = encoder(
         opened.tokenizer, model, separator=separator, max_length=config.data.max_length, pair=config.data.pair
     )
-    first = padded([found.ids(data.train[0].texts)[0][:64]])
+    ids, mask = padded([found.ids(data.train[0].texts)[0][:64]])
     model.eval()
-    scope = reached(model, choose(model, name, added, low_rank), lambda: tuple(each.to(device) for each in first))  # type: ignore[arg-type, return-value]
+    scope = reached(model, choose(model, name, added, low_rank), lambda: (ids.to(device), mask.to(device)))
     findings = [said] if said and several else []
     if odd := [each for each in scope.unreached if "lm_head" not in each]:  # which only a language model has a use for
         findings.append(f"no gradient reaches {some(odd, 4, ', ')}: left as it is")
@@ -276,6 +277,7 @@ def _description(prepared: _Prepared, opened: _Opened, data: _Data, config: Fine
     checkpoint, base = opened.checkpoint, opened.base
     settings: FinetuneSettings = config.train
     low_rank = settings.low_rank
+    updates = None if low_rank is None else {each.name: getattr(low_rank, each.name) for each in fields(low_rank)}
     return {
         "backbone": {
             "path": str(checkpoint.path.resolve()), "family": opened.family.name, "format": checkpoint.format,
@@ -291,7 +293,7 @@ def _description(prepared: _Prepared, opened: _Opened, data: _Data, config: Fine
         "max_length": prepared.encoder.max_length,
         "tokenizer_sha256": content_hash(opened.tokenizer_files),
         "scope": prepared.scope_name,
-        "low_rank": None if low_rank is None else {each.name: getattr(low_rank, each.name) for each in fields(low_rank)},
+        "low_rank": updates,
         "trained": list(prepared.scope.trained),
         "settings": settings.values(),
         "data": {each.name: _plain(getattr(config.data, each.name)) for each in fields(config.data)},
@@ -377,7 +379,9 @@ def _resumed(config: FinetuneConfig) -> tuple[FinetuneConfig, Path | None]:
             raise CheckpointError(f"{path / DESCRIPTION}: says no {root} to go on with")
         given = given_below("train" if root == "settings" else "data")
         names = {each.name for each in fields(target)}
-        kept = {name: value for name, value in saved.items() if name in names and given is not None and name not in given}
+        kept = {
+            name: value for name, value in saved.items() if name in names and given is not None and name not in given
+        }
         if root == "settings":
             settings = replace(settings, **kept)
         else:

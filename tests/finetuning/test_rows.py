@@ -36,7 +36,9 @@ def text_of(tokenizer, ids):
 
 def test_texts_are_joined_by_one_token(tokenizer):
     ids, cut = encoder(tokenizer).ids(["ab", "cd"])
-    assert not cut and text_of(tokenizer, ids) == "ab </s> cd" and ids.count(tokenizer.token_id("</s>")) == 1
+    assert not cut
+    assert text_of(tokenizer, ids) == "ab </s> cd"
+    assert ids.count(tokenizer.token_id("</s>")) == 1
 
 
 def test_the_longest_text_loses_first(tokenizer):
@@ -45,7 +47,8 @@ def test_the_longest_text_loses_first(tokenizer):
         "abcde </s> xyz", "abc </s> tuvwx",
     ]  # fmt: skip
     ids, cut = own.ids(["abcdefghi", "qrstuvwxyz"])
-    assert cut and text_of(tokenizer, ids) == "abcd </s> qrst"
+    assert cut
+    assert text_of(tokenizer, ids) == "abcd </s> qrst"
     with pytest.raises(ConfigError, match="leaves no room for 2 texts"):
         encoder(tokenizer, max_length=4).ids(["abc", "def"])
 
@@ -73,15 +76,19 @@ def test_the_separator(tokenizer):
 
     from runner.evaluation.tokenizers import TextTokenizer
 
-    bare = TextTokenizer(backend=tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[])), special_tokens={})
+    bare = TextTokenizer(
+        backend=tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[])), special_tokens={}
+    )
     found, said = separator_of(bare, None)
-    assert found == SEPARATOR and "no end-of-text token" in said
+    assert found == SEPARATOR
+    assert "no end-of-text token" in said
 
 
 def test_a_pair_has_the_tokenizer_s_own_template(tokenizer):
     own = encoder(tokenizer, pair="tokenizer", max_length=6)
     ids, cut = own.ids(["abcd", "xyz"])
-    assert cut and text_of(tokenizer, ids) == "abcxyz"
+    assert cut
+    assert text_of(tokenizer, ids) == "abcxyz"
     with pytest.raises(ConfigError, match="takes two texts, not 1"):
         own.ids(["a"])
 

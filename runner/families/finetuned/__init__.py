@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Finetuned(Family):
     """A classifier over a model of any other family.
 
-    `backbone`: where the checkpoint lies that was fine-tuned, if it has moved. `force`: open a classifier whose backbone
-    was converted to another architecture, as what it is.
+    `backbone`: where the checkpoint lies that was fine-tuned, if it has moved. `force`: open a classifier whose
+    backbone was converted to another architecture, as what it is.
     """
 
     name: str = "finetuned"

@@ -82,7 +82,9 @@ def _directory(listing: Listing) -> Checkpoint:
     path = listing.file(DESCRIPTION)
     said = read_object(path, DESCRIPTION, _LIMIT)
     if said.get("format") != FORMAT or said.get("version") != VERSION:
-        raise CheckpointError(f"{path}: format {said.get('format')!r}, version {said.get('version')!r}; known is {VERSION}")
+        raise CheckpointError(
+            f"{path}: format {said.get('format')!r}, version {said.get('version')!r}; known is {VERSION}"
+        )
     wrong = [name for name, kind in _NEEDED.items() if not isinstance(said.get(name), kind)]
     head = said["head"].get("kind") if "head" not in wrong else None
     labels = said.get("labels")
@@ -103,7 +105,7 @@ def _directory(listing: Listing) -> Checkpoint:
         details=FinetunedDetails(
             description=said, head=head, labels=tuple(labels), backbone=said["backbone"], base=said.get("base") or None
         ),
-        base_name=str(said["backbone"].get("path")),
+        base_name=str(said["base"]["path"]) if isinstance(said.get("base"), dict) else None,
         step=step if isinstance(step, int) else None,
         missing=tuple(lacking),
     )
@@ -145,8 +147,8 @@ def _script_file(listing: Listing, name: str, force: bool) -> Checkpoint:
     converted = medium and all(args.get(key) == value for key, value in _CONVERTED.items())
     if converted and not force:
         raise CheckpointError(
-            f"{file}: a small backbone (12 blocks of 768) under the medium's keys: the general script's conversion, which "
-            "computes another function than the small model; family=finetuned family.force=true opens it as what it is"
+            f"{file}: a small backbone (12 blocks of 768) under the medium's keys: the general script's conversion, "
+            "which computes another function than the small model; family=finetuned family.force=true opens it as what it is"
         )
     step = extras.get("iter_num")
     labels = ("entailment", "neutral", "contradiction") if count == 3 and "xnli" in str(args.get("dataset")) else None

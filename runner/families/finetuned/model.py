@@ -63,7 +63,9 @@ def load_base(checkpoint: Checkpoint, base: str | Path | None, placement: Placem
     found = family.load_base(inner, place, placement)
     assert found is not None
     if content_hash(found.files) != details.base.get("sha256"):
-        raise CheckpointError(f"{found.path}: is not the base that {checkpoint.path} was made on: its content has another hash")
+        raise CheckpointError(
+            f"{found.path}: is not the base that {checkpoint.path} was made on: its content has another hash"
+        )
     return found
 
 
@@ -75,7 +77,9 @@ def build(checkpoint: Checkpoint, base: Base | None, placement: Placement, moved
     backbone: nn.Module
     if details.is_original:
         backbone = _script_backbone(checkpoint, placement)
-        values = {name: checkpoint.weights.read(name) for name in checkpoint.weights.infos if not name.startswith(BACKBONE)}
+        values = {
+            name: checkpoint.weights.read(name) for name in checkpoint.weights.infos if not name.startswith(BACKBONE)
+        }
     else:
         inner, family = open_backbone(checkpoint, moved)
         backbone = family.build(inner, base, placement)

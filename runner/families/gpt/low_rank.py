@@ -76,4 +76,3 @@ def _updated(
 
     model.change_weight(tensor, changed)
     return [f"{stem}.A", f"{stem}.B"]
-
