@@ -19,9 +19,10 @@ import torch
 
 from runner.checkpoints.model_directory import TOKENIZER_FILES
 from runner.errors import CheckpointError
+from runner.files import manifest
 from runner.files.file_type import sha256_of
 from runner.files.staging import staged
-from runner.files.tensors import owned
+from runner.files.tensors import open_weights, owned
 from runner.finetuning.classifier import Classifier
 from runner.finetuning.low_rank import LowRankSettings
 
@@ -98,6 +99,27 @@ def peft_config(settings: LowRankSettings, targets: Iterable[str], base: str) ->
         "bias": "none",
         "init_lora_weights": True,
     }
+
+
+def load_trained(model: Classifier, directory: Path) -> None:
+    """Give the backbone's and the head's parameters what a checkpoint of the same training holds.
+
+    Raises CheckpointError.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name in (ADAPTER_FILE, BACKBONE_FILE, HEAD_FILE):
+        if (directory / name).is_file():
+            source = open_weights(directory / name)
+            tensors |= {key.removeprefix(PEFT_PREFIX): source.read(key) for key in source.infos}
+    load_parameters(model, tensors, directory)
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """The checkpoint `source` once more as `target`. Raises CheckpointError or RunnerError."""
+    with staged(target) as directory:
+        for file in source.iterdir():
+            if file.name != manifest.FILE_NAME:
+                shutil.copyfile(file, directory / file.name)
 
 
 def load_parameters(model: Classifier, tensors: Mapping[str, torch.Tensor], where: Path) -> None:

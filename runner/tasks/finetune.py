@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from runner.checkpoints.checkpoint import Checkpoint
@@ -23,11 +22,19 @@ from runner.evaluation.tokenizers import TextTokenizer, load_tokenizer
 from runner.families.family import Family
 from runner.files.strict_json import read_object
 from runner.finetuning.classifier import Classifier
-from runner.finetuning.files import DESCRIPTION, content_hash, load_parameters, peft_config, tokenizer_files, write
+from runner.finetuning.files import (
+    DESCRIPTION,
+    content_hash,
+    copy_checkpoint,
+    load_trained,
+    peft_config,
+    tokenizer_files,
+    write,
+)
 from runner.finetuning.rows import Encoder, padded, separator_of
 from runner.finetuning.scope import Scope, choose, reached
 from runner.finetuning.settings import FinetuneSettings
-from runner.finetuning.training import BEST, LAST, FinetuneRun, Scored, score
+from runner.finetuning.training import BEST, LAST, FinetuneRun, Scored
 from runner.metrics.classification import in_words
 from runner.progress import step_bar
 from runner.results import Result, finite, versions
@@ -70,6 +77,10 @@ def run(config: FinetuneConfig, context: Context) -> Result:
         save=_Writer(prepared, opened, data, config).save,
         resume_from=resume_from,
     )
+    if resume_from is not None:
+        load_trained(prepared.model, resume_from)
+        if (old := resume_from.with_name(BEST)).is_dir() and not (context.directory / BEST).exists():
+            copy_checkpoint(old, context.directory / BEST)
     if cut := training.train.cut + training.validation.cut:
         findings.append(f"{cut} rows were longer than {prepared.encoder.max_length} tokens: their longest text was cut")
     untrained = None if resume_from else training.scored().figures["accuracy"]
@@ -325,20 +336,9 @@ class _Log:
 
 def _best_again(training: FinetuneRun, best: Path) -> Scored:
     """The best checkpoint's weights in memory again, and what they give on the validation rows."""
-    from safetensors.torch import load_file
-
-    from runner.finetuning.files import ADAPTER_FILE, BACKBONE_FILE, HEAD_FILE, PEFT_PREFIX
-
-    if not best.is_dir():  # of a resumed run whose best lies in the run before it
-        assert training.resume_from is not None
-        best = training.resume_from.with_name(BEST)
-    files = [best / name for name in (ADAPTER_FILE, BACKBONE_FILE, HEAD_FILE) if (best / name).is_file()]
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        tensors |= {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
-    load_parameters(training.model, tensors, best)
+    load_trained(training.model, best)
     training.model.eval()
-    return score(training.model, training.validation, len(training.labels), training.settings.eval_batch_size)
+    return training.scored()
 
 
 def _counts(prepared: _Prepared) -> dict[str, object]:

@@ -7,11 +7,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from runner.checkpoints.checkpoint import Listing
-from runner.checkpoints.detect import open_checkpoint
 from runner.evaluation.base_models import load_base
 from runner.evaluation.placement import Placement
-from runner.families.lora_moe.model import build_adapter
 from runner.finetuning.classifier import Classifier
+from runner.finetuning.files import load_trained
+from runner.finetuning.low_rank import LowRankSettings, add_to_linears
 from runner.finetuning.scope import choose, groups, reached
 from runner.training.loop import take_steps
 from tests.gpt_files import built, opened
@@ -141,18 +141,12 @@ def test_a_small_backbone_keeps_its_own_arithmetic(golden):
 def test_the_sequence_classifier_of_peft(golden):
     case = Case(golden, "hf")
     expected = case.expected["lora"]
-    base = load_base(None, str(golden("npt/base")), CPU)
-    backbone = build_adapter(open_checkpoint(golden("finetune/hf/adapter"), "peft"), base)
-    model = Classifier(backbone, 3, head="linear").eval()
-    from safetensors.torch import load_file
-
-    score = load_file(golden("finetune/hf/adapter") / "adapter_model.safetensors")["base_model.model.score.weight"]
-    model.score.weight.data.copy_(score)
+    model = case.model()
+    names = add_to_linears(model.backbone, LowRankSettings(rank=4, alpha=8, targets=("q_proj", "v_proj")))
+    load_trained(model, golden("finetune/hf/adapter"))
     near(model(*case.batch()).logits.detach(), expected["logits"])
     near(case.loss(model).item(), expected["loss"])
-    own = {id(parameter) for parameter in base.model.parameters()}
-    added = [name for name, parameter in backbone.named_parameters() if id(parameter) not in own]
-    trained = reached(model, choose(model, "added", added, ()), case.batch).trained
+    trained = reached(model, choose(model, "lora", (), names), case.batch).trained
     losses, logits = case.steps(model, trained)
     near(losses, expected["steps3_adapter_and_head"]["loss_before_each_step_and_after_the_last"], 1e-3)
     near(logits, expected["steps3_adapter_and_head"]["logits_after"], 1e-3)
