@@ -1,5 +1,6 @@
 """The golden classifiers: what the original computes, and never what it computes where it errs."""
 
+import copy
 import json
 
 import pytest
@@ -30,7 +31,7 @@ class Case:
 
     def model(self):
         if self.kind == "hf":
-            backbone = load_base(None, str(self.golden("npt/base")), CPU).model
+            backbone = copy.deepcopy(load_base(None, str(self.golden("npt/base")), CPU).model)  # which stays loaded
             head = "linear"
         else:
             dialect = self.kind.removeprefix("gpt_")

@@ -91,11 +91,8 @@ def tensors(path):
     return {name: each for file in sorted(path.glob("*.safetensors")) for name, each in load_file(file).items()}
 
 
-FAMILIES = [
-    "hf",
-    "gpt_small",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_medium", "npt", "peft", "lora_moe")),
-]
+SLOW = ["gpt_small", "gpt_medium", "npt", "peft", "lora_moe"]
+FAMILIES = ["hf", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 RATES = {"peft": "1e-1", "lora_moe": "1e-1", "npt": "1e-1", "gpt_small": "1e-2", "gpt_medium": "1e-2"}
 
 

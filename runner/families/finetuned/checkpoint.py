@@ -147,8 +147,8 @@ def _script_file(listing: Listing, name: str, force: bool) -> Checkpoint:
     converted = medium and all(args.get(key) == value for key, value in _CONVERTED.items())
     if converted and not force:
         raise CheckpointError(
-            f"{file}: a small backbone (12 blocks of 768) under the medium's keys, as the general script converts it: "
-            "it computes another function than the small model; family=finetuned family.force=true opens it as what it is"
+            f"{file}: a small backbone (12 blocks of 768) under the medium's keys, as the general script converts it; "
+            "it computes another function than the small model; family=finetuned family.force=true opens it even so"
         )
     step = extras.get("iter_num")
     labels = ("entailment", "neutral", "contradiction") if count == 3 and "xnli" in str(args.get("dataset")) else None
