@@ -161,6 +161,14 @@ class GenerateConfig(ModelConfig):
 
 
 @dataclass
+class TransferConfig(ModelConfig):
+    """`task=transfer`. `data.prompts`: what a transfer should leave as it is."""
+
+    data: Component = MISSING
+    transfer: Component = MISSING
+
+
+@dataclass
 class TestConfig(ModelConfig):
     """`task=test`. Without `ckpt` the tiers that need a checkpoint build one, with `experts` where it has experts."""
 
@@ -259,13 +267,15 @@ TASKS: dict[str, type[CommonConfig]] = {
     "train": TrainConfig,
     "finetune": FinetuneConfig,
     "generate": GenerateConfig,
+    "transfer": TransferConfig,
     "compare": SweepConfig,
     "panels": SweepConfig,
 }
 PATH_KEYS = {
     "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "tracker.dir", "train.resume_from",
     "data.train", "data.validation", "data.test",
-    "prompts", "convert.output", "merge.output", "merge.sources", "merge.base", "merge.file", "junit", "sweep",
+    "prompts", "transfer.script", "transfer.session", "transfer.experiment",
+    "convert.output", "merge.output", "merge.sources", "merge.base", "merge.file", "junit", "sweep",
     "hydra.run.dir", "hydra.sweep.dir",
 }  # fmt: skip
 # Keys whose value is text as it was typed: `1234e5`, `1_000` and `a, b` are no numbers and no list.

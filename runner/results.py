@@ -12,7 +12,8 @@ a verdict was not given. Floats have full precision; a number that is not finite
     per_prompt          [{prompt, tokens, mse, cosine, kl, top1, …}]
     layers              [{layer, modulation, np_rank, num_ranks, parameters}], with mse, cosine, kl in the full tier
     progressive         [{layers, mse, cosine, kl}]: the lowest n NPT layers active
-    generation          [{prompt, temperature, tokens, reference_tokens, agreement, first_divergence, repetition, …}]
+    generation          [{prompt, …}]: continuations; of diagnose beside the reference's (temperature, tokens,
+                        reference_tokens, agreement, first_divergence, repetition), of generate as its page says
     checks              [{name, status, score, details, recommendation, seconds, peak_bytes}]
     overall             READY, PARTIALLY_READY, NOT_READY
     verdict             {status, cosine_status, progress, remaining, readiness, reason, recommendation}

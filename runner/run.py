@@ -7,7 +7,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
@@ -347,12 +347,18 @@ def _components(cfg: DictConfig, names: list[str]) -> dict[str, Any]:
     built = {}
     for name in names:
         node = cfg[name]
+        said = (name, repr(OmegaConf.to_container(node)))
+        if said in _SHARED:
+            built[name] = _SHARED[said]
+            continue
         if OmegaConf.is_dict(node):
             _check_arguments(name, node)
         try:
             if OmegaConf.is_dict(node):
                 one_as_list(node, list_keys(get_object(node["_target_"])))
             built[name] = instantiate(node, _convert_="all")
+            if _is_frozen(built[name]):
+                _SHARED[said] = built[name]
         except RunnerError:
             raise
         except Exception as error:
@@ -363,6 +369,14 @@ def _components(cfg: DictConfig, names: list[str]) -> dict[str, Any]:
                 raise missing_key(str(cause.full_key)) from error
             raise ConfigError(f"{name}: {str(cause).splitlines()[0]}") from error
     return built
+
+
+# What has been built of a group, by what its node says: the jobs of a sweep share what cannot change.
+_SHARED: dict[tuple[str, str], Any] = {}
+
+
+def _is_frozen(component: object) -> bool:
+    return is_dataclass(component) and bool(vars(type(component))["__dataclass_params__"].frozen)
 
 
 def _check_arguments(group: str, node: DictConfig) -> None:

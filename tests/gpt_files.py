@@ -8,13 +8,15 @@ import torch
 from runner.checkpoints.checkpoint import Checkpoint, Listing
 from runner.families.gpt import model as gpt
 from runner.families.gpt.checkpoint import FORMATS
-from runner.families.gpt.pieces import GptConfig
-from runner.families.gpt.records import MEDIUM, RECORDS, SMALL
+from runner.families.gpt.layouts import shapes_of
+from runner.families.gpt.pieces import COEFFICIENT, GptConfig
+from runner.families.gpt.records import LARGE, MEDIUM, RECORDS, SMALL
 
 RECORD_OF = {"small": RECORDS[SMALL], "medium": RECORDS[MEDIUM]}
 # What a script says of its heads: in these, 128 is the size of one.
 CODE = "model = GPT(head_dim=128)\n"
 DEPTHS = {"small": 8, "medium": 16}
+HEAD_SIZES = {"gated": 4}
 BY_NAME = {each.name: each for each in FORMATS}
 
 
@@ -77,3 +79,38 @@ def model(
         head_dim=head_dim,
     )
     return gpt.build(config, state, dtype)
+
+
+def record_state(name: str, *, seed: int = 0, vocab: int = 40, heads: int | None = None) -> dict[str, torch.Tensor]:
+    """Random tensors of a record, small, each of which moves the logits; heads of 8 (of 4 where there must be six)."""
+    record, generator = RECORDS[name], torch.Generator().manual_seed(seed)
+    count = heads or (6 if record.mudd == "gated" else 4)
+    depth = record.depth or (12 if record.track == "small" else 24 if name == LARGE else 16)
+    size = HEAD_SIZES.get(record.mudd, 8)
+    shapes = shapes_of(record, depth, vocabulary=vocab, width=count * size, head_dim=size)
+    state = {}
+    for key, shape in shapes.items():
+        tensor = torch.randn(shape, generator=generator) / (shape[-1] if len(shape) > 1 else 4) ** 0.5
+        if "embed" in key or "wte" in key or "vte" in key:
+            tensor = tensor * 4
+        elif "sign_table" in key:
+            tensor = tensor.sign()
+        elif "inv_freq" in key:
+            tensor = 10000.0 ** -(torch.arange(0, size, 2) / size)
+        elif COEFFICIENT.search(key):
+            tensor = tensor.abs() + 0.3
+        elif key.startswith("lm_head"):
+            tensor = tensor * 4
+        state[key] = tensor
+    if record.tied:
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+    return state
+
+
+def record_file(
+    path: Path, name: str, state: dict[str, torch.Tensor], code: str | None = None, step: int = 5000
+) -> Path:
+    """`state` as the record's script saves it; its text is left out, as in the goldens."""
+    record = RECORDS[name]
+    stand_in = f"modded-nanogpt record={name} sha256={'0' * 64} head_dim={HEAD_SIZES.get(record.mudd, 8)} eot=3"
+    return script_file(path, state, code=stand_in if code is None else code, step=step)

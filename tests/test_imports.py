@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "comparison": KNOWLEDGE,
     "reports": KNOWLEDGE | {"comparison"},
     "tracking": KNOWLEDGE | {"comparison"},
-    "tasks": KNOWLEDGE | ENGINES | PAGES | {"families"},
+    "tasks": KNOWLEDGE | ENGINES | PAGES | {"families", "transfer"},
     "overrides": KNOWLEDGE,
     "expand": KNOWLEDGE | {"overrides", "sweeps"},
     "run": KNOWLEDGE | PAGES | {"tasks", "overrides"},

@@ -24,6 +24,9 @@ class HasFormats(Protocol):
     def formats(self) -> tuple[CheckpointFormat, ...]:
         """The formats that its checkpoints have."""
 
+    def likely_formats(self, listing: Listing) -> tuple[CheckpointFormat, ...]:
+        """Those of them that could match what lies there."""
+
 
 def families() -> dict[str, HasFormats]:
     """The families that conf/family/*.yaml name, those of --config-dir included, each with its YAML's settings.
@@ -54,6 +57,20 @@ def formats(module: str | None = None, family: HasFormats | None = None) -> dict
     return {each.name: each for each in (*found, *own, *(formats_of(module) if module else ()))}
 
 
+def _likely(listing: Listing, module: str | None, family: HasFormats | None) -> dict[str, CheckpointFormat]:
+    """As `formats`, without those that cannot match."""
+    found = [each for known in families().values() for each in known.likely_formats(listing)]
+    own = () if family is None else family.likely_formats(listing)
+    return {each.name: each for each in (*found, *own, *(formats_of(module) if module else ()))}
+
+
+def format_of(checkpoint: Checkpoint, module: str | None = None) -> CheckpointFormat:
+    """The format of an opened checkpoint."""
+    own = families().get(checkpoint.family)
+    known = {each.name: each for each in (own.formats() if own else ())}
+    return known.get(checkpoint.format) or formats(module)[checkpoint.format]
+
+
 def formats_of(module: str) -> tuple[CheckpointFormat, ...]:
     """The formats that a module exports as FORMATS. Raises ConfigError."""
     try:
@@ -70,8 +87,12 @@ def open_checkpoint(
     `family`: as `formats`. A directory that holds exactly one checkpoint is that checkpoint. Raises CheckpointError
     where no format or several match, with what was seen, and for a checkpoint that its format refuses.
     """
-    known = _known(format_name, module, family)
     listing = Listing.of(path)
+    known = _likely(listing, module, family)
+    if format_name == "auto" and (found := _matching(listing, known)[0]):
+        return finished(read(listing, known[_only(found, path)]).open())
+    if format_name not in known:
+        known = _known(format_name, module, family)
     if format_name != "auto":
         return finished(read(listing, known[format_name]).open())
     found, errors = _matching(listing, known)

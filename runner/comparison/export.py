@@ -58,7 +58,7 @@ def to_csv(comparison: Comparison) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: _safe(value) for key, value in row.items()} for row in rows)
+    writer.writerows({key: safe(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
 
 
@@ -77,5 +77,6 @@ def _row(job: Job) -> JsonObject:
     return base | {f"metrics.{key}" if key in base else key: value for key, value in figures.items()}
 
 
-def _safe(value: object) -> object:
+def safe(value: object) -> object:
+    """`value` as a cell of a spreadsheet, which would take some texts for formulas."""
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value

@@ -104,6 +104,11 @@ class Evaluator:
             return min(first, *other.npt_layers)
         return 0
 
+    def notes(self, length: int) -> tuple[str, ...]:
+        """What should be known of figures of sequences of `length` tokens, where the model says so (`notes`)."""
+        notes = getattr(self.model, "notes", None)
+        return tuple(notes(length)) if callable(notes) else ()
+
     def encode(self, text: str) -> torch.Tensor:
         """Token ids [T] of a text, or what stands for it where there is no tokenizer. Raises ModelError."""
         if self.tokenizer is None:

@@ -168,7 +168,6 @@ class LlamaModel(nn.Module):
 class Llama(nn.Module):
     """A causal language model of a config, without weights until `assign`."""
 
-    has_cache: ClassVar[bool] = True
     _no_split_modules: ClassVar[tuple[str, ...]] = ("LlamaLayer",)
 
     def __init__(self, config: LlamaConfig) -> None:

@@ -2,6 +2,7 @@
 `tokenizers` library alone, every other tokenizer by transformers; the token ids are the same.
 """
 
+import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 # Classes of tokenizer_config.json whose tokenizer is that of tokenizer.json as it is.
 _PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+# Those for which transformers takes no more than the vocabulary from it, and the tokens that they have anyway.
+_LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
+_LLAMA_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What makes another tokenizer of it, or is not known here.
 _ODD_KEYS = (
@@ -88,10 +92,11 @@ class TextTokenizer:
 
         Raises whatever the template raises, and KeyError where several have names and none is `default`.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
+        render: Any = chat_template_utils.render_jinja_template
         template = self.chat_template if isinstance(self.chat_template, str) else (self.chat_template or {})["default"]
-        (text,), _ = render_jinja_template(
+        (text,), _ = render(
             conversations=[list(messages)],
             chat_template=template,
             add_generation_prompt=True,
@@ -113,7 +118,8 @@ def load_tokenizer(option: str | None, directories: Sequence[Path]) -> TextToken
     """
     if option is not None and Path(option).expanduser().is_file():
         try:
-            return TextTokenizer(backend=_backend(Path(option).expanduser()), special_tokens={})
+            text = Path(option).expanduser().read_text(encoding="utf-8")
+            return TextTokenizer(backend=_backend(text), special_tokens={})
         except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
             raise ConfigError(f"tokenizer={option}: is no tokenizers JSON: {error}") from error
     if option is None:
@@ -161,7 +167,7 @@ def _plain(directory: Path) -> TextTokenizer | None:
         return None
     values = _object(described)
     kind = _object(directory / CONFIG).get("model_type") if (directory / CONFIG).is_file() else None
-    if values.get("tokenizer_class") not in _PLAIN_CLASSES or kind not in (None, "llama"):
+    if values.get("tokenizer_class") not in (*_PLAIN_CLASSES, *_LLAMA_CLASSES) or kind not in (None, "llama"):
         return None
     if any(values.get(key) for key in _ODD_KEYS) or (directory / "additional_chat_templates").exists():
         return None
@@ -169,7 +175,14 @@ def _plain(directory: Path) -> TextTokenizer | None:
     older = directory / "special_tokens_map.json"
     if listed is None and older.is_file():
         values |= _object(older)
-    backend = _backend(file)
+    text = file.read_text(encoding="utf-8")
+    if values["tokenizer_class"] in _LLAMA_CLASSES and '"ByteLevel"' not in text:
+        content = _object(file)
+        if content["model"].get("type") != "BPE":
+            return None
+        values = {**_LLAMA_TOKENS, **values}
+        text = json.dumps(_with_llama_pieces(content, values))
+    backend = _backend(text)
     known = {str(index): token for index, token in backend.get_added_tokens_decoder().items()}
     special = {
         name: _text(value)
@@ -189,11 +202,29 @@ def _plain(directory: Path) -> TextTokenizer | None:
     return TextTokenizer(backend=backend, special_tokens=named, chat_template=chat)
 
 
-def _backend(file: Path) -> "Tokenizer":
+def _with_llama_pieces(content: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer.json with what `LlamaTokenizer` of transformers makes anew, whatever stands there."""
+    prefix = values.get("add_prefix_space") in (None, True)
+    scheme = "never" if not prefix else "always" if values.get("legacy") else "first"
+    pieces = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+        *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []),
+    ]  # fmt: skip
+    model = {name: content["model"][name] for name in ("type", "vocab", "merges")}
+    return {
+        **content,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False},
+        "decoder": {"type": "Sequence", "decoders": pieces},
+        "model": {**model, "fuse_unk": True, "byte_fallback": True},
+    }
+
+
+def _backend(text: str) -> "Tokenizer":
     """The tokenizer of a tokenizers JSON, which does not cut or pad whatever its file says."""
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_file(str(file))
+    backend = Tokenizer.from_str(text)
     backend.no_truncation()
     backend.no_padding()
     return backend

@@ -15,9 +15,10 @@ from runner.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Writer
+    from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, Writer
     from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.config import Conversion
+    from runner.data.text import Data
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
     from runner.finetuning.low_rank import LowRankSettings
@@ -60,6 +61,14 @@ class Family:
             )
         return self
 
+    def on(self, data: "Data | None") -> "Family":
+        """The family with what the kind of data decides (None: there are none), where the user did not."""
+        return self
+
+    def of_reference(self, checkpoint: "Checkpoint") -> "Family":
+        """The family that works on `checkpoint`, with which one of this family is compared. Raises ConfigError."""
+        return Auto(device_map=self.device_map).of(checkpoint)
+
     def named(self, name: str) -> "Family":
         """The family `name`, with the settings here; any but `Auto` is the only one that it knows."""
         assert name == self.name, f"family={self.name} is not {name}"
@@ -70,6 +79,19 @@ class Family:
         from runner.checkpoints.detect import formats_of
 
         return tuple(each for module in self.format_modules for each in formats_of(module))
+
+    def may_hold(self, listing: "Listing", module: str) -> bool:
+        """Whether a format of `module` could match: where names say no, it is not imported to look closer."""
+        return True
+
+    def likely_formats(self, listing: "Listing") -> "tuple[CheckpointFormat, ...]":
+        """Those of `formats` that could match what lies there."""
+        likely = {module for module in self.format_modules if self.may_hold(listing, module)}
+        if likely == set(self.format_modules):
+            return self.formats()
+        from runner.checkpoints.detect import formats_of
+
+        return tuple(each for module in self.format_modules if module in likely for each in formats_of(module))
 
     # Models.
 

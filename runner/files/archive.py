@@ -5,6 +5,7 @@ the list of storage keys, then the raw storages.
 """
 
 import copy
+import hashlib
 import mmap
 import struct
 import time
@@ -94,12 +95,28 @@ def require_crc(path: Path, steps: Steps = whole) -> None:
 
     Who asks while another thread reads the file waits for what that one finds.
     """
-    file = _identity(path)
+    file = identity(path)
     with _LOCKS.setdefault(file, Lock()):
         if file not in _SOUND and is_zip(path):
             Crcs(check_archive(path)).check_all(steps)
-        if time.time_ns() - file[-1] > _SETTLED:
+        if is_settled(file):
             _SOUND.add(file)
+
+
+def hash_sound(path: Path, steps: Steps) -> str:
+    """As `require_crc`, and in the same pass over the file its SHA-256. Raises CheckpointError."""
+    file = identity(path)
+    with _LOCKS.setdefault(file, Lock()):
+        crcs = Crcs(check_archive(path)) if file not in _SOUND and is_zip(path) else None
+        digest, at = hashlib.sha256(), 0
+        for step in steps(mapped(path)):
+            digest.update(step)
+            if crcs is not None:
+                crcs.feed(at, step)
+            at += len(step)
+        if is_settled(file):
+            _SOUND.add(file)
+    return digest.hexdigest()
 
 
 class Crcs:
@@ -110,10 +127,31 @@ class Crcs:
 
     def __init__(self, archive: Archive) -> None:
         self._path = archive.path
-        self._file = _identity(archive.path)
+        self._file = identity(archive.path)
         self._entries = archive.entries
         self._left = dict(archive.entries) if _has_crc(archive.entries.values()) else {}
         self._view = mapped(archive.path)
+        self._fed: list[tuple[int, zipfile.ZipInfo]] | None = None
+        self._crc = 0
+
+    def feed(self, at: int, content: memoryview) -> None:
+        """The file's bytes from `at` on, which come in order and whole. Raises CheckpointError for a damaged record."""
+        if self._fed is None:
+            self._fed = sorted(
+                ((self._start(entry), entry) for entry in self._left.values()), key=lambda each: -each[0]
+            )
+        end = at + len(content)
+        while self._fed:
+            start, entry = self._fed[-1]
+            if start >= end and entry.file_size:
+                return
+            stop = start + entry.file_size
+            self._crc = zlib.crc32(content[max(start - at, 0) : max(stop - at, 0)], self._crc)
+            if stop > end and end < len(self._view):
+                return
+            self._require(entry, self._crc, min(stop, end) - start)
+            self._fed.pop()
+            self._crc = 0
 
     def check(self, name: str) -> None:
         """Raise CheckpointError where the record `name` (its name inside the archive's folder) is damaged."""
@@ -135,25 +173,31 @@ class Crcs:
             self._compare(entry, steps)
         return bool(self._left)
 
-    def _bytes(self, entry: zipfile.ZipInfo) -> memoryview:
+    def _start(self, entry: zipfile.ZipInfo) -> int:
         # The lengths of name and padding stand at bytes 26 to 29 of a record's own header.
         at = entry.header_offset
-        start = at + 30 + sum(int.from_bytes(self._view[i : i + 2], "little") for i in (at + 26, at + 28))
+        return at + 30 + sum(int.from_bytes(self._view[i : i + 2], "little") for i in (at + 26, at + 28))
+
+    def _bytes(self, entry: zipfile.ZipInfo) -> memoryview:
+        start = self._start(entry)
         return self._view[start : start + entry.file_size]
 
     def _compare(self, entry: zipfile.ZipInfo, steps: Steps) -> None:
         content, crc = self._bytes(entry), 0
         for step in steps(content):
             crc = zlib.crc32(step, crc)
-        if crc != entry.CRC or len(content) != entry.file_size:
-            raise DamagedError(
-                f"{self._path}: record {entry.filename} (at byte {entry.header_offset}) is damaged: its CRC does not "
-                "match; copy or download the file again"
-            )
+        self._require(entry, crc, len(content))
         # Whoever reads the tensors maps the file once more: these pages need not stay in memory beside those.
         first = entry.header_offset - entry.header_offset % mmap.PAGESIZE
         view: Any = self._view.obj
         view.madvise(mmap.MADV_DONTNEED, first, min(len(self._view), entry.header_offset + len(content)) - first)
+
+    def _require(self, entry: zipfile.ZipInfo, crc: int, size: int) -> None:
+        if crc != entry.CRC or size != entry.file_size:
+            raise DamagedError(
+                f"{self._path}: record {entry.filename} (at byte {entry.header_offset}) is damaged: its CRC does not "
+                "match; copy or download the file again"
+            )
 
 
 def mapped(path: Path) -> memoryview:
@@ -174,13 +218,18 @@ def is_zip(path: Path) -> bool:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _identity(path: Path) -> tuple[int, ...]:
+def identity(path: Path) -> tuple[int, ...]:
     """Changes with the file and its content, even where a modification time was set back: its ctime cannot be."""
     try:
         stat = path.stat()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def is_settled(file: tuple[int, ...]) -> bool:
+    """Whether a file of this `identity` was changed long enough ago for a further change to show in it."""
+    return bool(file) and time.time_ns() - file[-1] > _SETTLED
 
 
 def _has_crc(entries: Iterable[zipfile.ZipInfo]) -> bool:

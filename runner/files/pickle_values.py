@@ -71,6 +71,11 @@ class Tensor:
         return f"{self.dtype} {list(self.shape)}"
 
     @property
+    def is_meta(self) -> bool:
+        """Always, as torch says it of a tensor without data."""
+        return True
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one element."""
         return ITEM_BYTES[self.dtype]
@@ -117,8 +122,10 @@ def check_shape(root: object) -> None:
         value, left = stack.pop()
         if not left and id(value) in sizes:
             continue
-        items: Sequence[object] = value
-        if isinstance(value, Container):
+        items: Sequence[object]
+        if isinstance(value, tuple):
+            items = value
+        else:
             items = value.items if value.state is _NO_STATE else [*value.items, value.state]
         if left:
             path.remove(id(value))
@@ -222,7 +229,7 @@ def _tensor(base: object, offset: object, shape: object, strides: object, hooks:
             f"shape {list(shape)} repeats a storage of {available} elements (stride 0); save it contiguous",
             about_tensor=True,
         )
-    return Tensor(storage=base, dtype=dtype, offset=offset, shape=shape, strides=strides)
+    return Tensor(storage=base, dtype=dtype, offset=offset, shape=shape, strides=strides)  # type: ignore[arg-type]
 
 
 def check_hooks(hooks: object) -> None:

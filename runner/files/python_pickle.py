@@ -1,4 +1,4 @@
-"""A pickle of Python's own (protocols 2 to 5) as inert records: for the few files of other programs that are one.
+"""A pickle of Python's own (protocols 3 to 5) as inert records: for the few files of other programs that are one.
 
 Nothing is unpickled: the walk of pickle_check.py makes records of plain containers, of the classes that the caller
 names, of times, and of tensors; every other global is refused. A tensor's storage is a whole torch file inside the
@@ -29,9 +29,9 @@ from runner.files.tensors import load_pickle
 if TYPE_CHECKING:
     import torch
 
-_TIME, _DICT = "datetime.datetime", "collections.OrderedDict"
+_TIME, _DICT, _SET = "datetime.datetime", "collections.OrderedDict", "builtins.set"
 _TENSOR, _STORAGE = "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes"
-_KNOWN = (_TIME, _DICT, _TENSOR, _STORAGE)
+_KNOWN = (_TIME, _DICT, _SET, _TENSOR, _STORAGE)
 _TEXT = ("SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "LONG4")
 
 
@@ -142,6 +142,10 @@ def _called(name: str, arguments: tuple[object, ...]) -> object:
     """What a call would make, as a record."""
     if name == _DICT and not arguments:
         return Container(kind="dict")
+    if name == _SET and len(arguments) == 1 and isinstance(arguments[0], Container) and arguments[0].kind == "list":
+        for item in arguments[0].items:
+            check_key(item)
+        return Container(kind="set", items=list(arguments[0].items))
     if name == _TIME and len(arguments) == 1 and isinstance(arguments[0], bytes) and len(arguments[0]) == 10:
         return arguments[0]
     if name == _STORAGE and len(arguments) == 1 and isinstance(arguments[0], bytes):
@@ -152,7 +156,9 @@ def _called(name: str, arguments: tuple[object, ...]) -> object:
             check_hooks(rest[1])
         # Every element must lie inside the storage, which can be no larger than its file.
         size = len(base.content)  # type: ignore[attr-defined]
-        tensor_v2(Storage(key="inside", count=size, item_bytes=1, record_bytes=size), offset, shape, strides)
+        tensor_v2(
+            Storage(key="inside", count=size, item_bytes=1, record_bytes=size, dtype="uint8"), offset, shape, strides
+        )
         return _Tensor(storage=base, offset=offset, shape=shape, strides=strides)  # type: ignore[arg-type]
     raise Refused(f"calls {name} in a way that a file of this kind never does")
 

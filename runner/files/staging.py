@@ -8,6 +8,7 @@ order, for its hash and for whoever compares it.
 
 import errno
 import hashlib
+import mmap
 import os
 import re
 import shutil
@@ -42,23 +43,44 @@ def read_back(path: Path, watch: Watcher = unwatched) -> dict[str, Any]:
     pages are let go before the reading and behind it. Raises OSError, and what `watch` raises.
     """
     digest = hashlib.sha256()
-    step = min(STEP, path.stat().st_size + 1)
-    ready, hashing = bytearray(step), bytearray(step)
     offset = 0
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as pool:
-        forget(file.fileno())
+    with ThreadPoolExecutor(max_workers=1) as pool:
         hashed = pool.submit(digest.update, b"")
-        while count := file.readinto(ready):
+        for content in _from_disk(path):
             hashed.result()
-            content = memoryview(ready)[:count].toreadonly()
             hashed = pool.submit(digest.update, content)
             watch(offset, content)
-            forget(file.fileno(), offset, count)
-            offset += count
-            ready, hashing = hashing, ready
+            offset += len(content)
         hashed.result()
     watch(offset, memoryview(b""))
     return {"size": offset, "sha256": digest.hexdigest()}
+
+
+def _from_disk(path: Path) -> Iterator[memoryview]:
+    """The content of a file step by step, past the page cache where the file system can; a step holds until the next
+    but one."""
+    size = path.stat().st_size
+    # Of whole pages, at the start of pages, as reading past the cache needs; two in turn.
+    buffers = [mmap.mmap(-1, min(STEP, -(-(size + 1) // mmap.PAGESIZE) * mmap.PAGESIZE)) for _ in range(2)]
+    direct = getattr(os, "O_DIRECT", 0)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | direct)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        direct, descriptor = 0, os.open(path, os.O_RDONLY)
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        if not direct:
+            forget(descriptor)
+        offset = 0
+        while count := file.readinto(buffers[0]):
+            yield memoryview(buffers[0])[:count].toreadonly()
+            if not direct:
+                forget(descriptor, offset, count)
+            offset += count
+            if direct and count % mmap.PAGESIZE:
+                return  # the end, which lies inside of a page: there is no more that could be read past the cache
+            buffers.reverse()
 
 
 def forget(descriptor: int, offset: int = 0, count: int = 0) -> None:
@@ -206,13 +228,14 @@ def staged(
     inputs: Sequence[Path] = (),
     expected_bytes: int = 0,
     manifest: Mapping[str, Any] | None = None,
-    hashes: Mapping[str, str] | None = None,
+    hashes: Mapping[str, str | None] | None = None,
     watchers: Callable[[Path], Mapping[str, Watcher]] = lambda partial: {},
 ) -> Iterator[Path]:
     """A directory to write into that becomes `target`, whole and verified, when the block ends without an exception.
 
     `manifest` is added to MANIFEST.json (recipe, hashes of inputs) and must not depend on the time. `hashes`: the
-    SHA-256 of files by name, where whoever wrote them knows it; what is read back is held against it.
+    SHA-256 of files by name, where whoever wrote them knows it; what is read back is held against it. None: the file's
+    watcher proves every byte, and the hash is that of what it was shown.
     `watchers(partial)` gives checks of the writer's own, by the name of the file whose content they get as it is read
     back; they raise RunnerError where it is not as it should be.
     With `replace` an existing `target` is swapped out; it is deleted only if this runner wrote it and nothing was added
@@ -239,11 +262,13 @@ def staged(
                     shutil.rmtree(partial)
 
 
-def verify(directory: Path, watchers: Mapping[str, Watcher] | None = None) -> list[str]:
+def verify(
+    directory: Path, watchers: Mapping[str, Watcher] | None = None, proved: Mapping[str, Any] | None = None
+) -> list[str]:
     """What is wrong with an output, one line a problem; empty when every byte is as it was written.
 
-    With `watchers` the files are read from the disk, and those that have a watcher are shown to it.
-    Raises CheckpointError where there is no such directory.
+    With `watchers` the files are read from the disk, and those that have a watcher are shown to it; `proved`: entries
+    of files that were read from it already. Raises CheckpointError where there is no such directory.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory")
@@ -259,6 +284,8 @@ def verify(directory: Path, watchers: Mapping[str, Watcher] | None = None) -> li
         try:
             if watchers is None:
                 found = manifests.describe(present[name])
+            elif proved is not None and name in proved:
+                found = proved[name]
             else:
                 found = read_back(present[name], watchers.get(name, unwatched))
         except OSError as error:
@@ -274,7 +301,7 @@ def verify(directory: Path, watchers: Mapping[str, Watcher] | None = None) -> li
 def _seal(
     partial: Path,
     extra: Mapping[str, Any],
-    hashes: Mapping[str, str],
+    hashes: Mapping[str, str | None],
     watchers: Callable[[Path], Mapping[str, Watcher]],
 ) -> None:
     """Sync every file, write the manifest last, and read everything back from the disk."""
@@ -283,7 +310,11 @@ def _seal(
     assert manifests.FILE_NAME not in files, "the manifest is written here"
     reserved = {"files", "versions", "digest"} & set(extra)
     assert not reserved, f"names of the manifest itself: {reserved}"
-    content = {**extra, "files": {name: _synced(path, hashes.get(name)) for name, path in files.items()}}
+    unknown = [name for name in files if name in hashes and hashes[name] is None]
+    entries = {name: _synced(path, hashes.get(name), later=name in unknown) for name, path in files.items()}
+    proofs = watchers(partial) if unknown else {}
+    proved = {name: read_back(files[name], proofs[name]) for name in unknown}
+    content = {**extra, "files": entries | proved}
     path = partial / manifests.FILE_NAME
     path.write_bytes(manifests.render({**content, "versions": manifests.versions()}))
     sync(path)
@@ -292,7 +323,7 @@ def _seal(
     for folder, _, _ in os.walk(partial):
         sync(Path(folder))
     try:
-        problems = verify(partial, watchers(partial))
+        problems = verify(partial, proofs if unknown else watchers(partial), proved)
     except RunnerError:
         # A file that does not read back as it was written is the cause, where there is one.
         if not (problems := verify(partial, {})):
@@ -301,9 +332,9 @@ def _seal(
         raise RunnerError(f"what was read back is not what was written: {problems[0]}")
 
 
-def _synced(path: Path, known: str | None) -> dict[str, Any]:
-    """A file's entry in the manifest; hashed while the disk takes it, where its hash is not known."""
-    if known is not None:
+def _synced(path: Path, known: str | None, *, later: bool = False) -> dict[str, Any]:
+    """A file's entry in the manifest; hashed while the disk takes it, where its hash is not known (or not `later`)."""
+    if known is not None or later:
         sync(path)
         return {"size": path.stat().st_size, "sha256": known}
     with ThreadPoolExecutor(max_workers=1) as pool:

@@ -12,6 +12,7 @@ import pickle
 import struct
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -120,12 +121,32 @@ def file_offset(tensor: torch.Tensor) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Checked:
+    path: Path
     kind: Kind
     archive: Archive | None = None
     value: Any = None
 
 
+# The files that were checked last, by what changes with them: one is opened for its headers, and then for its tensors.
+_CHECKED: OrderedDict[tuple[int, ...], _Checked] = OrderedDict()
+_REMEMBERED = 8
+
+
 def _check(path: Path) -> _Checked:
+    from runner.files.archive import identity, is_settled
+
+    file = identity(path) if path.is_file() else ()
+    if file in _CHECKED and _CHECKED[file].path == path:
+        return _CHECKED[file]
+    checked = _checked(path)
+    if is_settled(file):
+        _CHECKED[file] = checked
+        while len(_CHECKED) > _REMEMBERED:
+            _CHECKED.popitem(last=False)
+    return checked
+
+
+def _checked(path: Path) -> _Checked:
     from runner.files.archive import check_archive, check_legacy
     from runner.files.pickle_check import scan
 
@@ -135,7 +156,7 @@ def _check(path: Path) -> _Checked:
     if path.name.endswith(".safetensors"):
         raise CheckpointError(f"{path}: a torch.save file named .safetensors: rename it to .pt")
     if kind is Kind.LEGACY:
-        return _Checked(kind=kind, value=check_legacy(path))
+        return _Checked(path=path, kind=kind, value=check_legacy(path))
     archive = check_archive(path)
     found = scan(io.BytesIO(archive.pickle), path)
     records = archive.records
@@ -144,7 +165,7 @@ def _check(path: Path) -> _Checked:
         if size != storage.record_bytes:
             holds = "is missing" if size is None else f"holds {size}"
             raise CheckpointError(f"{path}: storage {key} needs {storage.record_bytes} bytes, its record {holds}")
-    return _Checked(kind=kind, archive=archive, value=found.value)
+    return _Checked(path=path, kind=kind, archive=archive, value=found.value)
 
 
 _PREFIXES = ("_orig_mod.", "module.")

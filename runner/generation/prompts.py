@@ -41,18 +41,21 @@ def given_prompts(prompt: object, file: str | None) -> list[Prompt]:
         return []
     if prompt == STANDARD_INPUT:
         return [Prompt(text=_decoded(sys.stdin.buffer.read(), "standard input").removesuffix("\n"))]
-    texts = prompt if isinstance(prompt, (list, tuple)) else [prompt]
-    if not texts or not all(isinstance(text, str) for text in texts):
+    given = prompt if isinstance(prompt, (list, tuple)) else [prompt]
+    texts = [text for text in given if isinstance(text, str)]
+    if not texts or len(texts) < len(given):
         raise ConfigError(f"prompt={prompt}: give a text, a list of texts, or - for standard input")
     return [Prompt(text=text) for text in texts]
 
 
 def prompts_of(prompts: Sequence[str | Sequence[int] | Prompt]) -> list[Prompt]:
     """Prompts given from Python: texts, or lists of token ids. Raises ConfigError for anything else."""
-    found = []
+    found: list[Prompt] = []
     for each in [prompts] if isinstance(prompts, (str, Prompt)) else prompts:
-        if isinstance(each, (str, Prompt)):
-            found.append(Prompt(text=each) if isinstance(each, str) else each)
+        if isinstance(each, Prompt):
+            found.append(each)
+        elif isinstance(each, str):
+            found.append(Prompt(text=each))
         elif isinstance(each, Sequence) and all(isinstance(one, int) and not isinstance(one, bool) for one in each):
             found.append(Prompt(ids=tuple(each)))
         else:

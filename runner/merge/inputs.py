@@ -1,9 +1,8 @@
-"""Whether the files that a merge reads are sound, and what they are: CRCs and hashes, computed beside other work.
+"""Whether the files that a merge reads are sound, and what they are: CRCs and hashes, in one pass beside other work.
 
 Nothing heavy is imported here, so that files are being read while torch is still being imported.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,21 +11,20 @@ from pathlib import Path
 from threading import Event
 
 from runner.errors import CheckpointError
-from runner.files.archive import mapped, require_crc
+from runner.files.archive import hash_sound
 
 # Large, because each step waits for the interpreter's lock, which an import holds most of the time.
-_STEP = 1 << 26
+_STEP = 1 << 24
 
 
 @dataclass(frozen=True)
 class _Reading:
     stat: tuple[int, int, int]
-    crc: "Future[None]"
     sha256: "Future[str]"
 
 
 class Inputs:
-    """The files of a merge, each read once for its CRCs and once for its hash, in two threads."""
+    """The files of a merge, each read once for its CRCs and its hash, in two threads."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
@@ -37,16 +35,13 @@ class Inputs:
         """Begin to read `paths`. Errors are raised by `check` and `sha256`."""
         new = [path for path in dict.fromkeys(paths) if path not in self._readings]
         stats = [_stat(path) for path in new]
-        # The CRCs of all files come first: the merge waits for them before it writes.
-        crcs = [self._pool.submit(self._crc, path) for path in new]
-        hashes = [self._pool.submit(self._sha256, path) for path in new]
-        for path, stat, crc, sha256 in zip(new, stats, crcs, hashes, strict=True):
-            self._readings[path] = _Reading(stat, crc, sha256)
+        for path, stat in zip(new, stats, strict=True):
+            self._readings[path] = _Reading(stat, self._pool.submit(hash_sound, path, self._steps))
 
     def check(self, path: Path) -> None:
         """Wait for the CRCs of `path`. Raises CheckpointError for a damaged record; other layouts carry no CRC."""
         self.start([path])
-        self._readings[path].crc.result()
+        self._readings[path].sha256.result()
 
     def sha256(self, path: Path) -> str:
         """The hash of `path`, in hexadecimal. Raises CheckpointError where the file changed since it was opened."""
@@ -60,15 +55,6 @@ class Inputs:
     def stop(self) -> None:
         """Give up what is still being read."""
         self._stop.set()
-
-    def _crc(self, path: Path) -> None:
-        require_crc(path, self._steps)
-
-    def _sha256(self, path: Path) -> str:
-        digest = hashlib.sha256()
-        for step in self._steps(mapped(path)):
-            digest.update(step)
-        return digest.hexdigest()
 
     def _steps(self, view: memoryview) -> Iterator[memoryview]:
         for start in range(0, len(view), _STEP):

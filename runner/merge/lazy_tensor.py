@@ -1,18 +1,28 @@
-"""Tensors that will be written: known by dtype and shape, read or computed in parts as they are asked for."""
+"""Tensors that will be written: known by dtype and shape, read or computed in parts as they are asked for.
+
+Those that are only copied need no torch.
+"""
+
+from __future__ import annotations
 
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial, reduce
-from typing import Any
+from operator import add
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from runner.files.safetensors_header import DTYPES
+from runner.files.stored import Stored, stored_tensors
 from runner.files.tensors import TensorInfo, TensorSource
 
+if TYPE_CHECKING:
+    import torch
+
 # Elements of one part: small enough for the processor's cache, large enough that a part's overhead vanishes.
-PART = 1 << 20
+PART = 1 << 17
+_ITEMSIZE = dict(DTYPES.values()) | {"complex128": 16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,15 +31,30 @@ class LazyTensor:
 
     `origin` says where it comes from, for messages. It can be asked for its parts any number of times.
     `elements(indices)`: those at flat indices [N], each fetched by itself. `computed`: it is no copy of a stored
-    tensor, and what is written of it is held against some of its elements.
+    tensor, and what is written of it is held against some of its elements. `stored`: where its bytes lie in one piece.
     """
 
     origin: str
-    dtype: torch.dtype
+    dtype_name: str
     shape: tuple[int, ...]
     parts: Callable[[], Iterator[torch.Tensor]]
     elements: Callable[[torch.Tensor], torch.Tensor] | None = None
     computed: bool = False
+    stored: Stored | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As torch has it, which is imported for it."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        size = _ITEMSIZE.get(self.dtype_name)
+        return self.dtype.itemsize if size is None else size
 
     @property
     def numel(self) -> int:
@@ -39,14 +64,14 @@ class LazyTensor:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.itemsize
 
 
 def from_tensor(tensor: torch.Tensor, origin: str) -> LazyTensor:
     """A tensor as it is, which may be a view of a mapped file."""
     return LazyTensor(
         origin=origin,
-        dtype=tensor.dtype,
+        dtype_name=name_of(tensor.dtype),
         shape=tuple(tensor.shape),
         parts=lambda: split(tensor),
         elements=partial(_pick, tensor),
@@ -57,15 +82,30 @@ def from_source(source: TensorSource, info: TensorInfo) -> LazyTensor:
     """The tensor `info` of a checkpoint, read when its parts are asked for."""
     return LazyTensor(
         origin=f"{source.path}: {info.name}",
-        dtype=info.dtype,
+        dtype_name=info.dtype_name,
         shape=info.shape,
         parts=lambda: split(source.read(info.name)),
         elements=lambda indices: _pick(source.read(info.name), indices),
+        stored=_place(source, info),
     )
+
+
+def _place(source: TensorSource, info: TensorInfo) -> Stored | None:
+    """Where the tensor lies, where that is one piece of one file."""
+    name = source.stripped_prefix + info.name
+    found = (stored_tensors(file).get(name) for file in source.files)
+    return next((stored for stored in found if stored is not None and stored.size == info.nbytes), None)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _pick(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """The elements at flat `indices`, of a tensor in any layout."""
+    import torch
+
     return tensor.detach()[torch.unravel_index(indices, tensor.shape)]
 
 
@@ -98,13 +138,15 @@ def split(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def as_bytes(part: torch.Tensor) -> memoryview:
-    """The bytes of a 1-D contiguous tensor, not copied."""
-    return part.view(torch.uint8).numpy().data
+    """The bytes of a contiguous tensor, not copied; a single number has no dimension to view as bytes."""
+    import torch
+
+    return part.reshape(-1).view(torch.uint8).numpy().data
 
 
 def mean(tensors: Sequence[LazyTensor]) -> LazyTensor:
     """The mean of tensors of one shape, computed in float64: equal ones give themselves."""
-    return _elementwise(tensors, lambda parts: reduce(torch.add, parts) / len(parts))
+    return _elementwise(tensors, lambda parts: reduce(add, parts) / len(parts))
 
 
 def average(tensors: Sequence[LazyTensor], weights: Sequence[float]) -> LazyTensor:
@@ -114,6 +156,8 @@ def average(tensors: Sequence[LazyTensor], weights: Sequence[float]) -> LazyTens
 
 def rows(parts: Sequence[tuple[LazyTensor, Sequence[int]]]) -> LazyTensor:
     """Rows of several tensors that agree in all but the first dimension, one below the other; computed at once."""
+    import torch
+
     found = [tensor for tensor, _ in parts]
     dtype = _dtype(found)
 
@@ -124,7 +168,7 @@ def rows(parts: Sequence[tuple[LazyTensor, Sequence[int]]]) -> LazyTensor:
     count = sum(len(chosen) for _, chosen in parts)
     return LazyTensor(
         origin=_origins(found),
-        dtype=dtype,
+        dtype_name=name_of(dtype),
         shape=(count, *found[0].shape[1:]),
         parts=stacked,
         elements=lambda indices: torch.cat(list(stacked()))[indices],
@@ -141,7 +185,7 @@ def weighted(tensors: Sequence[LazyTensor], weights: Sequence[float]) -> LazyTen
     chosen = [(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if weight]
     return _elementwise(
         [tensor for tensor, _ in chosen],
-        lambda parts: reduce(torch.add, [part * w for part, (_, w) in zip(parts, chosen, strict=True)]),
+        lambda parts: reduce(add, [part * w for part, (_, w) in zip(parts, chosen, strict=True)]),
         like=tensors,
     )
 
@@ -158,10 +202,10 @@ def slerp(first: LazyTensor, second: LazyTensor, t: float) -> LazyTensor:
 
     return LazyTensor(
         origin=_origins((first, second)),
-        dtype=_dtype((first, second)),
+        dtype_name=name_of(_dtype((first, second))),
         shape=first.shape,
         parts=lambda: found().parts(),
-        elements=lambda indices: found().elements(indices),
+        elements=lambda indices: _elements(found(), indices),
         computed=True,
     )
 
@@ -207,7 +251,7 @@ def _elementwise(
 
     return LazyTensor(
         origin=_origins(like or tensors),
-        dtype=dtype,
+        dtype_name=name_of(dtype),
         shape=tensors[0].shape,
         parts=parts,
         elements=elements,
@@ -231,6 +275,8 @@ def promoted(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 def _promoted(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     """A dtype that holds all values of both. torch refuses to choose one where float8 is among them."""
+    import torch
+
     small, large = sorted((a, b), key=lambda dtype: dtype.itemsize)
     if a == b or not (small.itemsize == 1 and small.is_floating_point):
         return torch.promote_types(a, b)

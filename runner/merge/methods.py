@@ -58,6 +58,8 @@ def nuslerp(
     is mergekit's, without a paper.
     """
     t = weights[1] / sum(weights)
+    one: Coefficient
+    two: Coefficient
     if flatten or first.dim() < 2:
         one, two = arc(_cosine(gram((first, second), base)), t, _NUSLERP_PARALLEL)
     else:

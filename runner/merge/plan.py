@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from runner.checkpoints import model_directory
-from runner.checkpoints.checkpoint import Checkpoint, dtype_name
+from runner.checkpoints.checkpoint import Checkpoint
 from runner.errors import CheckpointError, ConfigError
 from runner.files.file_type import sha256_of
 from runner.merge.lazy_tensor import LazyTensor, contained
@@ -156,11 +156,11 @@ def differing_dtypes(tensors: Sequence[MergedTensor]) -> list[str]:
     said: dict[str, None] = {}
     for tensor in tensors:
         pairs = zip(tensor.sources, tensor.names, strict=True)
-        found = {dtype_name(source.checkpoint.weights.infos[name].dtype) for source, name in pairs}
+        found = {source.checkpoint.weights.infos[name].dtype_name for source, name in pairs}
         if len(found) > 1:
-            written = dtype_name(tensor.tensor.dtype)
+            written = tensor.tensor.dtype_name
             said[f"layer {tensor.layer} is stored as {' and '.join(sorted(found))}: it is written as {written}"] = None
-    dtypes = sorted({dtype_name(tensor.tensor.dtype) for tensor in tensors})
+    dtypes = sorted({tensor.tensor.dtype_name for tensor in tensors})
     return [*said, *([f"layers differ in dtype: {', '.join(dtypes)}"] if len(dtypes) > 1 else [])]
 
 

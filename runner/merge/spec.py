@@ -12,8 +12,9 @@ from runner.merge.recipe import METHODS, Part, Recipe, Setting, Slice, check_nam
 
 # What checkpoints of layers, experts and GPTs are merged by; whole models and adapters know METHODS as well.
 FAMILY_RULES = ("layers", "average", "linear", "slerp")
-# `mergekit` stands for a file that names one of METHODS.
-RULES = tuple(dict.fromkeys((*FAMILY_RULES, *METHODS, "mergekit")))
+# Of adapters alone; `mergekit` stands for a file that names one of METHODS.
+ADAPTER_RULES = ("cat", "svd", "into_base")
+RULES = tuple(dict.fromkeys((*FAMILY_RULES, *METHODS, *ADAPTER_RULES, "mergekit")))
 ON_CONFLICT = ("first", "last", "error", "average", "newest")
 FORMATS = ("pt", "safetensors")
 VERIFY = ("bytes", "functional")

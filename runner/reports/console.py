@@ -82,7 +82,7 @@ COLOURS = {
 }  # fmt: skip
 # Columns that are text: left-aligned, and folded where they do not fit.
 _TEXTS = (
-    "checkpoint", "prompt", "text", "reference_text", "details", "component", "name", "file", "figure", "phase",
+    "checkpoint", "prompt", "of", "text", "reference_text", "details", "component", "name", "file", "figure", "phase",
     "check",
 )  # fmt: skip
 
@@ -183,7 +183,7 @@ def _text(value: object) -> "Text":
 
 
 # The tasks whose report has a module of its own.
-_MODULES = {"compare": "compare", "generate": "generation", "finetune": "classification"}
+_MODULES = {"compare": "compare", "generate": "generation", "transfer": "transfer", "finetune": "classification"}
 
 
 def _report(task: str) -> tuple[Callable[..., list[Fact]], Callable[..., Tables]]:

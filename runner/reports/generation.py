@@ -14,7 +14,11 @@ from runner.results import JsonObject
 
 # From this width on, a checkpoint's text and the reference's stand beside each other.
 _WIDE = 100
-_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "layers")
+# What is said of how a text was drawn, and the value that needs no word.
+_SETTINGS = {
+    "temperature": None, "top_k": None, "top_p": 1, "min_p": None, "repetition_penalty": 1, "seed": None,
+    "layers": None,
+}  # fmt: skip
 _FIGURES = ["seed", "finish", "tokens", "tokens_per_second", "logprob_mean", "repetition"]
 _COMPARED = ["agreement", "first_divergence", "path_kl"]
 
@@ -23,7 +27,7 @@ def generate_facts(result: JsonObject) -> list[Fact]:
     """Every line of the report, in order."""
     rows, metrics = result.get("generation", []), result.get("metrics", {})
     settings = result["settings"]
-    said = [f"{name} {settings[name]}" for name in _SETTINGS if settings[name] is not None]
+    said = [f"{name} {settings[name]}" for name, idle in _SETTINGS.items() if settings[name] not in (None, idle)]
     tokens = sum(row["tokens"] for row in rows)
     lines: list[tuple[str, object, str]] = [
         ("Checkpoint", result["ckpt"], ""),

@@ -125,6 +125,7 @@ def diff_facts(result: JsonObject) -> list[Fact]:
     rows: list[Line] = [
         *_fields(result, "ckpt", "reference"),
         ("Identical", same, "pass" if result["identical"] else ""),
+        ("Relation", None if result["identical"] else result.get("relation"), ""),
         ("Equal Tensors", many(result["equal_tensors"]), ""),
         ("Changed Tensors", many(result["changed_tensors"]), ""),
         ("Only in Checkpoint", _names(result["only_in_ckpt"]), ""),
@@ -268,9 +269,29 @@ def merge_tables(result: JsonObject, verbose: bool) -> Tables:
         for kind in ("layer", "expert", "skill")
         if kind in c
     ]
-    found = _some(("layers", layers), ("experts", experts), ("averaged", averaged), ("conflicts", conflicts))
+    merged = [
+        {
+            "parameters": ", ".join(f"{name} {value}" for name, value in _own(row).items()) or "–",
+            "details": printable(row["source"]),
+        }
+        for row in result.get("merged", [])
+    ]
+    fidelity = [
+        {**{name: number(row[name]) for name in ("kl", "mse", "cosine")}, "details": printable(row["source"])}
+        for row in result.get("fidelity", [])
+    ]
+    found = _some(
+        ("layers", layers), ("experts", experts), ("averaged", averaged), ("merged", merged),
+        ("logits against", fidelity), ("conflicts", conflicts),
+    )  # fmt: skip
     joint = diagnose_tables({**result, "layers": [row for row in rows if "mse" in row]}, verbose)
     return found + [each for each in joint if each[0] != "checks"]
+
+
+def _own(row: JsonObject) -> JsonObject:
+    """What a merge takes of one model or adapter, without what is not given."""
+    given = {**row.get("parameters", {}), **{name: row.get(name) for name in ("layer_range", "weight", "rank")}}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def panels_facts(result: JsonObject) -> list[Fact]:

@@ -234,7 +234,15 @@ def run(config: DiagnoseConfig, context: Context) -> Result:
         _only_run(job)
     else:
         _measure(job)
+    _note_length(job)
     return result
+
+
+def _note_length(job: MeasurementRun) -> None:
+    """What the model says of sequences as long as the longest one here."""
+    lengths = [row["tokens"] for row in job.result.per_prompt]
+    lengths.append(job.result.metrics.get("text", {}).get("longest", 0))
+    job.result.findings += job.evaluator.notes(max(lengths))
 
 
 def _measure(job: MeasurementRun) -> None:

@@ -91,6 +91,7 @@ def run(config: DiffConfig, context: Context) -> Result:
     with context.timed("compare"):
         tracked = context.track(differences(first, second, names), "comparing", total=len(names.common))
         tensors = list(tracked)
+    relation = _relation(tensors, names)
     return Result(
         task="diff",
         ckpt=str(first.path),
@@ -103,6 +104,7 @@ def run(config: DiffConfig, context: Context) -> Result:
         versions=versions(),
         details={
             "identical": not names.only_in_first and not names.only_in_second and all(row["equal"] for row in tensors),
+            "relation": relation,
             "equal_tensors": sum(row["equal"] for row in tensors),
             "changed_tensors": sum(not row["equal"] for row in tensors),
             "only_in_ckpt": names.only_in_first,
@@ -111,6 +113,37 @@ def run(config: DiffConfig, context: Context) -> Result:
             "totals": _totals(tensors),
         },
     )
+
+
+# Weights of one origin: training moves them by less than this share of their norm, and hardly turns them.
+_RELATIVE, _COSINE = 0.5, 0.9
+
+
+def _relation(tensors: list[Row], names: Names) -> str:
+    """What the first is to the second, in words: identical, a fine-tune of it (or it of the first), or unrelated.
+
+    By the tensors of one name and shape: models of one origin stay close, direction by direction; of those trained
+    apart the matrices stand at right angles, however alike their norms are.
+    """
+    rows = [row for row in tensors if "mse" in row]
+    if tensors and all(row["equal"] for row in tensors) and not names.only_in_first and not names.only_in_second:
+        return "identical"
+    # A vector of ones, as a norm begins with, is alike in all models.
+    matrices = [row for row in rows if len(row["shape"]) > 1 and math.isfinite(row["mse"])]
+    if not matrices:
+        return "no matrix in common, so nothing is told"
+    sizes = [math.prod(row["shape"]) for row in matrices]
+    near = [
+        size
+        for row, size in zip(matrices, sizes, strict=True)
+        if row["equal"] or (row["cosine"] >= _COSINE and row["relative"] <= _RELATIVE)
+    ]
+    share = sum(near) / sum(sizes)
+    if share >= 0.9:
+        return f"a fine-tune of one another: {share:.0%} of the common matrices' elements are near"
+    if share <= 0.1:
+        return f"unrelated: {share:.0%} of the common matrices' elements are near"
+    return f"partly related: {share:.0%} of the common matrices' elements are near"
 
 
 def _totals(tensors: list[Row]) -> Row:

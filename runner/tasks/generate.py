@@ -195,16 +195,16 @@ def _means(rows: Sequence[JsonObject]) -> JsonObject:
 
 
 def _cache_bytes(model: nn.Module, encoded: Encoded, settings: Settings) -> int | None:
-    """Keys and values of a full batch: 2 · layers · rows · positions · key width · bytes; None where unknown."""
+    """Keys and values of a full batch: 2 · layers · rows · positions · key width · bytes · passes; None: unknown."""
     config: Any = model.config
     heads = getattr(config, "num_key_value_heads", None)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads if heads else 0
-    if not settings.cache or not width:
+    if not settings.cache or not heads:
         return None
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rows = min(settings.batch_size, len(encoded) * settings.num_samples)
     positions = max(len(ids) for _, ids in encoded) + settings.max_new_tokens
-    size = next(model.parameters()).element_size()
-    return 2 * int(config.num_hidden_layers) * rows * positions * int(heads) * int(width) * size
+    layers: int = config.num_hidden_layers * getattr(model, "passes", 1)
+    return 2 * layers * rows * positions * int(heads) * width * next(model.parameters()).element_size()
 
 
 def _is_exact(model: nn.Module) -> bool:

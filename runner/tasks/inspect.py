@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoints.checkpoint import Checkpoint, components, totals
-from runner.checkpoints.detect import formats, open_checkpoint
+from runner.checkpoints.detect import format_of, open_checkpoint
 from runner.checkpoints.runs import Run, find_run
 from runner.config import InspectConfig
 from runner.errors import RunnerError
@@ -52,7 +52,7 @@ def describe(checkpoint: Checkpoint, module: str | None = None, *, tensors: bool
         "missing_keys": list(checkpoint.missing),
         "unknown_keys": list(checkpoint.unknown),
         "components": components(checkpoint, _group),
-        **formats(module)[checkpoint.format].describe(checkpoint),
+        **format_of(checkpoint, module).describe(checkpoint),
     }
     if tensors:
         described["tensors"] = [

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runner.checkpoints.runs import resolve
 from runner.config import DiagnoseConfig, Format, MergeConfig
@@ -29,6 +29,7 @@ from runner.tasks.context import Context
 if TYPE_CHECKING:
     from runner.checkpoints.checkpoint import Checkpoint
     from runner.merge.plan import JsonObject, MergeOutput
+    from runner.merge.sink import Written
 
 # The files that a source is likely to consist of; what else there is, is read once it is known.
 _LIKELY = ("npt_weights.pt", "npt_weights.safetensors", "training_state.pt", "multi_layer_state.pt", "config.json")
@@ -167,12 +168,10 @@ def _staged(
     from runner.merge.writer import expected_bytes, write_files, write_json_files, write_tensors
 
     read = list(dict.fromkeys(file for source in output.sources for file in source.files))
-    with context.timed("check"):
-        inputs.start(read)
-        for file in read:
-            inputs.check(file)
+    inputs.start(read)
     manifest: dict[str, object] = {"recipe": config.merge.recipe()}
-    hashes: dict[str, str] = {}
+    hashes: dict[str, str | None] = {}
+    runs: dict[str, list[Written]] = {}
     before = _set_aside(target)
     with (
         context.timed("commit"),
@@ -188,11 +187,12 @@ def _staged(
                 partial,
                 output.tensor_files,
                 bars.enter_context(byte_bar(context.progress, "comparing with the sources", output.nbytes)),
+                runs,
             ),
         ) as partial,
     ):
         with context.timed("write"), byte_bar(context.progress, "merging", output.nbytes) as on_bytes:
-            said = write_tensors(partial, output.tensor_files, on_bytes, hashes)
+            said = write_tensors(partial, output.tensor_files, on_bytes, hashes, runs)
         with context.timed("hash"):
             inputs_of = {str(file): inputs.sha256(file) for file in read}
             manifest["inputs"] = inputs_of
@@ -216,12 +216,22 @@ def _functional(
 
     base = family.load_base(written, config.base, Placement(device=config.device, dtype=config.dtype))
     if output.check_functions is None or base is None:
-        first = output.sources[0].path
-        return f"it runs; compared with {first}", measure(config, written.path, context, first)
+        first, *others = [source.path for source in output.sources]
+        measured = measure(config, written.path, context, first)
+        if family.name != Hf.name or written.format != Hf.name:
+            return f"it runs; compared with {first}", measured
+        rows = [_fidelity(first, measured), *(_fidelity(o, measure(config, written.path, context, o)) for o in others)]
+        measured.details["fidelity"] = rows
+        return f"it runs; compared with {', '.join(row['source'] for row in rows)}", measured
     places = [*(source.checkpoint.directory for source in output.sources), base.path]
     tokenizer = load_tokenizer(config.tokenizer, places)
     prompts = {text: encode(tokenizer, text, base.model.config.vocab_size) for text in config.data.prompts}
     return output.check_functions(written, base, prompts), measure(config, written.path, context)
+
+
+def _fidelity(source: Path, measured: Result) -> dict[str, Any]:
+    """How far the logits of the output are from those of a source, in the figures of task=diagnose."""
+    return {"source": str(source), **{name: measured.metrics.get(name) for name in ("mse", "cosine", "kl")}}
 
 
 def measure(config: MergeConfig, partial: Path, context: Context, reference: Path | None = None) -> Result:
@@ -269,6 +279,7 @@ def _result(config: MergeConfig, output: "MergeOutput", target: Path, context: C
             "dry_run": dry_run,
             **output.details,
             **verified.found,
+            **({"fidelity": measured.details["fidelity"]} if "fidelity" in measured.details else {}),
             "keys": len(output.weights),
             "parameters": output.parameters,
             "bytes": output.nbytes,

@@ -20,7 +20,7 @@ from runner.evaluation.placement import Placement
 from runner.evaluation.reference import Reference
 from runner.evaluation.tensor_cache import model_cache
 from runner.evaluation.tokenizers import TextTokenizer, load_tokenizer
-from runner.families.family import Auto, Family
+from runner.families.family import Family
 from runner.tasks.context import Context, cache_directory, checkpoint_path
 
 
@@ -46,7 +46,7 @@ def open_evaluation(config: DiagnoseConfig | GenerateConfig, context: Context) -
     placement = Placement(device=config.device, dtype=config.dtype, device_map=config.family.device_map)
     with context.timed("open"):
         checkpoint = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module, config.family)
-        family: Family = config.family.of(checkpoint)
+        family: Family = config.family.of(checkpoint).on(getattr(config, "data", None))
     with context.timed("load_base"):
         own = family.load_base(checkpoint, config.base, placement)
     with context.timed("load_checkpoint"):
@@ -60,7 +60,7 @@ def open_evaluation(config: DiagnoseConfig | GenerateConfig, context: Context) -
             base = load_base(checkpoint, config.base, placement)
         reference, path = None, None
         if config.accuracy and not _against_base(config):
-            reference, path = _other_reference(config, placement, cached)
+            reference, path = _other_reference(config, family, placement, cached)
         elif config.accuracy and base is not None:
             reference, path = cached(base), base.path
         # What brings base weights of its own is by itself the plain model.
@@ -102,7 +102,10 @@ def _cached(base: Base, *, cache: Path, in_sweep: bool) -> Reference:
 
 
 def _other_reference(
-    config: DiagnoseConfig | GenerateConfig, placement: Placement, cached: Callable[[Base], Reference]
+    config: DiagnoseConfig | GenerateConfig,
+    own_family: Family,
+    placement: Placement,
+    cached: Callable[[Base], Reference],
 ) -> tuple[Reference, Path]:
     """What `reference=` names: a base model, or another checkpoint, over the same base where it needs one."""
     path = Path(config.reference or "").expanduser()
@@ -110,11 +113,11 @@ def _other_reference(
         found = load_base(None, find_base(None, config.reference), placement)
         return cached(found), found.path
     checkpoint = open_checkpoint(resolve(path, by_step=False))
-    family = Auto(device_map=placement.device_map).of(checkpoint)
+    family = own_family.of_reference(checkpoint)
     if family.is_base(checkpoint):
         found = load_base(None, checkpoint.path, placement)
         return cached(found), found.path
     own = family.load_base(checkpoint, config.base, placement)
     stats = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in checkpoint.weights.files)
-    key = (str(checkpoint.path.resolve()), stats, own.key if own else None, repr(placement))
+    key = (str(checkpoint.path.resolve()), stats, own.key if own else None, repr(placement), repr(family))
     return Reference(family.build(checkpoint, own, placement), key), checkpoint.path

@@ -1,15 +1,16 @@
 """How fast text is made: a Llama of 100 M parameters against transformers' own generate, NPT layers, and a GPT.
 
-    python tests/benchmarks/generate.py [--threads 2] [--tokens 64] [--prompt 512] [--rounds 3] [--profile]
+    python tests/benchmarks/generate.py [--threads 2] [--tokens 64] [--prompt 512] [--rounds 2] [--batch 1 8] [--profile]
 
-Ratios of tokens per second after the prompt, from CPU seconds of one run: rounds are interleaved and the best of each
-counts. `--profile` prints where the time of one continuation goes.
+Ratios of tokens per second after the prompt, from the CPU seconds of every step of interleaved rounds: the lower
+quartile counts. `--profile` prints where the time of one continuation goes.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from runner.evaluation.decoding import Continuation, Feed, extend  # noqa: E402 - the path is set above
+from runner.evaluation import base_models  # noqa: E402 - the path is set above
+from runner.evaluation.decoding import Continuation, Feed, extend  # noqa: E402
 from runner.families.npt.model import NptLlamaForCausalLM, RankKUpdate  # noqa: E402
 from runner.metrics.generation import Sampling  # noqa: E402
 from tests import gpt_files  # noqa: E402
@@ -27,38 +29,37 @@ VOCABULARY = 16000
 GREEDY = Sampling()
 
 
-def ours(model, prompts: torch.Tensor, count: int, *, cache: bool = True, how: Sampling = GREEDY) -> None:
-    """`count` ids after each row of `prompts` [B, T], as runner draws them."""
-    rows = [Continuation(prompt=row, count=count) for row in prompts.tolist()]
-    for _ in extend(Feed(model, torch.device("cpu"), cache=cache), rows, how):
-        pass
-
-
-def theirs(model, prompts: torch.Tensor, count: int, kind: str = "static") -> None:
-    """The same by transformers."""
-    model.generate(
-        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count, min_new_tokens=count, do_sample=False,
-        cache_implementation=kind, disable_compile=True, pad_token_id=0,
-    )  # fmt: skip
-
-
-def seconds(run: Callable[[int], None], count: int) -> float:
-    """CPU seconds a token, without the prompt's."""
+def ours(model, prompts: torch.Tensor, count: int, *, cache: bool = True, how: Sampling = GREEDY) -> list[float]:
+    """CPU seconds of each of `count` steps after the first id of each row of `prompts` [B, T]."""
+    rows = [Continuation(prompt=row, count=count + 1) for row in prompts.tolist()]
     times = []
-    for each in (1, 1 + count):
-        start = time.process_time()
-        run(each)
-        times.append(time.process_time() - start)
-    return (times[1] - times[0]) / count
+    for _ in extend(Feed(model, torch.device("cpu"), cache=cache), rows, how):
+        times.append(time.process_time())
+    return [later - earlier for earlier, later in pairwise(times)]
 
 
-def best(runs: dict[str, Callable[[int], None]], count: int, rounds: int) -> dict[str, float]:
-    """Tokens per CPU second of each, the best of interleaved rounds."""
-    found = {name: [seconds(run, count) for _ in [None]] for name, run in runs.items()}
-    for _ in range(rounds - 1):
+def theirs(model, prompts: torch.Tensor, count: int, kind: str = "static") -> list[float]:
+    """The same by transformers."""
+    times = []
+
+    def clock(ids: torch.Tensor, scores: object, **options: object) -> torch.Tensor:
+        times.append(time.process_time())
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=count + 1, min_new_tokens=count + 1,
+        do_sample=False, cache_implementation=kind, disable_compile=True, pad_token_id=0, stopping_criteria=[clock],
+    )  # fmt: skip
+    return [later - earlier for earlier, later in pairwise(times)]
+
+
+def best(runs: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, float]:
+    """Steps per CPU second of each: the lower quartile of all steps of interleaved rounds."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
         for name, run in runs.items():
-            found[name].append(seconds(run, count))
-    return {name: 1 / min(times) for name, times in found.items()}
+            found[name] += run()
+    return {name: 1 / sorted(times)[len(times) // 4] for name, times in found.items()}
 
 
 def main() -> None:
@@ -67,7 +68,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -83,17 +85,16 @@ def main() -> None:
     }
     npt = NptLlamaForCausalLM(plain, updates).eval().requires_grad_(False)
     sampled = Sampling(temperature=0.7, top_p=0.9)
-    for batch in (1, 8):
+    for batch in given.batch:
         prompts = torch.randint(3, VOCABULARY, (batch, given.prompt))
         speeds = best(
             {
-                "runner": lambda n, p=prompts: ours(plain, p, n),
-                "runner, sampled": lambda n, p=prompts: ours(plain, p, n, how=sampled),
-                "transformers, static": lambda n, p=prompts: theirs(llama, p, n),
-                "transformers, dynamic": lambda n, p=prompts: theirs(llama, p, n, "dynamic"),
-                "npt": lambda n, p=prompts: ours(npt, p, n),
+                "runner": lambda p=prompts: ours(plain, p, given.tokens),
+                "runner, sampled": lambda p=prompts: ours(plain, p, given.tokens, how=sampled),
+                "transformers, static": lambda p=prompts: theirs(llama, p, given.tokens),
+                "transformers, dynamic": lambda p=prompts: theirs(llama, p, given.tokens, "dynamic"),
+                "npt": lambda p=prompts: ours(npt, p, given.tokens),
             },
-            given.tokens,
             given.rounds,
         )
         print(
@@ -108,11 +109,10 @@ def main() -> None:
     prompts = torch.randint(3, 2048, (1, given.prompt))
     speeds = best(
         {
-            "cached": lambda n: ours(small, prompts, n),
-            "again": lambda n: ours(small, prompts, n, cache=False),
+            "cached": lambda: ours(small, prompts, given.tokens),
+            "again": lambda: ours(small, prompts, 4, cache=False),
         },
-        8,
-        given.rounds,
+        min(2, given.rounds),
     )
     print(f"GPT small's layout: with a cache / computed again  {speeds['cached'] / speeds['again']:.2f}")
     if given.profile:
@@ -128,9 +128,10 @@ def update(d: int, f: int, *, np_rank: int, num_ranks: int) -> RankKUpdate:
     return RankKUpdate(*([torch.randn(shape) * 0.02 for _ in range(num_ranks)] for shape in shapes))
 
 
-def plain_of(llama: LlamaForCausalLM):
-    """The Llama as runner builds it."""
-    return llama
+def plain_of(llama: LlamaForCausalLM) -> torch.nn.Module:
+    """The Llama as runner builds it, over the same weights."""
+    config = base_models.config_from(llama.config.to_dict(), "the benchmark")
+    return base_models.build(config, dict(llama.state_dict()), torch.float32, "the benchmark")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_logits_equal_those_of_transformers(rotation, shape):
     model = own(their_model)
     assert (model.config.theirs is not None) == ("longrope" in str(rotation))
     ids = torch.randint(50, (3, LENGTH))
-    equal(model(ids).logits, their_model(ids).logits)
+    assert torch.equal(model(ids).logits, their_model(ids).logits)
     # Padding on the left and on the right, and positions that count from the first token.
     mask = torch.ones_like(ids)
     mask[0, :5], mask[1, -7:] = 0, 0

@@ -106,19 +106,53 @@ def words_that_are_cleaned_up(path):
     return saved(path, tokenizer, unk_token="[UNK]", clean_up_tokenization_spaces=True)
 
 
-def of_llama_2(path):
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "▁", "h", "i", "▁h", "▁hi"])}
-    LlamaTokenizer(vocab=vocabulary, merges=[("▁", "h"), ("▁h", "i")]).save_pretrained(path)
+def of_llama_2(path, **options):
+    characters = [chr(code) for code in range(33, 127)]
+    vocabulary = [*LLAMA_2, *(f"<0x{i:02X}>" for i in range(256)), "▁", *characters, "▁h", "▁hi", "▁▁"]
+    merges = [("▁", "h"), ("▁h", "i"), ("▁", "▁")]
+    LlamaTokenizer(vocab={t: i for i, t in enumerate(vocabulary)}, merges=merges, **options).save_pretrained(path)
     return path
+
+
+LLAMA_2 = ("<unk>", "<s>", "</s>")
+
+
+def of_llama_2_with_its_older_file(path):
+    """As the files of Llama 2 itself are: a normalizer in the place of the pre-tokenizer, and bos in the template."""
+    file = of_llama_2(path) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
+    content["pre_tokenizer"] = None
+    content["post_processor"] = json.loads(byte_level(bos=True).to_str())["post_processor"]
+    content["model"] |= {"unk_token": "<unk>", "fuse_unk": False}
+    file.write_text(json.dumps(content))
+    tokens = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    listed = {str(i): {"content": token, **tokens} for i, token in enumerate(LLAMA_2)}
+    return edited(
+        path, added_tokens_decoder=listed, legacy=True, add_bos_token=True, tokenizer_class="LlamaTokenizerFast"
+    )
+
+
+def of_llama_2_without_prefix(path):
+    return of_llama_2(path, add_prefix_space=False)
+
+
+def of_llama_2_that_names_no_tokens(path):
+    return edited(of_llama_2(path), drop=("unk_token", "bos_token", "eos_token"))
+
+
+def byte_level_that_says_llama(path):
+    return edited(with_bos(path), tokenizer_class="LlamaTokenizer")
 
 
 PLAIN = (
     ordinary, with_bos, says_add_bos, older_class, cuts_and_pads, cleans_up, lists_its_tokens, beside_a_llama,
-    tokens_in_an_older_file,
+    tokens_in_an_older_file, of_llama_2, of_llama_2_with_its_older_file, of_llama_2_without_prefix,
+    of_llama_2_that_names_no_tokens, byte_level_that_says_llama,
 )  # fmt: skip
 ODD = (
     a_new_special_token, a_token_listed_otherwise, more_special_tokens, added_later, words_that_are_cleaned_up,
-    of_llama_2,
 )  # fmt: skip
 
 

@@ -2,15 +2,22 @@
 
 import json
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from runner.checkpoints.detect import open_checkpoint
+from runner.errors import CheckpointError
 from runner.evaluation.placement import Placement
+from runner.families import gpt as families
 from runner.families.gpt import Gpt
-from runner.families.gpt.records import RECORDS
+from runner.families.gpt.checkpoint import Provenance
+from runner.families.gpt.records import LARGE, RECORDS
+from runner.families.gpt.save import save
 from tests.conftest import golden_folders
+from tests.gpt_files import model, random_state, record_file, record_state, script_file
 
 GOLDENS = golden_folders("gpt_records")
 
@@ -54,3 +61,106 @@ def test_logits(name, golden):
     # Sequences of this length see no window of training.
     if RECORDS[record].window:
         torch.testing.assert_close(logits(path, tensors["tokens"], window="trained"), tensors["logits"], **close)
+
+
+# Records that share every tensor and compute different functions.
+GROUPS = [
+    ("2024-10-14_ModernArch", "2024-11-03_UntieEmbed", "2024-11-06_ShortcutsTweaks"),
+    ("2024-12-17_SparsifyEmbeds", "2025-01-13_Fp8LmHead"),
+    ("2025-02-01_RuleTweak", "2025-05-24_StableTorch"),
+    ("2025-09-05_SkipMLPBlocks", "2025-09-10_Yarn", "2025-09-11_VectSigmoidBFloat16"),
+    ("2025-10-04_Backout", "2025-11-18_RefineSkip"),
+    ("2025-12-22_MultiTokenPrediction", "2025-12-26_LogitRescale"),
+    ("2025-12-31_GatesToCompiledAdam", "2026-01-07_PairedHeadAttention"),
+    ("2026-01-24_ImprovedLMHead", "2026-02-03_VeTuned"),
+    ("2026-06-11_RecursiveFromBest", "2026-07-13_PrefixTokenPrediction"),
+]
+IDS = torch.arange(40)[None] * 7 % 37
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@torch.inference_mode()
+def test_every_record_opens_runs_and_is_saved(name, tmp_path):
+    path = record_file(tmp_path / "a.pt", name, record_state(name))
+    checkpoint = open_checkpoint(path)
+    details = checkpoint.details
+    assert (details.record.name, details.found_by, details.head_dim_from) == (name, "hash", "script")
+    model = Gpt().build(checkpoint, None, Placement(device="cpu"))
+    found = model(IDS).logits
+    low, high = Gpt().traits(checkpoint).logit_bounds
+    assert low <= found.min() < found.max() <= high
+    later = IDS.clone()
+    later[0, 30:] = 5
+    torch.testing.assert_close(model(later).logits[:, :30], found[:, :30], rtol=1e-5, atol=1e-5)
+    # The container of ours notes the record, and has the same bits.
+    (tmp_path / "out").mkdir()
+    tensors = {key: checkpoint.weights.read(key) for key in details.keys}
+    save(tmp_path / "out", tensors, details, provenance=Provenance(), weights_file="model.safetensors")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["training"])["record"] == name
+        assert all(torch.equal(file.get_tensor(key), tensor) for key, tensor in tensors.items())
+
+
+def test_the_records_are_those_of_the_readme():
+    text = (Path(families.__file__).parent / "README.md").read_text()
+    assert [name for name in RECORDS if f"| `{name}` |" not in text] == []
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group[0])
+def test_records_that_share_every_tensor_are_told_apart(group, tmp_path, run):
+    tied = group[0] == "2024-10-14_ModernArch"
+    state = record_state(group[-1])
+    path = record_file(tmp_path / "a.pt", group[0], state, code="head_dim=8")
+    outcome = run("task=inspect", f"ckpt={path}")
+    candidates = group[1:] if tied else group  # tied weights are their own evidence
+    assert outcome.code == 2
+    assert all(name in outcome.err for name in candidates)
+    assert "family.record=" in outcome.err
+    found = {}
+    for name in group:
+        told = Gpt(record=name)
+        if tied and name == group[0]:
+            continue
+        checkpoint = open_checkpoint(path, family=told)
+        assert (checkpoint.details.record.name, checkpoint.details.found_by) == (name, "told")
+        found[name] = told.build(checkpoint, None, Placement(device="cpu"))(IDS).logits
+        record_file(path, name, state)
+        own = open_checkpoint(path)
+        assert own.details.found_by == "hash"
+        assert torch.equal(Gpt().build(own, None, Placement(device="cpu"))(IDS).logits, found[name])
+        for other in set(group) - {name}:
+            with pytest.raises(CheckpointError, match=f"family.record={other}, but its script is that of {name}"):
+                open_checkpoint(path, family=Gpt(record=other))
+        record_file(path, name, state, code="head_dim=8")
+    values = list(found.values())
+    assert all((values[0] - other).abs().max() > 0.01 for other in values[1:])
+
+
+def test_tied_weights_are_evidence(tmp_path):
+    path = record_file(
+        tmp_path / "a.pt", "2024-10-14_ModernArch", record_state("2024-10-14_ModernArch"), code="head_dim=8"
+    )
+    assert open_checkpoint(path).details.record.name == "2024-10-14_ModernArch"
+
+
+def test_the_tensors_of_one_record_and_the_script_of_another(tmp_path):
+    path = record_file(tmp_path / "a.pt", "2025-12-29_VeSkipGates", record_state("2025-10-04_Backout"))
+    with pytest.raises(
+        CheckpointError, match=r"script is that of 2025-12-29.*, but its tensors are those of 2025-10-04"
+    ):
+        open_checkpoint(path)
+
+
+def test_heads_of_64_under_the_names_of_medium(tmp_path):
+    """What used to open as medium with heads of 128, and computed something else without a word."""
+    state = random_state("medium")
+    code = "class CausalSelfAttention:\n    head_dim = dim // num_heads\nmodel = GPT(num_heads=2)\n"
+    path = script_file(tmp_path / "a.pt", state, code=code)
+    checkpoint = open_checkpoint(path)
+    assert (checkpoint.format, checkpoint.details.record.name, checkpoint.details.head_dim) == ("gpt_record", LARGE, 64)
+    small_heads = Gpt().build(checkpoint, None, Placement(device="cpu"))(IDS % 24).logits
+    assert torch.equal(small_heads, model("medium", state, head_dim=64)(IDS % 24).logits)
+    script_file(path, state, code="nothing")
+    assumed = open_checkpoint(path)
+    assert any("heads of 64" in finding for finding in assumed.findings)
+    assert (Gpt().build(assumed, None, Placement(device="cpu"))(IDS % 24).logits - small_heads).abs().max() > 0.1

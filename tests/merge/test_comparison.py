@@ -8,8 +8,8 @@ import torch
 
 from runner.errors import RunnerError
 from runner.files.tensors import file_offset, load_pickle
-from runner.merge import writer as torch_file
-from runner.merge.lazy_tensor import LazyTensor, from_tensor, split
+from runner.merge import torch_file
+from runner.merge.lazy_tensor import LazyTensor, from_tensor, name_of, split
 from runner.merge.plan import TensorFile
 from runner.merge.verify import Expected, SourceComparison, comparisons
 from runner.merge.writer import write_tensors
@@ -88,7 +88,7 @@ def expected(name: str, offset: int, tensor: torch.Tensor, parts=None) -> Expect
     return Expected(
         name=name,
         offset=offset,
-        tensor=LazyTensor(origin=name, dtype=tensor.dtype, shape=tuple(tensor.shape), parts=given),
+        tensor=LazyTensor(origin=name, dtype_name=name_of(tensor.dtype), shape=tuple(tensor.shape), parts=given),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from runner.files.archive import check_archive, verify_crc
 from runner.files.tensors import load_pickle
-from runner.merge import writer as torch_file
+from runner.merge import torch_file
 from runner.merge.lazy_tensor import LazyTensor, from_tensor, replaced
 from runner.merge.writer import new_file, write_torch_file
 from tests.merge.sources import same
@@ -129,7 +129,7 @@ def test_foreign_objects_are_not_written(tmp_path):
 
 
 def test_a_tensor_that_gives_too_little_is_caught(tmp_path):
-    piece = LazyTensor(origin="short", dtype=torch.float32, shape=(4,), parts=lambda: iter([torch.zeros(3)]))
+    piece = LazyTensor(origin="short", dtype_name="float32", shape=(4,), parts=lambda: iter([torch.zeros(3)]))
     with pytest.raises(AssertionError, match="short"), new_file(tmp_path / "x.pt") as sink:
         write_torch_file(sink, "x", {"a": piece})
 
@@ -137,7 +137,8 @@ def test_a_tensor_that_gives_too_little_is_caught(tmp_path):
 def test_tensors_are_found_wherever_they_are():
     tree = {"a": [lazy(torch.ones(2)), (lazy(torch.ones(3)), 1)], "b": OrderedDict(c=lazy(torch.ones(4)))}
     doubled = replaced(
-        tree, lambda piece: LazyTensor(origin="", dtype=piece.dtype, shape=(*piece.shape, 1), parts=piece.parts)
+        tree,
+        lambda piece: LazyTensor(origin="", dtype_name=piece.dtype_name, shape=(*piece.shape, 1), parts=piece.parts),
     )
     assert type(doubled["b"]) is OrderedDict
     assert [doubled["a"][0].shape, doubled["a"][1][0].shape, doubled["b"]["c"].shape] == [(2, 1), (3, 1), (4, 1)]

@@ -107,6 +107,33 @@ def test_any_format(run, base):
     assert (result["format"], result["identical"]) == ("hf", True)
 
 
+def test_what_one_model_is_to_another_is_said(run, base, tmp_path):
+    """A copy, one that was trained a little, one of other weights, and one of which a part was replaced."""
+    from safetensors.torch import load_file, save_file
+
+    from tests.conftest import write_base
+
+    tuned, other, mixed = (write_base(tmp_path / name, seed=seed) for name, seed in (("t", 0), ("o", 7), ("m", 0)))
+    weights = load_file(base / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    noise = {
+        name: t + 0.01 * t.std() * torch.randn(t.shape, generator=generator) if t.dim() > 1 else t
+        for name, t in weights.items()
+    }
+    save_file(noise, tuned / "model.safetensors", metadata={"format": "pt"})
+    half = {name: noise[name] if ".mlp." in name else load_file(other / "model.safetensors")[name] for name in weights}
+    save_file(half, mixed / "model.safetensors", metadata={"format": "pt"})
+    for path, words in (
+        (base, "identical"),
+        (tuned, "a fine-tune of one another: 100%"),
+        (other, "unrelated: 0%"),
+        (mixed, "partly related"),
+    ):
+        outcome = run("task=diff", f"ckpt={base}", f"reference={path}")
+        assert outcome.result["relation"].startswith(words)
+        assert path == base or f"Relation: {words}" in outcome.out
+
+
 def test_wrong_words(run, pair):
     for step in (1, 2):
         write_source(Path(f"run/checkpoint-{step}"), ONE, step=step)

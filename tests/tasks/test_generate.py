@@ -123,6 +123,14 @@ def test_experts_beside_their_base(run, base, tmp_path):
     assert row["reference_new_ids"] == next(runner.generate(base, ["one"], max_new_tokens=5))["new_ids"]
 
 
+def test_a_tokenizer_without_an_end_and_without_a_template(words, run, base):
+    (row,) = rows(run(*words, "prompt=one", f"tokenizer={base / 'tokenizer.json'}", "generate.temperature=3"))
+    assert row["finish"] == "length"
+    free = next(runner.generate(base, ["one"], max_new_tokens=5, ignore_eos=True, temperature=0))
+    known = next(runner.generate(base, ["one"], tokenizer=base / "tokenizer.json", max_new_tokens=5, temperature=0))
+    assert known["new_ids"] == free["new_ids"][: known["tokens"]]
+
+
 def test_stops_and_ends(base, tmp_path):
     (free,) = runner.generate(base, ["Hello"], max_new_tokens=30, temperature=0, ignore_eos=True)
     stop = free["text"][3:5]
@@ -191,6 +199,13 @@ def test_a_gpt_never_draws_the_padding_of_its_vocabulary(gpt, base):
     assert max(drawn) < 259
     free = runner.generate(gpt, [[5, 6]], max_new_tokens=30, top_p=1.0, temperature=5.0, ignore_eos=True)
     assert max(next(free)["new_ids"]) >= 259
+
+
+def test_a_document_of_a_gpt_begins_with_the_token_that_ends_one(gpt, base):
+    model, options = runner.load(gpt), {"tokenizer": base, "max_new_tokens": 1}
+    model.document_token = 2  # the tokenizer's end of text
+    ids = {each: next(runner.generate(model, ["a"], special_tokens=each, **options))["ids"] for each in ("auto", False)}
+    assert ids["auto"] == [2, *ids[False]]
 
 
 def test_a_chat_template(run, checkpoint, tmp_path):

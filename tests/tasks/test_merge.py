@@ -262,7 +262,7 @@ def test_functional_verification_finds_a_layer_that_computes_something_else(run,
         if "layer_2_np.W_b_up_up.1" not in info.name:
             return piece
         return lazy_tensor.LazyTensor(
-            origin="", dtype=piece.dtype, shape=piece.shape, parts=lambda: (p * 1.01 for p in piece.parts())
+            origin="", dtype_name=piece.dtype_name, shape=piece.shape, parts=lambda: (p * 1.01 for p in piece.parts())
         )
 
     monkeypatch.setattr(lazy_tensor, "from_source", wrong)

@@ -185,7 +185,7 @@ def test_another_byte_is_found(run, pair, monkeypatch):
 
         piece = value["model"]["scalars"]
         other = LazyTensor(
-            origin="", dtype=piece.dtype, shape=piece.shape, parts=lambda: (p + 1e-3 for p in piece.parts())
+            origin="", dtype_name=piece.dtype_name, shape=piece.shape, parts=lambda: (p + 1e-3 for p in piece.parts())
         )
         original(sink, folder, {**value, "model": {**value["model"], "scalars": other}})
 

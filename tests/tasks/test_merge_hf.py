@@ -193,6 +193,23 @@ def test_another_architecture_works_by_its_names(run, workdir):
     assert torch.equal(found["transformer.steps"], torch.arange(3))
 
 
+def test_the_logits_against_every_source(run, workdir, base):
+    """The merge of a model with itself computes what it does; against another source and the base it is said how far."""
+    from tests.conftest import write_base
+
+    other = write_base(Path("other"), seed=5)
+    sources = f"[{{path: {base}, weight: 1}},{{path: {other}, weight: 0}}]"
+    words = ("merge=linear", f"merge.sources={sources}", "merge.output=out", "merge.verify=functional", "tier=quick")
+    outcome = run("task=merge", *words)
+    assert outcome.code == 0, outcome.err
+    rows = outcome.result["fidelity"]
+    assert [row["source"] for row in rows] == [str(base), str(other)]
+    assert rows[0]["mse"] == 0
+    assert rows[1]["mse"] > 0
+    assert "logits against" in outcome.out
+    assert all(torch.equal(t, load_file(base / "model.safetensors")[name]) for name, t in file("out").items())
+
+
 def tokenizer(tokens, added=()):
     entries = [
         {"id": len(tokens) + i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,

@@ -246,7 +246,10 @@ def test_another_byte_is_found(run, pair, monkeypatch):
             value = {
                 **value,
                 name: LazyTensor(
-                    origin="", dtype=piece.dtype, shape=piece.shape, parts=lambda: (p * 1.01 for p in piece.parts())
+                    origin="",
+                    dtype_name=piece.dtype_name,
+                    shape=piece.shape,
+                    parts=lambda: (p * 1.01 for p in piece.parts()),
                 ),
             }
         original(sink, value, metadata)

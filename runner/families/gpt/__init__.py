@@ -1,19 +1,20 @@
 """GPTs as modded-nanogpt trains them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from runner.errors import ConfigError
+from runner.errors import CheckpointError, ConfigError
 from runner.families.family import Family
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Writer
+    from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, Writer
     from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.config import Conversion
+    from runner.data.text import Data
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
     from runner.families.gpt.model import Windows
@@ -27,13 +28,14 @@ class Gpt(Family):
     """A complete GPT of one of the public records of modded-nanogpt.
 
     `record`: whose checkpoint it is, where nothing in the file says it. `documents`: whether a document sees itself
-    alone; a number is the token that each starts with. `window`: how far attention looks back, in blocks of 128: that
-    of long blocks (short ones see half of it), [long, short], or trained; None: over everything.
+    alone; a number is the token that each starts with; None: on token shards, where that token is known. `window`:
+    how far attention looks back, in blocks of 128: that of long blocks (short ones see half of it), [long, short], or
+    trained; None: over everything.
     """
 
     name: str = "gpt"
     record: str | None = None
-    documents: bool | int = False
+    documents: object = None
     window: object = None
 
     format_modules: ClassVar[tuple[str, ...]] = ("runner.families.gpt.checkpoint",)
@@ -46,9 +48,10 @@ class Gpt(Family):
             from runner.families.gpt.identify import named
 
             named(str(self.record))
-        if not isinstance(self.documents, int) or self.documents < 0:
+        documents = self.documents
+        if documents not in (None, "known") and (not isinstance(documents, int) or documents < 0):
             raise ConfigError(
-                f"family.documents={self.documents}: true, false, or the id of the token of a document's start"
+                f"family.documents={documents}: true, false, or the id of the token of a document's start"
             )
         self._windows()
 
@@ -56,11 +59,39 @@ class Gpt(Family):
         """`window` as `build_gpt` takes it. Raises ConfigError."""
         if self.window is None or self.window == "trained":
             return "trained" if self.window else None
-        is_pair = isinstance(self.window, Sequence) and not isinstance(self.window, str) and len(self.window) == 2
-        sizes = [size for size in (self.window if is_pair else [self.window]) if type(size) is int and size > 0]  # type: ignore[union-attr, attr-defined]
-        if len(sizes) != 1 + is_pair:
+        sizes = list(self.window) if isinstance(self.window, (list, tuple)) else [self.window]
+        whole = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool) and size > 0]
+        if len(whole) != len(sizes) or len(sizes) != 1 + isinstance(self.window, (list, tuple)):
             raise ConfigError(f"family.window={self.window}: a number of blocks of 128, [long, short], or trained")
-        return sizes if is_pair else sizes[0]
+        return whole if len(whole) == 2 else whole[0]
+
+    def on(self, data: "Data | None") -> "Family":
+        """As `Family.on`: the scripts pack documents into shards."""
+        on_shards = data is not None and data.name == "shards"
+        return replace(self, documents="known") if on_shards and self.documents is None else self
+
+    def of_reference(self, checkpoint: "Checkpoint") -> "Family":
+        """As `Family.of_reference`: another GPT with the same masks."""
+        return replace(self, record=None) if checkpoint.family == self.name else super().of_reference(checkpoint)
+
+    def may_hold(self, listing: "Listing", module: str) -> bool:
+        """As `Family.may_hold`: by an embedding among the names of tensors, nested as the scripts nest them or not."""
+        from runner.checkpoints.reading import weight_names
+
+        for file in weight_names(listing):
+            try:
+                source = listing.weights(file)
+            except CheckpointError:
+                return True  # whoever looks closer says what is wrong
+            nested = source.extras.get("model")
+            names = [*source.infos, *(map(str, nested) if isinstance(nested, Mapping) else ())]
+            if any("embed" in name or ".wte." in name for name in names):
+                return True
+        return False
+
+    def likely_formats(self, listing: "Listing") -> "tuple[CheckpointFormat, ...]":
+        """As `Family.likely_formats`."""
+        return self.formats() if self.may_hold(listing, self.format_modules[0]) else ()
 
     def formats(self) -> "tuple[CheckpointFormat, ...]":
         """Its formats; all but the first two for the record that was told."""
@@ -72,7 +103,8 @@ class Gpt(Family):
         """As `Family.build`."""
         from runner.families.gpt import model
 
-        return model.build_gpt(checkpoint, placement, documents=self.documents, window=self._windows())
+        end = model.end_of_text(checkpoint.details, self.documents)
+        return model.build_gpt(checkpoint, placement, end_of_text=end, window=self._windows())
 
     def can_save(self, checkpoint: "Checkpoint") -> bool:
         """All of them."""

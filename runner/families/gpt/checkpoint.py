@@ -126,6 +126,7 @@ def _is_plain(value: Any) -> bool:
 FAMILY = "gpt"
 NAMES = {SMALL: "gpt_small", MEDIUM: "gpt_medium"}
 RECORD = "gpt_record"
+GPT2_END = 50256
 _PREFIX = re.compile(r"(?:_orig_mod\.|module\.)*")
 # What no other architecture calls its attention.
 _MARK = re.compile(
@@ -310,9 +311,10 @@ def _trained(details: GptDetails, script: Script, step: int | None) -> tuple[Gpt
     """The details with what depends on how far training has come, and findings about it."""
     record, total, said = details.record, script.iterations, []
     end = script.end_of_text
-    if end is None:
-        end = 50256 if details.vocab_size > 50256 else details.vocab_size - 1
-    details = replace(details, end_of_text=end)
+    if end is None and details.vocab_size > GPT2_END:
+        end = GPT2_END
+    known, end = end is not None, details.vocab_size - 1 if end is None else end
+    details = replace(details, end_of_text=end, end_is_known=known)
     if not record.yarn and not record.split:
         return details, said
     if total is None or step is None:

@@ -165,7 +165,7 @@ def _shown(value: object) -> str:
     if isinstance(value, tuple):
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, dict):
-        return ", ".join(f"{source}→{into}" for into, (_, source) in value.items())
+        return ", ".join(f"{each[1] if isinstance(each, tuple) else each}→{into}" for into, each in value.items())
     return {True: "yes", False: "no", "": "none"}.get(value, str(value))  # type: ignore[arg-type]
 
 

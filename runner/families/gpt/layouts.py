@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -45,7 +46,8 @@ class GptDetails:
     what says the size of a head: script, tensors, or nothing.
 
     What the tensors do not say: `found_by`, how the record was found; `yarn`, the windows that training went through;
-    `before_split`: whether the head's rows are still the embedding; `end_of_text`: the token a document starts with.
+    `before_split`: whether the head's rows are still the embedding; `end_of_text`: the token a document starts with,
+    `end_is_known` unless it is taken for the last one of a vocabulary of its own.
     """
 
     record: Record
@@ -61,6 +63,7 @@ class GptDetails:
     yarn: tuple[int, ...] = ()
     before_split: bool = False
     end_of_text: int | None = None
+    end_is_known: bool = False
 
     @property
     def num_heads(self) -> int:
@@ -115,8 +118,14 @@ def depth_of(names: Iterable[str], record: Record) -> int:
     return min(1 + max(blocks), sum(1 for name in names if _BLOCK.fullmatch(name)))
 
 
-def expanded(record: Record, depth: int) -> dict[str, str]:
+def expanded(record: Record, depth: int) -> Mapping[str, str]:
     """Name → shape, in sizes, of every tensor of the record with `depth` blocks."""
+    return _expanded(record.name, depth)
+
+
+@lru_cache(maxsize=512)
+def _expanded(name: str, depth: int) -> Mapping[str, str]:
+    record = RECORDS[name]
     values = layers_with_values(record, depth)
     attention = [i for i in range(depth) if i not in record.no_attention]
     numbers: dict[str, Sequence[int]] = {

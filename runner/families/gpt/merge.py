@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.checkpoint import Checkpoint, dtype_name
+from runner.checkpoints.checkpoint import Checkpoint
 from runner.errors import CheckpointError, ConfigError
 from runner.families.gpt.checkpoint import FAMILY, NAMES, STATE, Provenance, metadata, provenance
 from runner.families.gpt.layouts import GptDetails
@@ -146,14 +146,14 @@ def _file(layout: str, weights: dict[str, LazyTensor], origin: Provenance) -> Te
 
 def _said(sources: Sequence[Source], weights: dict[str, LazyTensor]) -> list[str]:
     """What happens to precision, optimizers and validation losses."""
-    dtypes = sorted({dtype_name(tensor.dtype) for tensor in weights.values()})
+    dtypes = sorted({tensor.dtype_name for tensor in weights.values()})
     said = [f"computed in float64 and rounded to the dtypes in which the weights are stored: {', '.join(dtypes)}"]
     differing: dict[str, None] = {}
     for name, tensor in weights.items():
-        found = {dtype_name(source.checkpoint.weights.infos[name].dtype) for source in sources}
+        found = {source.checkpoint.weights.infos[name].dtype_name for source in sources}
         if len(found) > 1:
             stored = " and ".join(sorted(found))
-            differing[f"some weights are stored as {stored}: written as {dtype_name(tensor.dtype)}"] = None
+            differing[f"some weights are stored as {stored}: written as {tensor.dtype_name}"] = None
     said += differing
     padded = {info.numel: None for source in sources if (info := source.checkpoint.weights.infos.get("scalars"))}
     if len(padded) > 1:

@@ -106,7 +106,12 @@ PROGRAMS: Mapping[str, Program] = {
 
 
 class GptForCausalLM(Pieces):
-    """The model. Its logits are `head(hidden(ids))`, for callers that take them in chunks of positions."""
+    """The model. Its logits are `head(hidden(ids))`, for callers that take them in chunks of positions.
+
+    `document_token`: what every document of its training began with, where that is known.
+    """
+
+    document_token: int | None = None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> GptOutput:
         """`input_ids` [B, T], `attention_mask` [B, T] (1 token, 0 padding on the right) → logits [B, T, head_rows].
@@ -128,6 +133,20 @@ class GptForCausalLM(Pieces):
         weight = self.weight(name)
         z = hidden @ weight if self.record.keys[name] == "d W" else F.linear(hidden, weight)
         return CAPS[self.record.cap][0](z.float(), self.config.model_dim)
+
+    def notes(self, length: int) -> tuple[str, ...]:
+        """What should be known of figures of sequences of `length` tokens."""
+        record = self.record
+        if self.config.window is not None or not record.window:
+            return ()
+        least = min(record.windows) if record.window == "tokens" else 128 * min(record.windows)
+        least = least // 2 if record.paired else least
+        if length <= least:
+            return ()
+        return (
+            f"a sequence of {length} tokens is longer than {least}: there training's windows end, and this attention "
+            "looks at everything; family.window=trained gives the windows of validation",
+        )
 
     def new_cache(self, padding: Tensor, length: int) -> Cache:
         """Room for `length` positions of B rows; `padding` [B]: positions on the left of each row that are none."""
@@ -195,9 +214,9 @@ def build(
 
 
 def build_gpt(
-    checkpoint: Checkpoint, placement: Placement, *, documents: bool | int = False, window: Windows = None
+    checkpoint: Checkpoint, placement: Placement, *, end_of_text: int | None = None, window: Windows = None
 ) -> GptForCausalLM:
-    """The model of a checkpoint. `documents`: whether each sees itself alone, or the token that they start with.
+    """The model of a checkpoint. `end_of_text`: the token with which a document starts that sees itself alone.
 
     `window`: blocks of 128 that long blocks see (tokens, where the record counts those), or long and short, or
     `trained`: as in validation. Raises ModelError for one that cannot be run, ConfigError for a window that the
@@ -207,9 +226,6 @@ def build_gpt(
     details: GptDetails = checkpoint.details
     record = details.record
     dtype = torch_dtype(placement.dtype, checkpoint.weights, record.table)
-    end_of_text = None
-    if documents is not False and record.documents:
-        end_of_text = details.end_of_text if documents is True else documents
     config = GptConfig(
         record=record,
         vocab_size=details.vocab_size,
@@ -224,8 +240,18 @@ def build_gpt(
     )
     tensors = {name: checkpoint.weights.read(name) for name in details.keys}
     model = build(config, tensors, dtype, torch_device(placement.device))
+    model.document_token = details.end_of_text
     require_finite(checkpoint, model.parameters(), dtype)
     return model
+
+
+def end_of_text(details: GptDetails, documents: object) -> int | None:
+    """The token at which documents start for `family.documents`; None where they are not told apart."""
+    if not details.record.documents or documents in (None, False):
+        return None
+    if documents == "known":
+        return details.end_of_text if details.end_is_known else None
+    return details.end_of_text if documents is True else int(str(documents))
 
 
 def chosen_windows(record: Record, depth: int, window: Windows) -> tuple[int, int, int] | None:

@@ -69,7 +69,8 @@ def read(code: str | None) -> Script:
     text = (code or "").strip()
     if stand_in := _STAND_IN.fullmatch(text):
         name, digest, head_dim, end = stand_in.groups()
-        name = published().get(digest, name)
+        if published().get(digest, name) != name:
+            name = f"said to be that of {name} with the hash of {published()[digest]}"
         return Script(**_named(name), head_dim=int(head_dim), end_of_text=int(end))
     name = published().get(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
     text = _COMMENT.sub("", _KERNELS.split(text, maxsplit=1)[0])

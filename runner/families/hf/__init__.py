@@ -11,7 +11,7 @@ from runner.families.family import Family
 if TYPE_CHECKING:
     from torch import nn
 
-    from runner.checkpoints.checkpoint import Checkpoint
+    from runner.checkpoints.checkpoint import Checkpoint, Listing
     from runner.checks.context import Check, Example, Traits
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
@@ -28,6 +28,13 @@ class Hf(Family):
     name: str = "hf"
 
     format_modules: ClassVar[tuple[str, ...]] = ("runner.families.lora.checkpoint", "runner.families.hf.checkpoint")
+
+    def may_hold(self, listing: "Listing", module: str) -> bool:
+        """As `Family.may_hold`: a whole model, or an adapter and its config."""
+        if module == self.format_modules[0]:
+            directory = listing.path if listing.path.is_dir() else listing.path.parent
+            return (directory / "adapter_config.json").is_file()
+        return "config.json" in listing.entries and any("model" in name for name in listing.entries)
 
     def needs_base(self, checkpoint: "Checkpoint") -> bool:
         return checkpoint.format == PEFT
@@ -69,8 +76,11 @@ class Hf(Family):
     def plan_merge(
         self, spec: "MergeSpec", paths: Sequence[Path], opened: "Sequence[Checkpoint]", base: str | None, output: Path
     ) -> "MergeOutput":
-        """As `Family.plan_merge`."""
-        from runner.families.hf.merge import plan_merge
+        """As `Family.plan_merge`; where one is an adapter, all are."""
+        if any(checkpoint.format == PEFT for checkpoint in opened):
+            from runner.families.lora.merge import plan_merge
+        else:
+            from runner.families.hf.merge import plan_merge
 
         return plan_merge(spec, paths, opened, base, output)
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from runner.checkpoints import model_directory
-from runner.checkpoints.checkpoint import Checkpoint, dtype_name
+from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.runs import resolve
 from runner.errors import CheckpointError, ConfigError
@@ -19,7 +20,7 @@ from runner.families.hf.checkpoint import FAMILY, NAME
 from runner.families.hf.vocabulary import TOKENIZER, Alignment, align, read_vocabulary
 from runner.merge.apply import Planned, maker
 from runner.merge.combination import Combination, Computed, steps
-from runner.merge.lazy_tensor import LazyTensor, from_source, promoted
+from runner.merge.lazy_tensor import LazyTensor, from_source, name_of, promoted
 from runner.merge.plan import JsonObject, MergeOutput, Source, TensorFile, check_distinct, latest_step
 from runner.merge.recipe import METHODS, Part, Recipe
 from runner.merge.spec import MergeSpec, SourceSpec
@@ -86,48 +87,79 @@ def plan_merge(
         findings += _differing_tokenizers(leader, models)
     planned = _tensors(recipe, models, leader)
     weights = {each.name: _tensor(spec, recipe, models, alignment, each) for each in planned}
-    config = _config(recipe, leader, weights, alignment)
-    files = _shards(weights, spec.shard_size)
-    copies: dict[str, bytes | Path] = {
-        name: leader.checkpoint.directory / name for name in _BESIDE if (leader.checkpoint.directory / name).is_file()
-    }
-    if alignment is not None:
-        copies[TOKENIZER] = alignment.tokenizer
-    models = [_reading_beside(model, leader) for model in models]
+    copies: dict[str, bytes | Path] = {} if alignment is None else {TOKENIZER: alignment.tokenizer}
+    if recipe.method != "passthrough" and _says_int8(recipe):
+        findings.append("int8_mask changes nothing: masks are made where they are used, a bit an element")
+    models = [beside_model(model) if model is leader else model for model in models]
     names = [str(model.path) for model in models]
-    how = recipe.method
-    texts: dict[str, JsonObject] = {model_directory.CONFIG: config}
+    return model_output(
+        spec,
+        models,
+        leader,
+        weights,
+        how=recipe.method,
+        rows=_rows(recipe, names),
+        text=recipe.text,
+        base=None if recipe.base is None else names[recipe.base],
+        findings=findings,
+        copies=copies,
+        config=_config(recipe, leader, weights, alignment),
+    )
+
+
+def model_output(
+    spec: MergeSpec,
+    sources: Sequence[Source],
+    leader: Model,
+    weights: Mapping[str, LazyTensor],
+    *,
+    how: str,
+    rows: Sequence[JsonObject],
+    findings: Sequence[str],
+    text: str = "",
+    base: str | None = None,
+    copies: Mapping[str, bytes | Path] | None = None,
+    config: JsonObject | None = None,
+) -> MergeOutput:
+    """A whole model of `weights` with the files beside those of `leader`: `copies` and `config` in place of its own."""
+    files = _shards(weights, spec.shard_size)
+    texts: dict[str, JsonObject] = {model_directory.CONFIG: leader.config if config is None else config}
     if len(files) > 1:
         texts[INDEX] = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in weights.values())},
             "weight_map": {name: file.name for file in files for name in file.value},
         }
-    dtypes = sorted({dtype_name(tensor.dtype) for tensor in weights.values()})
-    findings.append(f"computed in float64 and rounded once, to {' and '.join(dtypes)}")
-    if how != "passthrough" and _says_int8(recipe):
-        findings.append("int8_mask changes nothing: masks are made where they are used, a bit an element")
+    names = [str(source.path) for source in sources]
+    dtypes = sorted({tensor.dtype_name for tensor in weights.values() if tensor.stored is None})
+    said = [f"computed in float64 and rounded once, to {' and '.join(dtypes)}"] if dtypes else []
     return MergeOutput(
         format=NAME,
         family=FAMILY,
-        sources=tuple(models),
+        sources=tuple(sources),
         weights=weights,
         tensor_files=files,
         texts=texts,
-        copies=copies,
-        card=partial(_card, spec, recipe, models, output),
+        copies={path.name: path for path in _beside(leader)} | dict(copies or {}),
+        card=partial(_card, spec, how, names, base, text),
         summary={
             "merged_from": names,
             "how": how,
-            "base": None if recipe.base is None else names[recipe.base],
+            "base": base,
             "total_parameters": sum(tensor.numel for tensor in weights.values()),
             "checkpoint_keys": len(weights),
             "conflicts": [],
         },
-        details={"how": how, "merged": _rows(recipe, names)},
-        step=latest_step(models),
-        findings=tuple(findings),
+        details={"how": how, "merged": list(rows)},
+        step=latest_step(sources),
+        findings=(*findings, *said),
         read_back=_read_back,
     )
+
+
+def _beside(model: Model) -> list[Path]:
+    """The files beside the weights that are taken over as they are."""
+    paths = (model.checkpoint.directory / name for name in _BESIDE)
+    return [path for path in paths if path.is_file()]
 
 
 def open_model(spec: SourceSpec, path: Path, checkpoint: Checkpoint) -> Model:
@@ -361,7 +393,7 @@ def _tensor(
         numel *= size
     return LazyTensor(
         origin=origin,
-        dtype=dtype,
+        dtype_name=name_of(dtype),
         shape=shape,
         parts=in_parts,
         elements=lambda indices: torch.from_numpy(computed().sample(indices.numpy())).to(dtype),
@@ -398,7 +430,7 @@ def _config(
 ) -> dict[str, Any]:
     """config.json of the output: the leader's, with the dtype, depth and vocabulary that are written."""
     config = {name: value for name, value in leader.config.items() if name != "_name_or_path"}
-    dtypes = [dtype_name(tensor.dtype) for tensor in weights.values() if tensor.dtype.is_floating_point]
+    dtypes = [tensor.dtype_name for tensor in weights.values() if tensor.dtype_name.startswith(("float", "bfloat"))]
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = max(sorted(set(dtypes)), key=dtypes.count)
     if alignment is not None:
@@ -432,12 +464,9 @@ def _shards(weights: Mapping[str, LazyTensor], gigabytes: float) -> tuple[Tensor
     )
 
 
-def _reading_beside(model: Model, leader: Model) -> Model:
-    """The model with all of its files that the output depends on."""
-    if model is not leader:
-        return model
-    beside = (model.checkpoint.directory / name for name in _BESIDE)
-    return replace(model, files=(*model.files, *(file for file in beside if file.is_file())))
+def beside_model(model: Model) -> Model:
+    """The model with all of its files that the output depends on, those beside the weights too."""
+    return replace(model, files=(*model.files, *_beside(model)))
 
 
 def _rows(recipe: Recipe, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -451,22 +480,18 @@ def _rows(recipe: Recipe, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _card(
-    spec: MergeSpec, recipe: Recipe, models: Sequence[Model], output: Path, hashes: Mapping[str, str]
+    spec: MergeSpec, how: str, names: Sequence[str], base: str | None, text: str, hashes: Mapping[str, str]
 ) -> dict[str, str]:
     """README.md: what was merged from which files."""
-    import yaml
-
-    names = [str(model.path) for model in models]
     front = yaml.safe_dump({"tags": ["merge"], "library_name": "transformers", "base_model": names}, sort_keys=False)
-    base = "" if recipe.base is None else f" over {names[recipe.base]}"
     lines = [f"| {path} | `{digest}` |" for path, digest in hashes.items()]
-    text = recipe.text or yaml.safe_dump(json.loads(json.dumps(spec.recipe())), sort_keys=False)
+    recipe = text or yaml.safe_dump(json.loads(json.dumps(spec.recipe())), sort_keys=False)
     parts = [
-        f"---\n{front}---\n# {output.name}\n",
-        f"A merge by {recipe.method}{base}, computed in float64, verified when it was written.\n",
+        f"---\n{front}---\n# {how} of {len(names)} models\n",
+        f"Merged by {how}{f' over {base}' if base else ''}, computed in float64, verified when it was written.\n",
         "Made of these files (SHA-256):\n",
         "\n".join(["| file | SHA-256 |", "|---|---|", *lines]) + "\n",
-        f"The recipe:\n\n```yaml\n{text.rstrip()}\n```\n",
+        f"The recipe:\n\n```yaml\n{recipe.rstrip()}\n```\n",
     ]
     return {CARD: "\n".join(parts)}
 

@@ -38,6 +38,7 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
     content = read_object(path, "tokenizer", _LIMIT)
     model = content.get("model")
     listed = model.get("vocab") if isinstance(model, Mapping) else None
+    pairs: list[tuple[Any, Any]]
     if isinstance(listed, list):  # Unigram: pairs of token and score, in the order of the ids
         pairs = [(each[0] if isinstance(each, list) and each else None, number) for number, each in enumerate(listed)]
     else:
@@ -107,7 +108,7 @@ def align(
         ordered = [leading, *(each for each in vocabularies if each is not leading)]
         special = {each["content"] for one in ordered for each in one.added}
         plain = dict.fromkeys(token for one in ordered for token in one.ids if token not in special)
-        entries = [{"content": token, **_ADDED} for token in plain]
+        entries: list[dict[str, Any]] = [{"content": token, **_ADDED} for token in plain]
         entries += [dict(each) for one in ordered for each in one.added]
         for entry in entries:
             if entry["content"] not in ids:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from runner.config import AUTO
-from runner.errors import ConfigError
+from runner.errors import CheckpointError, ConfigError
 from runner.families.family import Family
 from runner.training.settings import TrainingSettings, check_whole
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from runner.checkpoints.checkpoint import Checkpoint
+    from runner.checkpoints.checkpoint import Checkpoint, Listing
     from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
@@ -40,6 +40,19 @@ class LoraMoe(Family):
     experts: bool = True
 
     format_modules: ClassVar[tuple[str, ...]] = ("runner.families.lora_moe.checkpoint",)
+
+    def may_hold(self, listing: "Listing", module: str) -> bool:
+        """As `Family.may_hold`: a directory of experts, or a config.json of its own."""
+        if {"peft_adapters", "dylo_moe_state"} & {*listing.entries}:
+            return True
+        if not listing.path.is_dir() or "config.json" not in listing.entries:
+            return False
+        from runner.files.strict_json import read_object
+
+        try:
+            return read_object(listing.file("config.json"), "config", 16 << 20).get("model_type") == "dylora-moe"
+        except CheckpointError:
+            return True  # whoever looks closer says what is wrong
 
     def needs_base(self, checkpoint: "Checkpoint") -> bool:
         return True

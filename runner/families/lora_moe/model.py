@@ -195,6 +195,8 @@ class LoraMoeForCausalLM(LoraForCausalLM):
     (`base`), or the first (`expert_0`), and no gradient: the router and the experts learn through the second.
     """
 
+    passes = 2
+
     def __init__(
         self,
         base: nn.Module,

@@ -1,5 +1,6 @@
 """NPT: a Llama whose attention modulates the weights of its MLPs."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,17 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from runner.errors import ConfigError
 from runner.families.family import Family
-from runner.families.npt.curriculum import Stage, parse, stage_at
 from runner.training.settings import TrainingSettings, check_number, check_whole
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from runner.checkpoints.checkpoint import Checkpoint, Writer
+    from runner.checkpoints.checkpoint import Checkpoint, Listing, Writer
     from runner.checks.context import Check, CheckContext, Example, Traits
     from runner.config import Conversion
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
+    from runner.families.npt.curriculum import Stage
     from runner.families.npt.model import NptLlamaForCausalLM
     from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 DELTA, FULL, EDIT = "npt_delta", "npt_full", "npt_edit"
 PROJECTIONS = {"single": ("gate",), "dual": ("gate", "up"), "triple": ("gate", "up", "down")}
+
+# The files of a whole model.
+_MODEL = re.compile(r"(model|pytorch_model)\b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,12 @@ class Npt(Family):
         """An npt_full is, and an edited model."""
         return checkpoint.format in (FULL, EDIT)
 
+    def may_hold(self, listing: "Listing", module: str) -> bool:
+        """As `Family.may_hold`."""
+        if module.endswith(".full"):
+            return "config.json" in listing.entries and any(map(_MODEL.match, listing.entries))
+        return not module.endswith(".edited") or any(name.startswith("injection") for name in listing.entries)
+
     def can_be_spread(self, checkpoint: "Checkpoint") -> bool:
         """Always: it is a Llama."""
         return True
@@ -66,9 +76,11 @@ class Npt(Family):
 
     def build(self, checkpoint: "Checkpoint", base: "Base | None", placement: "Placement") -> "NptLlamaForCausalLM":
         """As `Family.build`."""
-        from runner.families.npt import model, transfer_permanent
+        from runner.families.npt import model
 
         if checkpoint.format == EDIT:
+            from runner.families.npt import transfer_permanent
+
             built = transfer_permanent.build_edited(checkpoint, base, placement)
         elif base is None:
             built = model.build_complete(checkpoint, checkpoint.details, placement)
@@ -79,17 +91,19 @@ class Npt(Family):
         return built
 
     def can_save(self, checkpoint: "Checkpoint") -> bool:
-        """Both of its formats."""
-        return checkpoint.format in (DELTA, FULL)
+        """All of its formats."""
+        return checkpoint.format in (DELTA, FULL, EDIT)
 
     def save(self, checkpoint: "Checkpoint", model: "nn.Module", base: Path | None, target: Path) -> Path:
         """As `Family.save`."""
-        from runner.families.npt import save
+        from runner.families.npt import save, transfer_permanent
         from runner.families.npt.model import NptLlamaForCausalLM
 
         assert isinstance(model, NptLlamaForCausalLM)
         if checkpoint.format == FULL:
             save.save_full(checkpoint, model, target)
+        elif checkpoint.format == EDIT:
+            transfer_permanent.save_edited(model, target, "hf" if checkpoint.details.config else "delta")
         elif checkpoint.format == DELTA:
             save.save_delta(checkpoint, model, base, target)
         else:
@@ -148,7 +162,7 @@ class Npt(Family):
         """As `Family.examples`."""
         from runner.families.npt import checkpoint, checks, full
 
-        return {checkpoint.NAME: checks.write_delta, full.NAME: checks.write_full}
+        return {checkpoint.NAME: checks.write_delta, full.NAME: checks.write_full, EDIT: checks.write_edited}
 
     def base_misfits(self, checkpoint: "Checkpoint", config: Mapping[str, Any]) -> list[str]:
         """As `Family.base_misfits`."""
@@ -243,8 +257,7 @@ class EquivalenceSettings(TrainingSettings):
             alone = len(weights) == 1 and isinstance(weights[0], str)
             object.__setattr__(self, "layer_weights", weights[0] if alone else tuple(weights))
         self.weight_of()
-        if self.curriculum is not None:
-            parse(self.curriculum)
+        self.stages()
 
     @property
     def of_logits(self) -> float:
@@ -256,14 +269,21 @@ class EquivalenceSettings(TrainingSettings):
         """Whether direct losses are relative to their targets."""
         return self.direct_loss == "relative" or (self.direct_loss is None and self.curriculum is None)
 
-    def stages(self) -> tuple[Stage, ...]:
-        """The stages; none for the one stage of a training without a curriculum."""
-        return () if self.curriculum is None else parse(self.curriculum)
+    def stages(self) -> "tuple[Stage, ...]":
+        """The stages; none for the one stage of a training without a curriculum. Raises ConfigError."""
+        if self.curriculum is None:
+            return ()
+        from runner.families.npt.curriculum import parse
+
+        return parse(self.curriculum)
 
     def stage(self, step: int) -> str | None:
         """As `TrainingSettings.stage`."""
-        stages = self.stages()
-        return stages[stage_at(stages, step)].name if stages else None
+        if not (stages := self.stages()):
+            return None
+        from runner.families.npt.curriculum import stage_at
+
+        return stages[stage_at(stages, step)].name
 
     def weight_of(self) -> dict[int, float]:
         """How much each layer counts; linear goes from 1 to 0.5 in the order of `layers`. Raises ConfigError."""

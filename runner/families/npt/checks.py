@@ -17,6 +17,7 @@ from runner.checks.check import by_name, check, failed, part_check, passed, skip
 from runner.checks.context import BUILT, Check, CheckContext, Outcome, Traits
 from runner.checks.environment import write_zeros
 from runner.errors import CheckpointError, ModelError
+from runner.families.npt import edited
 
 if TYPE_CHECKING:
     from torch import nn
@@ -104,6 +105,17 @@ def write_full(root: Path) -> str:
     return write_model(root, {f"{front}.{name}.weight": shape for name, shape in shapes.items()})
 
 
+def write_edited(root: Path) -> str:
+    """The tiny npt_edit, with its base in it."""
+    from runner.families.hf.checks import write_model
+
+    write_model(root)
+    shapes = {"W_down": (HIDDEN, RANK), "W_a_up": (RANK, HIDDEN), "W_b_up": (RANK, INNER)}
+    write_zeros(root / "npt_weights.safetensors", {f"layer_1_np.{name}": shape for name, shape in shapes.items()})
+    (root / edited.HISTORY).write_text(json.dumps({"format": edited.VERSION, "edits": []}), encoding="utf-8")
+    return "npt_weights.safetensors"
+
+
 def modes(context: CheckContext) -> Outcome:
     """After switching to standard, to each layer alone and through an error, NPT and standard logits are as before."""
     import torch
@@ -173,12 +185,12 @@ def control(context: CheckContext) -> Outcome:
 
 
 def plain_evaluator(context: CheckContext) -> Evaluator:
-    """The NPT model beside the plain model of the same weights: its base, or for npt_full its own Llama."""
+    """The NPT model beside the plain model of the same weights: its base, or where these are its own its own Llama."""
     from runner.evaluation.evaluator import Evaluator, plain_reference
     from runner.evaluation.reference import Reference
 
-    own = Reference(context.own.model, context.own.key) if context.own else None
-    plain = plain_reference(context.model, own)
+    shared = context.own if context.checkpoint.format != edited.NAME else None
+    plain = plain_reference(context.model, Reference(shared.model, shared.key) if shared else None)
     tokenizer, seed = context.tokenizer, context.config.seed
     return Evaluator(model=context.model, reference=plain, plain=plain, tokenizer=tokenizer, seed=seed)
 

@@ -14,7 +14,6 @@ from runner.families.npt import checkpoint as npt_delta
 from runner.files.file_type import Kind, kind_of
 from runner.merge import lazy_tensor
 from runner.merge.lazy_tensor import LazyTensor
-from runner.merge.optimizer_state import same
 from runner.merge.plan import (
     JsonObject,
     MergedTensor,
@@ -30,12 +29,12 @@ from runner.merge.plan import (
     latest_step,
 )
 from runner.merge.spec import MergeSpec, SourceSpec
-from runner.merge.training_state import SavedState, merge_training_states, read_state, to_serializable
 
 if TYPE_CHECKING:
     import torch
 
     from runner.evaluation.base_models import Base
+    from runner.merge.training_state import SavedState
 
 _STATES = (npt_delta.TRAINING_STATE, npt_delta.MULTI_LAYER_STATE)
 
@@ -146,11 +145,10 @@ def plan_merge(
     sources = [open_source(*each) for each in zip(spec.sources, paths, checkpoints, strict=True)]
     plan = plan_layers(spec, sources, base)
     info = plan.merge_info()
-    training = merge_training_states(sources, plan.tensors, npt_delta.TRAINING_STATE, info)
-    multi_layer = _multi_layer_state(plan)
-    config = _config(plan, info, base, output)
+    states = _states(plan, info)
+    training = states.get(npt_delta.TRAINING_STATE)
+    config, config_findings = _config(plan, info, base, output)
     weights = {tensor.name: tensor.tensor for tensor in plan.tensors}
-    states = {name: state for name, state in zip(_STATES, (training, multi_layer), strict=True) if state}
     taken = {str(layer.number): [str(source.path) for source in layer.sources] for layer in plan.layers}
     numbers = [layer.number for layer in plan.layers]
     return MergeOutput(
@@ -162,7 +160,7 @@ def plan_merge(
             TensorFile(name=f"npt_weights.{spec.format}", value=weights),
             *(TensorFile(name=name, value=state.content, finite=False) for name, state in states.items()),
         ),
-        texts={npt_delta.CONFIG: config.content},
+        texts={npt_delta.CONFIG: config},
         summary={
             **_with_text_keys(info),
             "layers": {str(layer.number): layer.summary() for layer in plan.layers},
@@ -181,7 +179,7 @@ def plan_merge(
         layers=tuple(
             {**layer.layer.summary(), "how": layer.how, "sources": taken[str(layer.number)]} for layer in plan.layers
         ),
-        findings=(*plan.findings, *(said for state in (*states.values(), config) for said in state.findings)),
+        findings=(*plan.findings, *(said for state in states.values() for said in state.findings), *config_findings),
         conflicts=plan.conflicts,
         read_back=partial(_read_back, plan),
         check_functions=partial(check_functions, plan),
@@ -224,8 +222,8 @@ def optimizer_order(checkpoint: Checkpoint) -> tuple[str, ...]:
     """
     infos = checkpoint.weights.infos
     names = tuple(infos)
-    dtypes = list(dict.fromkeys(infos[name].dtype for name in names))
-    by_dtype = sorted(names, key=lambda name: (dtypes.index(infos[name].dtype), name))
+    dtypes = list(dict.fromkeys(infos[name].dtype_name for name in names))
+    by_dtype = sorted(names, key=lambda name: (dtypes.index(infos[name].dtype_name), name))
     if kind_of(checkpoint.weights.files[0]) is not Kind.SAFETENSORS or list(names) not in (sorted(names), by_dtype):
         return names
     return tuple(
@@ -399,11 +397,24 @@ def _tensor(planned: PlannedLayer, names: Sequence[str], t: float) -> LazyTensor
     return lazy_tensor.combined(planned.how, found, planned.weights, t)
 
 
-def _multi_layer_state(plan: LayerPlan) -> SavedState | None:
+def _states(plan: LayerPlan, info: JsonObject) -> "dict[str, SavedState]":
+    """The files beside the weights, by name; where no source has any, torch is not needed."""
+    if not any((source.checkpoint.directory / name).is_file() for source in plan.sources for name in _STATES):
+        return {}
+    from runner.merge.training_state import merge_training_states
+
+    training = merge_training_states(plan.sources, plan.tensors, npt_delta.TRAINING_STATE, info)
+    return {name: state for name, state in zip(_STATES, (training, _multi_layer_state(plan)), strict=True) if state}
+
+
+def _multi_layer_state(plan: LayerPlan) -> "SavedState | None":
     """Layers, weights and curriculum of all sources; the curriculum and counters are those of the furthest.
 
     None where no source has one. Raises CheckpointError for a damaged one.
     """
+    from runner.merge.optimizer_state import same
+    from runner.merge.training_state import SavedState, read_state, to_serializable
+
     states = {id(source): read_state(source, npt_delta.MULTI_LAYER_STATE) for source in plan.sources}
     having = [source for source in plan.sources if states[id(source)] is not None]
     if not having:
@@ -432,14 +443,14 @@ def _layer_weight(state: JsonObject, layer: int) -> object:
     return weights.get(layer, weights.get(str(layer))) if isinstance(weights, Mapping) else None
 
 
-def _config(plan: LayerPlan, info: JsonObject, base: str | None, output: Path) -> SavedState:
-    """The first source's config.json with `info`, its base named so that it is found from `output`."""
+def _config(plan: LayerPlan, info: JsonObject, base: str | None, output: Path) -> tuple[dict[str, Any], Sequence[str]]:
+    """The first source's config.json with `info`, its base named so that it is found from `output`; what to say."""
     first = next((source for source in plan.sources if source.config), plan.sources[0])
     content: dict[str, Any] = {name: value for name, value in first.config.items() if name != "merge_info"}
     name, findings = base_written(plan.sources, base, output)
     content |= {} if name is None else {"model_name": name}
     content["merge_info"] = {**info, "layer_sources": _with_text_keys(info)["layer_sources"]}
-    return SavedState(content=content, findings=tuple(findings))
+    return content, findings
 
 
 def _with_text_keys(info: JsonObject) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,7 +25,9 @@ from runner.evaluation.base_models import Base, build_plain, require_finite
 from runner.evaluation.llama import Llama, LlamaLayer
 from runner.evaluation.placement import Placement, follow, is_spread, torch_device
 from runner.families.npt import checkpoint as npt_delta
-from runner.families.npt.full import NptFullDetails
+
+if TYPE_CHECKING:
+    from runner.families.npt.full import NptFullDetails
 
 PROJECTIONS = ("gate", "up", "down")
 # Takes the place of an update: projection, attention [B, T, d], x [B, T, d_in], ΔW·x [B, T, d_out] → what counts.
@@ -207,7 +209,7 @@ def build_npt(checkpoint: Checkpoint, base: Base) -> NptLlamaForCausalLM:
     return model
 
 
-def build_complete(checkpoint: Checkpoint, details: NptFullDetails, placement: Placement) -> NptLlamaForCausalLM:
+def build_complete(checkpoint: Checkpoint, details: "NptFullDetails", placement: Placement) -> NptLlamaForCausalLM:
     """An npt_full: its own Llama with its own adapters. Raises as `build_npt`."""
     checkpoint.require_complete()
     names = [name for name in checkpoint.weights.infos if name not in details.adapter_keys]

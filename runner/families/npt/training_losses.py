@@ -36,6 +36,8 @@ class LayerOutputs:
     attention: torch.Tensor
     normed: torch.Tensor  # post_attention_layernorm(h)
     target: torch.Tensor
+    gate: torch.Tensor  # gate_proj and up_proj of `normed` [B, T, f]: they never change, either
+    up: torch.Tensor
     hidden: torch.Tensor | None = None
 
 
@@ -52,7 +54,7 @@ class BaseOutputs:
     @property
     def nbytes(self) -> int:
         """What keeping it costs, in bytes."""
-        own = [each for x in self.layers.values() for each in (x.attention, x.normed, x.target, x.hidden)]
+        own = [each for x in self.layers.values() for each in (x.attention, x.normed, x.target, x.gate, x.up, x.hidden)]
         return sum(tensor.nbytes for tensor in (self.hidden, self.final, *own) if tensor is not None)
 
 
@@ -81,8 +83,14 @@ def base_outputs(model: NptLlamaForCausalLM, ids: torch.Tensor, *, inputs: bool 
             attention = layer.self_attn(layer.input_layernorm(hidden), **arguments)
             target = attention + layer.mlp(layer.post_attention_layernorm(hidden + attention))
             normed = layer.post_attention_layernorm(hidden)
-            kept = hidden if inputs else None
-            layers[i] = LayerOutputs(attention=attention, normed=normed, target=target, hidden=kept)
+            layers[i] = LayerOutputs(
+                attention=attention,
+                normed=normed,
+                target=target,
+                gate=layer.mlp.gate_proj(normed),
+                up=layer.mlp.up_proj(normed),
+                hidden=hidden if inputs else None,
+            )
             hidden = hidden + target
         else:
             hidden = layer(hidden, **arguments)
@@ -142,7 +150,7 @@ def losses(
         else:
             share = (0.0, 0.0) if i == first else ratios
             attention, x = _stage_inputs(layer, own, hidden, base.arguments, share)
-            output = layer.modulated_mlp(attention, x)
+            output = _on_base(layer, own, attention) if x is own.normed else layer.modulated_mlp(attention, x)
             after = hidden + output
         with exact(output):
             target = own.target.float()
@@ -160,16 +168,20 @@ def _by_itself(
     layer: NptDecoderLayer, own: LayerOutputs, hidden: torch.Tensor, arguments: Mapping[str, object], *, alone: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The layer on the base's inputs, and on the student's stream: attention and output there, and the stream after."""
-    if alone:
-        output = layer.modulated_mlp(own.attention, own.normed)
-        return own.attention, output, hidden + output
-    attention = layer.self_attn(layer.input_layernorm(hidden), **arguments)
-    # Both at once: a matrix product of twice the rows costs less than two.
-    both = layer.modulated_mlp(
-        torch.cat((own.attention, attention)), torch.cat((own.normed, layer.post_attention_layernorm(hidden)))
-    )
-    output, streamed = both.chunk(2)
-    return own.attention, output, hidden + streamed
+    output = _on_base(layer, own, own.attention)
+    return own.attention, output, hidden + output if alone else layer(hidden, **arguments)
+
+
+def _on_base(layer: NptDecoderLayer, own: LayerOutputs, attention: torch.Tensor) -> torch.Tensor:
+    """`layer.modulated_mlp(attention, own.normed)`, without what is known of it."""
+    gate, up = own.gate, own.up
+    if "gate" in layer.updates:
+        gate = gate + layer.updates["gate"](attention, own.normed)
+    if "up" in layer.updates:
+        up = up + layer.updates["up"](attention, own.normed)
+    product = layer.mlp.act_fn(gate) * up
+    output = layer.mlp.down_proj(product)
+    return output + layer.updates["down"](attention, product) if "down" in layer.updates else output
 
 
 def _stage_inputs(

@@ -160,7 +160,7 @@ class Reader:
     def both(self, ids: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [T - position, V] from `position` on, injected from there, and without injection."""
         if self._cache is None:
-            with overridden(self._model, self._active, self._shifted(position)):
+            with overridden(self._model, self._active, self.overrides_at(position)):
                 injected = self._logits(ids)[position:]
             with overridden(self._model, self._active, {}):
                 return injected, self._logits(ids)[position:]
@@ -181,7 +181,7 @@ class Reader:
         logits: torch.Tensor = self._model.lm_head(hidden).float()
         return logits
 
-    def _shifted(self, position: int) -> dict[int, Override]:
+    def overrides_at(self, position: int) -> dict[int, Override]:
         """The overrides where a pass reads what comes before `position`, too."""
 
         def shifted(
@@ -230,9 +230,9 @@ class Injection:
 
 
 def kl_divergence(baseline: torch.Tensor, injected: torch.Tensor) -> float:
-    """Σ b (ln b − ln(p + 1e-10)) of two logits [V], in nats."""
+    """Σ b (ln b − ln(p + 1e-10)) of two logits [V], in nats; at least 0, below which the 1e-10 may lead."""
     log_b, p = baseline.double().log_softmax(-1), injected.double().softmax(-1)
-    return float((log_b.exp() * (log_b - (p + _TINY).log())).sum())
+    return max(0.0, float((log_b.exp() * (log_b - (p + _TINY).log())).sum()))
 
 
 def inject(

@@ -8,7 +8,8 @@ are: a touched matrix is a copy, `plain()` has the old ones, and `reset` gives t
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -198,6 +199,19 @@ def reset(model: NptLlamaForCausalLM, layers: Collection[int] | None = None) -> 
     left = [edit.without(chosen) for edit in edits_of(model)]
     model.written[:] = [edit for edit in left if edit.matrices]
     return sorted(chosen)
+
+
+@contextmanager
+def unwritten(model: NptLlamaForCausalLM) -> Iterator[None]:
+    """Within the block the model has its first weights."""
+    written = {name: model.get_submodule(name).weight for name in model.first_weights}
+    try:
+        for name, weight in model.first_weights.items():
+            model.get_submodule(name).weight = weight
+        yield
+    finally:
+        for name, weight in written.items():
+            model.get_submodule(name).weight = weight
 
 
 def edits_of(model: NptLlamaForCausalLM) -> list[Edit]:

@@ -19,7 +19,7 @@ from runner.comparison.insights import headline, insights, leading
 from runner.comparison.jobs import Job
 from runner.metrics.verdict import thresholds
 from runner.reports.generation import step_rows
-from runner.reports.page.charts import charts, shortened, tell_apart
+from runner.reports.page.charts import Figure, charts, shortened, tell_apart
 from runner.reports.page.classification import classification_charts
 from runner.results import FILE_NAME, JsonObject, is_number
 
@@ -73,24 +73,17 @@ def page(comparison: Comparison, directory: Path, *, picture: bool) -> str:
     """
     figures = [*charts(comparison), *classification_charts(comparison)]
     columns, jobs = table(comparison, directory)
-    source, packed = _plotly() if figures else ("", "")
-    script = (_PARTS / "page.js").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string((_PARTS / "page.html").read_text(encoding="utf-8")).render(
+    return render(
+        "page.html",
+        figures,
         title=", ".join(path.resolve().name or str(path) for path in comparison.directories),
         directories=[str(path.resolve()) for path in comparison.directories],
-        policy=_policy([script, source] if figures else [script]),
-        css=Markup((_PARTS / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        plotly=Markup(packed),
-        data=Markup(_json([{"data": tell_apart(f.data), "layout": f.layout} for f in figures])),
         headline=headline(comparison),
         failures=failures(comparison, directory),
         failure_count=len(comparison.failures),
         shown_failures=_FAILURES_SHOWN,
         cards=_cards(comparison),
         findings=_findings(comparison),
-        figures=figures,
         absent=_absent(comparison),
         texts=step_rows(comparison.done),
         columns=columns,
@@ -98,6 +91,22 @@ def page(comparison: Comparison, directory: Path, *, picture: bool) -> str:
         differences=differences(comparison),
         thresholds=_threshold_words(),
         picture=picture,
+    )
+
+
+def render(template: str, figures: Sequence[Figure], **values: object) -> str:
+    """A self-contained page of the house: a template of this folder, its `figures`, and further `values`."""
+    source, packed = _plotly() if figures else ("", "")
+    script = (_PARTS / "page.js").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string((_PARTS / template).read_text(encoding="utf-8")).render(
+        policy=_policy([script, source] if figures else [script]),
+        css=Markup((_PARTS / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        plotly=Markup(packed),
+        data=Markup(_json([{"data": tell_apart(f.data), "layout": f.layout} for f in figures])),
+        figures=figures,
+        **values,
     )
 
 

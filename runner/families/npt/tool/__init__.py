@@ -1,0 +1,1 @@
+"""The interactive tool of knowledge transfer: a session, and its commands."""
