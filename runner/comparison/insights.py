@@ -222,7 +222,7 @@ def _best(jobs: Sequence[Job]) -> Insight:
         words = "Every checkpoint with a finite mse failed an integrity check."
         return Insight(level="bad", short="no best checkpoint: all are damaged", words=words)
     if not having:
-        scored = [job for job in series.jobs if job.metric("accuracy") is not None]
+        scored = [job for job in jobs if job.metric("accuracy") is not None and not job.damaged]
         if scored:
             top = max(scored, key=lambda job: job.metric("accuracy") or 0)
             words = f"{top.checkpoint}: accuracy {top.metric('accuracy'):.3f}."
