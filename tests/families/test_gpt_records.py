@@ -195,6 +195,9 @@ def test_heads_of_64_under_the_names_of_medium(tmp_path):
     small_heads = Gpt().build(checkpoint, None, Placement(device="cpu"))(IDS % 24).logits
     assert torch.equal(small_heads, model("medium", state, head_dim=64)(IDS % 24).logits)
     script_file(path, state, code="nothing")
+    told = open_checkpoint(path, family=Gpt(record=LARGE))
+    assert (told.details.head_dim, told.details.head_dim_from) == (64, "nothing")
+    assert torch.equal(Gpt().build(told, None, Placement(device="cpu"))(IDS % 24).logits, small_heads)
     assumed = open_checkpoint(path)
     assert any("heads of 64" in finding for finding in assumed.findings)
     assert (Gpt().build(assumed, None, Placement(device="cpu"))(IDS % 24).logits - small_heads).abs().max() > 0.1
