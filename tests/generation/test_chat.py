@@ -16,11 +16,12 @@ import pytest
 import runner
 from runner.checkpoints.runs import resolve
 from runner.errors import ConfigError
+from runner.evaluation.decoding import eos_ids
 from runner.evaluation.tokenizers import load_tokenizer
 from runner.generation import chat as chats
 from runner.generation.chat import Chat, Interrupts, Partner, line_history
 from runner.generation.settings import Settings
-from runner.generation.speaker import Speaker, eos_ids
+from runner.generation.speaker import Speaker
 from tests.conftest import MIXED, ROOT, npt_tensors, write_npt
 from tests.machine import LIMIT
 
