@@ -133,9 +133,7 @@ _MARK = re.compile(
     r"blocks\.[0-9]+\.attn\.(?:qkvo?_w|c_q\.weight)|transformer\.h\.[0-9]+\.attn\.c_(?:q|attn)\.weight|attn_bank|qk_bank"
 )
 _ATTENTION = re.compile(r"(?:blocks|transformer\.h)\.[0-9]+\.attn\.(?:qkvo?_w|c_q\.weight|c_attn\.weight)")
-_HEADS = (
-    "the size of a head is not said by its script nor by its tensors: taken as {size}, as in the record's own{other}"
-)
+_HEADS = "the size of a head is not said by its script or tensors: taken as {size}, as in the record's script{other}"
 
 
 @dataclass(frozen=True)
