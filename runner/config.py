@@ -230,6 +230,15 @@ class TrainConfig(RunningConfig):
 
 
 @dataclass
+class FinetuneConfig(ModelConfig):
+    """`task=finetune`; `train` and `data` are the same for every family."""
+
+    ckpt: str | None = None  # type: ignore[assignment]  # of train.resume_from: as that run says
+    data: Component = MISSING
+    train: Component = MISSING
+
+
+@dataclass
 class SweepConfig(CommonConfig):
     """`task=compare` and `task=panels`; `sweep`: a directory or a list of several."""
 
@@ -256,6 +265,7 @@ TASKS: dict[str, type[CommonConfig]] = {
     "diff": DiffConfig,
     "test": TestConfig,
     "train": TrainConfig,
+    "finetune": FinetuneConfig,
     "generate": GenerateConfig,
     "transfer": TransferConfig,
     "compare": SweepConfig,
@@ -263,6 +273,7 @@ TASKS: dict[str, type[CommonConfig]] = {
 }
 PATH_KEYS = {
     "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "tracker.dir", "train.resume_from",
+    "data.train", "data.validation", "data.test",
     "prompts", "transfer.script", "transfer.session", "transfer.experiment",
     "convert.output", "merge.output", "merge.sources", "merge.base", "merge.file", "junit", "sweep",
     "hydra.run.dir", "hydra.sweep.dir",
@@ -270,7 +281,7 @@ PATH_KEYS = {
 # Keys whose value is text as it was typed: `1234e5`, `1_000` and `a, b` are no numbers and no list.
 TEXT_KEYS = {
     "train.curriculum", "data.prompts", "data.layer_prompt", "tracker.name", "tracker.project", "tracker.entity",
-    "prompt", "generate.system", "generate.stop",
+    "data.separator", "prompt", "generate.system", "generate.stop",
 }  # fmt: skip
 # Keys that a group's choice sets for all tasks alike and that nobody overrides.
 FIXED_KEYS = ("verdict",)
@@ -340,6 +351,8 @@ class Conversion:
     def __post_init__(self) -> None:
         if not self.output:
             raise ConfigError("convert.output is needed: the directory to write")
+        if self.to == "torch":  # as the original of task=finetune is called
+            object.__setattr__(self, "to", "pt")
         if self.to not in ("safetensors", "pt", "hf"):
             raise ConfigError(f"convert.to={self.to}: choose safetensors, pt or hf")
         if self.vocab_size is not None and self.vocab_size < 1:
@@ -412,6 +425,10 @@ def missing_key(key: str) -> ConfigError:
     return ConfigError(f"{key} is needed; give it as {key}=…")
 
 
+# What is to be given where a value of another type was.
+_WANTED: dict[object, str] = {bool: "give true or false", int: "give a whole number", float: "give a number"}
+
+
 def refused(error: Exception, task: str, given: Mapping[str, str | None], *, multirun: bool) -> ConfigError:
     """What Hydra refuses, in one line that says what to do; `given`: the overrides as they were typed.
 
@@ -437,18 +454,22 @@ def refused(error: Exception, task: str, given: Mapping[str, str | None], *, mul
             return missing_key(node)
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
             return unknown_key(key, task)
-        return ConfigError(f"{key}={given.get(key)}: {str(cause).splitlines()[0]}")
+        wanted = _WANTED.get(get_type_hints(TASKS[task]).get(key)) if task in TASKS else None
+        return ConfigError(f"{key}={given.get(key)}: {wanted or str(cause).splitlines()[0]}")
     text = " ".join(str(error).split())
     for key, value in given.items():
+        if key.startswith("+") and not key.startswith("++") and key[1:].partition(".")[0] in _keys_of(task):
+            return ConfigError(f"{key}={value}: {key[1:]} is there already; write it without the +: {key[1:]}={value}")
         root = key.lstrip("+~").partition("@")[0]
         if root.partition(".")[0] not in (*_keys_of(task), "hydra", "experiment") and not root.startswith("hydra/"):
             return unknown_key(root, task)
-        if not multirun and value is not None and key not in PATH_KEYS | TEXT_KEYS and _is_sweep(f"{key}={value}"):
+        if not multirun and value is not None and key not in PATH_KEYS | TEXT_KEYS and is_sweep(f"{key}={value}"):
             return ConfigError(f"{key}={value}: several values are a sweep: add -m")
     return ConfigError(text)
 
 
-def _is_sweep(override: str) -> bool:
+def is_sweep(override: str) -> bool:
+    """Whether Hydra takes an override for several values."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     return OverridesParser.create().parse_override(override).is_sweep_override()

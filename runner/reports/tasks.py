@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from runner.errors import printable
+from runner.reports.classification import classification_lines, classification_tables
 from runner.reports.console import Fact, Rows, Tables, cell, chosen, known, many, number, percent, size
 from runner.results import JsonObject
 
@@ -64,6 +65,7 @@ def diagnose_facts(result: JsonObject) -> list[Fact]:
     if floor := metrics.get("floor"):
         figures = f"mse {number(floor['mse'], 6)}, kl {number(floor['kl'])} (reference in the other precision)"
         rows.append(("Floor", figures, ""))
+    rows += classification_lines(result)
     if "greedy_agreement" in metrics:
         rows.append(("Greedy Agreement", percent(metrics["greedy_agreement"]), ""))
     if verdict:
@@ -97,6 +99,7 @@ def diagnose_tables(result: JsonObject, verbose: bool) -> Tables:
         ("layers together", chosen(result.get("progressive", []), ["layers", "mse", "cosine", "kl"])),
         ("continuations", chosen(result.get("generation", []), names)),
     )
+    tables += classification_tables(result)
     return tables if not verbose else tables + _some(
         ("more figures", [{"figure": n, "value": cell(n, metrics[n])} for n in _DETAILS if n in metrics]),
         ("checks", chosen(result.get("checks", []), _CHECK_COLUMNS)),
@@ -313,7 +316,7 @@ def test_facts(result: JsonObject) -> list[Fact]:
         *_fields(result, "ckpt"),
         ("Kept", paths[0] if paths and result.get("kept") else None, ""),
         *_fields(result, "family", "tier", "estimate"),
-        ("Checks", shown, "" if counts["fail"] else "pass"),
+        ("Checks", shown, "fail" if counts["fail"] else "moderate" if counts["warning"] else "pass"),
         ("Overall", overall and f"{overall} ({', '.join(reasons)})", _OVERALL.get(overall or "", "")),
         ("Passed", "yes" if result["passed"] else "NO", "pass" if result["passed"] else "fail"),
     ]

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runner.checkpoints.runs import resolve
 from runner.config import DiagnoseConfig, Format, MergeConfig
@@ -229,7 +229,7 @@ def _functional(
     return output.check_functions(written, base, prompts), measure(config, written.path, context)
 
 
-def _fidelity(source: Path, measured: Result) -> dict[str, object]:
+def _fidelity(source: Path, measured: Result) -> dict[str, Any]:
     """How far the logits of the output are from those of a source, in the figures of task=diagnose."""
     return {"source": str(source), **{name: measured.metrics.get(name) for name in ("mse", "cosine", "kl")}}
 

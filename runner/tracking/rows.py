@@ -12,18 +12,15 @@ from runner.results import JsonObject, is_number
 
 STEP = "checkpoint/step"
 # Every metric that matches a pattern is drawn over this one; the x axes themselves come first.
+AXES = {"eval/*": STEP, "merge/*": STEP, "layer/*": "layer/index", "train/*": "train/step"}
 # What a training logs beside `train/…`, under the names that the original's guide promises.
-_OF_TRAINING = (
-    "loss", "mlp_direct_loss", "regularization", "v_a_norm", "v_b_norm", "v_a_attention_similarity", "curriculum",
-    "training", "eval_loss", "eval_mlp_direct_loss", "eval_regularization",
-)  # fmt: skip
-AXES = {
-    "eval/*": STEP,
-    "merge/*": STEP,
-    "layer/*": "layer/index",
-    "train/*": "train/step",
-    **{f"{group}/*": "train/step" for group in _OF_TRAINING},
-}
+TRAINING_AXES = {
+    f"{group}/*": "train/step"
+    for group in (
+        "loss", "mlp_direct_loss", "regularization", "v_a_norm", "v_b_norm", "v_a_attention_similarity", "curriculum",
+        "training", "eval_loss", "eval_mlp_direct_loss", "eval_regularization",
+    )
+}  # fmt: skip
 
 LAYER_FIGURES = ("mse", "cosine", "kl")
 _CHECK_COLUMNS = ("name", "status", "integrity", "score", "seconds", "peak_bytes", "details", "recommendation")
@@ -94,7 +91,8 @@ def layer_rows(result: JsonObject) -> list[dict[str, float]]:
 
 
 def tables(result: JsonObject, step: int | None) -> dict[str, LoggedTable]:
-    """`tables/per_layer` and `tables/per_prompt`, of a test `tables/checks`, of a training `tables/samples`.
+    """`tables/per_layer` and `tables/per_prompt`, of a test `tables/checks`, of a training `tables/samples`, of a
+    classifier `tables/transfer` and `tables/confusion`.
 
     Only those that have rows.
 
@@ -105,6 +103,13 @@ def tables(result: JsonObject, step: int | None) -> dict[str, LoggedTable]:
         records["tables/checks"] = [{name: row.get(name) for name in _CHECK_COLUMNS} for row in result["checks"]]
     if result.get("task") == "train":
         records["tables/samples"] = result.get("samples")
+    if result.get("confusion"):
+        records["tables/transfer"] = result["transfer"]
+        records["tables/confusion"] = [
+            {"true": true, "predicted": predicted, "rows": count}
+            for true, row in zip(result["labels"], result["confusion"], strict=True)
+            for predicted, count in zip(result["labels"], row, strict=True)
+        ]
     return {name: _table(rows, step) for name, rows in records.items() if rows}
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runner.families.lora.adapter import adapter_config, save_adapter
 from safetensors.torch import load_file
 
 from runner.errors import RunnerError
+from runner.families.lora.checkpoint import adapter_config, save_adapter
 from runner.files.staging import verify
 from tests.lora_files import adapter_tensors, modules_of
 from tests.merge.moe_sources import gathered
@@ -20,7 +20,7 @@ MODULE = "model.layers.1.self_attn.q_proj"
 def adapters(workdir, base):
     """Three over one base: stabilised ranks, another rank and alpha in one module, other modules."""
     made = {
-        "a": ({"r": 3, "alpha": 6, "use_rslora": True}, ("q_proj", "v_proj"), {}),
+        "a": ({"r": 3, "alpha": 6}, ("q_proj", "v_proj"), {"use_rslora": True}),
         "b": ({"r": 2, "alpha": 5}, ("q_proj", "v_proj"), {"rank_pattern": {MODULE: 4}, "alpha_pattern": {MODULE: 10}}),
         "c": ({"r": 2, "alpha": 2}, ("q_proj", "down_proj"), {}),
     }

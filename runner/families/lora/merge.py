@@ -17,8 +17,7 @@ from runner.checkpoints.checkpoint import Checkpoint
 from runner.checkpoints.detect import open_checkpoint
 from runner.errors import CheckpointError, ConfigError
 from runner.families.hf.merge import FAMILY, beside_model, model_output, open_model
-from runner.families.lora.adapter import WEIGHT_FILES, AdapterDetails, LoraModule, key
-from runner.families.lora.checkpoint import NAME
+from runner.families.lora.checkpoint import NAME, WEIGHT_FILES, AdapterDetails, LoraModule, key
 from runner.families.lora.config import FILE_NAME
 from runner.merge.apply import Planned, maker
 from runner.merge.combination import steps
@@ -134,7 +133,7 @@ def _open(spec: SourceSpec, path: Path, checkpoint: Checkpoint, merge: MergeSpec
         spec=spec,
         path=path,
         checkpoint=checkpoint,
-        files=(*checkpoint.weights.files, details.directory / FILE_NAME),
+        files=(*checkpoint.weights.files, checkpoint.weights.files[0].parent / FILE_NAME),
         modules={module.name: module for module in details.modules},
         weight=float(given),
     )
