@@ -66,7 +66,7 @@ def _begins_alike(one: Sequence[int], other: Sequence[int]) -> bool:
 
 def _same_kind(taken: Modulation, m: Modulation, how: How) -> bool:
     """Whether `taken` can stand in `m`'s place."""
-    mixes_vectors = how.space == "vectors" and how.mode != "replace"
+    mixes_vectors: bool = how.space == "vectors" and how.mode != "replace"
     return not mixes_vectors or all(taken.ranks(i) == m.ranks(i) for i in m.layers if i in taken.layers)
 
 
