@@ -48,7 +48,7 @@ def controls(
                 "prompt": text,
                 **_effect(inject(model, ids, taken, how, position, layers), tracked),
             }
-    rows = [
+    rows: list[JsonObject] = [
         {"prompt": text, "kl": inject(model, each, m, how, -1, layers).kl}
         for text, each in unrelated.items()
         if len(each) >= m.count
