@@ -130,6 +130,7 @@ runner: what a model checkpoint is, how close it is to its base model, how far i
   python -m runner -m task=diagnose ckpt=RUN step=all hydra/launcher=joblib
   python -m runner -m resume=sweeps/NAME                              what has no good result yet
   python -m runner task=generate ckpt=PATH prompt='The capital of France is'     without prompt= a chat
+  python -m runner task=transfer ckpt=PATH transfer.script=FILE                   without a script a prompt
   python -m runner task=inspect ckpt=PATH_OR_RUN
   python -m runner task=test ckpt=PATH tier=full                      quick: structure only; minimal: builds, saves one
   python -m runner task=convert ckpt=PATH convert.to=safetensors convert.output=DIR
@@ -153,6 +154,7 @@ what is measured
   family=NAME       {family}; family.top_k= family.router_features= family.experts= for lora_moe   [auto]
 
 other tasks
+  transfer.script= session= experiment= space= controls= …   task=transfer; family.layers=[11,13] for npt in every task
   prompt=TEXT|[A,B]|-   prompts=FILE   reference=base   task=generate; generate.temperature= top_k= top_p= seed= stop= …
   experts=N   keep=true   strict=true   junit=PATH     task=test: experts to build; keep what was built; warnings fail
   strict=true       task=verify: a checkpoint without MANIFEST.json fails, as nothing is proved

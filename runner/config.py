@@ -230,6 +230,15 @@ class TrainConfig(RunningConfig):
 
 
 @dataclass
+class FinetuneConfig(ModelConfig):
+    """`task=finetune`; `train` and `data` are the same for every family."""
+
+    ckpt: str | None = None  # type: ignore[assignment]  # of train.resume_from: as that run says
+    data: Component = MISSING
+    train: Component = MISSING
+
+
+@dataclass
 class SweepConfig(CommonConfig):
     """`task=compare` and `task=panels`; `sweep`: a directory or a list of several."""
 
@@ -256,6 +265,7 @@ TASKS: dict[str, type[CommonConfig]] = {
     "diff": DiffConfig,
     "test": TestConfig,
     "train": TrainConfig,
+    "finetune": FinetuneConfig,
     "generate": GenerateConfig,
     "transfer": TransferConfig,
     "compare": SweepConfig,
@@ -263,6 +273,7 @@ TASKS: dict[str, type[CommonConfig]] = {
 }
 PATH_KEYS = {
     "ckpt", "base", "reference", "tokenizer", "output", "cache", "data.path", "tracker.dir", "train.resume_from",
+    "data.train", "data.validation", "data.test",
     "prompts", "transfer.script", "transfer.session", "transfer.experiment",
     "convert.output", "merge.output", "merge.sources", "merge.base", "merge.file", "junit", "sweep",
     "hydra.run.dir", "hydra.sweep.dir",
@@ -270,7 +281,7 @@ PATH_KEYS = {
 # Keys whose value is text as it was typed: `1234e5`, `1_000` and `a, b` are no numbers and no list.
 TEXT_KEYS = {
     "train.curriculum", "data.prompts", "data.layer_prompt", "tracker.name", "tracker.project", "tracker.entity",
-    "prompt", "generate.system", "generate.stop",
+    "data.separator", "prompt", "generate.system", "generate.stop",
 }  # fmt: skip
 # Keys that a group's choice sets for all tasks alike and that nobody overrides.
 FIXED_KEYS = ("verdict",)
@@ -340,6 +351,8 @@ class Conversion:
     def __post_init__(self) -> None:
         if not self.output:
             raise ConfigError("convert.output is needed: the directory to write")
+        if self.to == "torch":  # as the original of task=finetune is called
+            object.__setattr__(self, "to", "pt")
         if self.to not in ("safetensors", "pt", "hf"):
             raise ConfigError(f"convert.to={self.to}: choose safetensors, pt or hf")
         if self.vocab_size is not None and self.vocab_size < 1:

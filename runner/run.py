@@ -50,7 +50,7 @@ from runner.tracking.base import RunIdentity, Tracker
 log = logging.getLogger(__name__)
 LOG_NAME = "runner.log"  # in a run's directory, as conf/hydra/job_logging/runner.yaml has it
 # Tasks that log while they run, not only at the end.
-_LIVE = ("train",)
+_LIVE = ("train", "finetune")
 # Tasks that tell the tracker themselves, or that are about its runs and have none of their own.
 _UNTRACKED = ("compare", "panels")
 # Tasks that need one checkpoint, and torch.

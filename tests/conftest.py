@@ -36,6 +36,11 @@ def golden_numbers(kind: str) -> dict:
     return {name: numbers for file in files if file.exists() for name, numbers in json.loads(file.read_text()).items()}
 
 
+def golden_file(name: str) -> Path | None:
+    """The golden file of this name, where it is on this machine."""
+    return next((root / name for root in GOLDEN if (root / name).exists()), None)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """The limit of pyproject.toml that catches a test which hangs, on this machine."""

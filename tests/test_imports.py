@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 # Which folders and modules each may import; the arrows run one way, engines never import a family.
 GROUND = {"errors", "installation", "progress"}
 KNOWLEDGE = GROUND | {"config", "results", "files", "metrics", "data", "checkpoints"}
-ENGINES = {"evaluation", "generation", "checks", "merge", "training"}
+ENGINES = {"evaluation", "generation", "checks", "merge", "training", "finetuning"}
 PAGES = {"comparison", "reports", "tracking"}
 MAY_IMPORT = {
     "errors": set(),
@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "checks": KNOWLEDGE | {"evaluation"},
     "merge": KNOWLEDGE | {"evaluation"},
     "training": KNOWLEDGE | {"evaluation"},
+    "finetuning": KNOWLEDGE | {"evaluation", "training"},
     "families": KNOWLEDGE | ENGINES,
     "comparison": KNOWLEDGE,
     "reports": KNOWLEDGE | {"comparison"},

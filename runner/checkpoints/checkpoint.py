@@ -201,7 +201,8 @@ class CheckpointFormat:
     CheckpointError. `describe` gives further fields of the result contract. A damaged checkpoint that nothing matches
     is of the format that it most `resembles`, or of the one of whose training most `remains` where the weights are
     lost: 0 is not at all, and more the less another format could look like that.
-    `adapters`: a few megabytes beside its base, unless something is wrong.
+    `adapters`: a few megabytes beside its base, unless something is wrong. `decides`: where it matches, its files may
+    look like another format's and are not.
     """
 
     name: str
@@ -213,6 +214,7 @@ class CheckpointFormat:
     resembles: Callable[[Listing], int] | None = None
     remains: Callable[[Listing], int] | None = None
     adapters: bool = False
+    decides: bool = False
 
     def __post_init__(self) -> None:
         assert self.read or self.open, f"{self.name}: a format needs read or open"

@@ -182,7 +182,8 @@ def _matching(listing: Listing, known: Mapping[str, CheckpointFormat]) -> tuple[
             continue
         if evidence is not None:
             found[name] = evidence
-    return found, errors
+    deciding = {name: evidence for name, evidence in found.items() if known[name].decides}
+    return deciding or found, errors
 
 
 def _directories(listing: Listing) -> list[Listing]:

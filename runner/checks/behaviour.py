@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from runner.checkpoints.checkpoint import Checkpoint
@@ -309,14 +309,10 @@ def _scale(parameter: nn.Parameter) -> None:
 
 
 def _loss(context: CheckContext, model: nn.Module) -> torch.Tensor:
-    """Mean cross-entropy of the next token over a padded batch, and the balance loss of a router."""
+    """The loss of a padded batch."""
     sequences = [*context.prompts(), context.ragged(1)[0]]
     ids, mask = (each.to(device_of(model)) for each in right_padded(sequences, filler=0))
-    output = model(ids, attention_mask=mask)
-    targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-    loss = cross_entropy(output.logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100)
-    balance = getattr(output, "balance_loss", None)
-    return loss if balance is None else loss + balance
+    return context.own_family.traits(context.checkpoint).loss(model(ids, attention_mask=mask), ids, mask)
 
 
 def _digests(model: nn.Module) -> dict[str, int]:

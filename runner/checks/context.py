@@ -124,6 +124,16 @@ class Traits:
         """How many tokens of a sequence, `row` of a batch, must have the same logits `together` as `alone`."""
         return length
 
+    def loss(self, output: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What training minimises, of a batch [B, T]: the mean cross-entropy of the next token, and a router's balance
+        loss."""
+        from torch.nn.functional import cross_entropy
+
+        targets = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+        loss = cross_entropy(output.logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+        balance = getattr(output, "balance_loss", None)
+        return loss if balance is None else loss + balance
+
 
 # Its members import torch when they are used: the quick tier has no use for it.
 @dataclass(kw_only=True)

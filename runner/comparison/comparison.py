@@ -22,7 +22,7 @@ PLAN_NAME = "sweep.json"
 _JOB_FOLDER = re.compile(r"(\d+)(_|$)")
 _LARGEST_CONFIG = 1 << 20
 # A job with one of these is a point; an mse that is not finite is one, too: it is there, as None.
-_FIGURES = {"mse", "text"}
+_FIGURES = {"mse", "text", "accuracy"}
 _LONG_LABEL = 40
 # What a job is called and where it writes, not how it measures; and the thresholds, which a version of runner fixes.
 _NAMING = ("ckpt", "step", "output", "cache", "verbose", "task")

@@ -11,6 +11,7 @@ from itertools import accumulate, combinations
 from runner.checkpoints.runs import spell
 from runner.comparison.comparison import Comparison, Series
 from runner.comparison.jobs import Job
+from runner.metrics.classification import difference
 from runner.metrics.verdict import thresholds
 
 _STATUS_WORDS = {"failed": "failed", "lost": "lost", "never_started": "never started"}
@@ -110,12 +111,32 @@ def working(series: Series) -> Insight:
     """Does the mse fall as training goes on?"""
     last = series.jobs[-1]
     if not any("mse" in job.metrics for job in series.jobs):
+        if any("accuracy" in job.metrics for job in series.jobs):
+            return transfers(series)
         return Insight(level="unknown", short="nothing was compared", words="Cannot tell: no mse was measured.")
     if last.metric("mse") is None:
         words = f"No: at step {last.step} there is no finite mse."
         return Insight(level="bad", short="the last checkpoint's logits are not finite", words=words)
     found = trend([(job.step or 0, mse) for job in series.jobs if (mse := job.metric("mse")) is not None])
     return _with_gaps(found, [job.step or 0 for job in series.jobs if job.metric("mse") is None])
+
+
+def transfers(series: Series) -> Insight:
+    """Do classifiers of later checkpoints tell more apart? By the interval of the difference of first and last."""
+    first, last = series.jobs[0], series.jobs[-1]
+    counts = [(job.metric("accuracy") or 0.0, int(job.metric("rows") or 0)) for job in (first, last)]
+    (before, before_rows), (after, after_rows) = counts
+    figures = f"accuracy {before:.3f} at step {first.step}, {after:.3f} at step {last.step}"
+    if len(series.jobs) < 2:
+        words = f"Cannot tell from one checkpoint: {figures.partition(',')[0]}."
+        return Insight(level="unknown", short="one checkpoint", words=words)
+    _, low, high = difference(round(after * after_rows), after_rows, round(before * before_rows), before_rows)
+    between = f"{figures}; the difference is {100 * low:+.1f} to {100 * high:+.1f} points (95 %)"
+    if low > 0:
+        return Insight(level="good", short="later checkpoints transfer better", words=f"Yes: {between}.")
+    if high < 0:
+        return Insight(level="bad", short="later checkpoints transfer worse", words=f"No: {between}.")
+    return Insight(level="warn", short="no difference between checkpoints is shown", words=f"Unclear: {between}.")
 
 
 def _with_gaps(found: Insight, steps: Sequence[int]) -> Insight:
@@ -201,6 +222,11 @@ def _best(jobs: Sequence[Job]) -> Insight:
         words = "Every checkpoint with a finite mse failed an integrity check."
         return Insight(level="bad", short="no best checkpoint: all are damaged", words=words)
     if not having:
+        scored = [job for job in jobs if job.metric("accuracy") is not None and not job.damaged]
+        if scored:
+            top = max(scored, key=lambda job: job.metric("accuracy") or 0)
+            words = f"{top.checkpoint}: accuracy {top.metric('accuracy'):.3f}."
+            return Insight(level="good", short=f"{top.checkpoint} is best", words=words)
         return Insight(level="unknown", short="no best checkpoint", words="No checkpoint has a finite mse to go by.")
     first, *others = sorted(having, key=lambda job: job.metric("mse") or 0)
     status = f", {first.verdict.get('status')}" if first.verdict else ""

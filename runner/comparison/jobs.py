@@ -52,6 +52,8 @@ class Job:
     generation: tuple[JsonObject, ...] = ()
     checks: tuple[JsonObject, ...] = ()
     findings: tuple[str, ...] = ()
+    confusion: tuple[list[int], ...] = ()
+    labels: tuple[str, ...] = ()
     verdict: JsonObject | None = None
     overall: str | None = None
     passed: bool | None = None
@@ -174,6 +176,7 @@ def _job(sweep: Path, name: str, result: JsonObject, overrides: tuple[str, ...],
         metrics=_object(result.get("metrics")),
         passed=next((said for key in ("passed", "verified") if isinstance(said := result.get(key), bool)), None),
         findings=tuple(map(printable, as_list(result.get("findings")))),
+        **_confusion(result),
         verdict=_object(result.get("verdict")) or None,
         seconds=sum(timing) if timing else None,
         **texts,
@@ -205,6 +208,15 @@ def as_list(value: object) -> list[object]:
 
 def _object(value: object) -> JsonObject:
     return value if isinstance(value, dict) else {}
+
+
+def _confusion(result: JsonObject) -> JsonObject:
+    """The matrix and its classes, where both are as they should be."""
+    labels, matrix = as_list(result.get("labels")), as_list(result.get("confusion"))
+    sound = len(matrix) == len(labels) and all(isinstance(label, str) for label in labels)
+    for row in map(as_list, matrix):
+        sound = sound and len(row) == len(labels) and all(type(count) is int and count >= 0 for count in row)
+    return {"confusion": tuple(matrix), "labels": tuple(labels)} if sound else {}
 
 
 def _text(value: object) -> str | None:

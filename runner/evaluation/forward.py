@@ -73,6 +73,22 @@ def trace(model: nn.Module, token_ids: torch.Tensor, keep: frozenset[int] | None
     return Trace(inputs={}, final=hidden(ids) if callable(hidden) else model(ids).logits)
 
 
+def final_states(model: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
+    """The last hidden state [B, T, d], after the model's final norm, of ids [B, T] whose padding is on the right.
+
+    With gradients where the caller has them on. Attention is causal: no real token sees what is padded.
+    """
+    own: Any = getattr(model, "final_states", None)
+    if callable(own):
+        states: torch.Tensor = own(token_ids)
+        return states
+    inner: Any = getattr(model, "base_model", None)
+    if inner is not None:
+        return inner(input_ids=token_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+    found: Any = model
+    return found.hidden(token_ids)  # type: ignore[no-any-return]
+
+
 @torch.inference_mode()
 def continue_from(model: Llama, start: Trace, layer: int) -> torch.Tensor:
     """The input of the head [1, T, d] when `model` takes over at `layer`."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from runner.data.text import Data
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
+    from runner.finetuning.low_rank import LowRankSettings
     from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
     from runner.training.inputs import Trained, TrainingInputs
@@ -47,6 +48,9 @@ class Family:
     llama_base: ClassVar[bool] = False
     # Whether it is trained on text that need not fit into memory; else on documents that do.
     trains_on_streams: ClassVar[bool] = False
+
+    # The head of a fine-tuning that names none.
+    classifier_head: ClassVar[str] = "linear"
 
     def of(self, checkpoint: "Checkpoint") -> "Family":
         """The family that works on `checkpoint`. Raises ConfigError where the checkpoint is of another one."""
@@ -174,6 +178,12 @@ class Family:
         """Train, leaving `checkpoint-<step>` directories. Raises CheckpointError, ConfigError or ModelError;
         DivergedError names the last good checkpoint."""
         raise ConfigError(f"family={self.name} cannot be trained")
+
+    def add_low_rank(self, model: "nn.Module", settings: "LowRankSettings") -> list[str]:
+        """Add low-rank updates to matrices of `model`; → the names of its new parameters. Raises ConfigError."""
+        from runner.finetuning.low_rank import add_to_linears
+
+        return add_to_linears(model, settings)
 
     # The checks of `task=test`.
 

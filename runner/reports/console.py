@@ -184,7 +184,7 @@ def _text(value: object) -> "Text":
 
 
 # The tasks whose report has a module of its own.
-_MODULES = {"compare": "compare", "generate": "generation", "transfer": "transfer"}
+_MODULES = {"compare": "compare", "generate": "generation", "transfer": "transfer", "finetune": "classification"}
 
 
 def _report(task: str) -> tuple[Callable[..., list[Fact]], Callable[..., Tables]]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from runner.errors import printable
+from runner.reports.classification import classification_lines, classification_tables
 from runner.reports.console import Fact, Rows, Tables, cell, chosen, known, many, number, percent, size
 from runner.results import JsonObject
 
@@ -64,6 +65,7 @@ def diagnose_facts(result: JsonObject) -> list[Fact]:
     if floor := metrics.get("floor"):
         figures = f"mse {number(floor['mse'], 6)}, kl {number(floor['kl'])} (reference in the other precision)"
         rows.append(("Floor", figures, ""))
+    rows += classification_lines(result)
     if "greedy_agreement" in metrics:
         rows.append(("Greedy Agreement", percent(metrics["greedy_agreement"]), ""))
     if verdict:
@@ -97,6 +99,7 @@ def diagnose_tables(result: JsonObject, verbose: bool) -> Tables:
         ("layers together", chosen(result.get("progressive", []), ["layers", "mse", "cosine", "kl"])),
         ("continuations", chosen(result.get("generation", []), names)),
     )
+    tables += classification_tables(result)
     return tables if not verbose else tables + _some(
         ("more figures", [{"figure": n, "value": cell(n, metrics[n])} for n in _DETAILS if n in metrics]),
         ("checks", chosen(result.get("checks", []), _CHECK_COLUMNS)),

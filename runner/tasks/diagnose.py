@@ -201,6 +201,10 @@ STEPS: tuple[tuple[str, bool, Callable[[MeasurementRun], None]], ...] = (
 
 def run(config: DiagnoseConfig, context: Context) -> Result:
     """Measure what the tier names. Raises CheckpointError, ModelError or ConfigError; a poor verdict is a result."""
+    if config.data.name == "classification":
+        from runner.tasks import classification
+
+        return classification.diagnose(config, context)
     setup = open_evaluation(config, context)
     checkpoint = setup.checkpoint
     result = Result(

@@ -91,7 +91,8 @@ def layer_rows(result: JsonObject) -> list[dict[str, float]]:
 
 
 def tables(result: JsonObject, step: int | None) -> dict[str, LoggedTable]:
-    """`tables/per_layer` and `tables/per_prompt`, of a test `tables/checks`, of a training `tables/samples`.
+    """`tables/per_layer` and `tables/per_prompt`, of a test `tables/checks`, of a training `tables/samples`, of a
+    classifier `tables/transfer` and `tables/confusion`.
 
     Only those that have rows.
 
@@ -102,6 +103,13 @@ def tables(result: JsonObject, step: int | None) -> dict[str, LoggedTable]:
         records["tables/checks"] = [{name: row.get(name) for name in _CHECK_COLUMNS} for row in result["checks"]]
     if result.get("task") == "train":
         records["tables/samples"] = result.get("samples")
+    if result.get("confusion"):
+        records["tables/transfer"] = result["transfer"]
+        records["tables/confusion"] = [
+            {"true": true, "predicted": predicted, "rows": count}
+            for true, row in zip(result["labels"], result["confusion"], strict=True)
+            for predicted, count in zip(result["labels"], row, strict=True)
+        ]
     return {name: _table(rows, step) for name, rows in records.items() if rows}
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from runner.evaluation.base_models import Base
     from runner.evaluation.placement import Placement
     from runner.families.gpt.model import Windows
+    from runner.finetuning.low_rank import LowRankSettings
     from runner.merge.plan import MergeOutput
     from runner.merge.spec import MergeSpec
 
@@ -40,6 +41,7 @@ class Gpt(Family):
     format_modules: ClassVar[tuple[str, ...]] = ("runner.families.gpt.checkpoint",)
     needs_tokenizer: ClassVar[bool] = False
     can_cut_vocabulary: ClassVar[bool] = True
+    classifier_head: ClassVar[str] = "mlp"
 
     def __post_init__(self) -> None:
         if self.record is not None:
@@ -130,6 +132,14 @@ class Gpt(Family):
         from runner.families.gpt.merge import plan_merge
 
         return plan_merge(spec, paths, opened, base, output)
+
+    def add_low_rank(self, model: "nn.Module", settings: "LowRankSettings") -> list[str]:
+        """As `Family.add_low_rank`: parts of merged tensors have names of their own."""
+        from runner.families.gpt.low_rank import add_low_rank
+        from runner.families.gpt.model import GptForCausalLM
+
+        assert isinstance(model, GptForCausalLM)
+        return add_low_rank(model, settings)
 
     def checks(self) -> "Mapping[str, Check]":
         """As `Family.checks`."""

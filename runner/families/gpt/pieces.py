@@ -90,6 +90,7 @@ class Pieces(nn.Module):
         self.config = config
         self.record = config.record
         self._places: dict[str, tuple[nn.Module, str]] = {}
+        self._changes: dict[str, list[Callable[[Tensor], Tensor]]] = {}
         for name, tensor in tensors.items():
             *path, leaf = name.split(".")
             module: nn.Module = self
@@ -123,7 +124,13 @@ class Pieces(nn.Module):
         """The tensor `name` of the checkpoint."""
         module, leaf = self._places[name]
         found: Tensor = getattr(module, leaf)
+        for change in self._changes.get(name, ()):
+            found = change(found)
         return found
+
+    def change_weight(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
+        """Compute with `change(tensor)` in the place of the tensor `name`, after what changes it already."""
+        self._changes.setdefault(name, []).append(change)
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint has a tensor `name`."""
@@ -132,6 +139,11 @@ class Pieces(nn.Module):
     def scalar(self, what: str) -> Tensor:
         """The part `what` of `scalars` [n]."""
         return self.weight("scalars")[self._scalars[what]]
+
+    @property
+    def block_prefix(self) -> str:
+        """What the names of blocks begin with."""
+        return self._prefix
 
     @cached_property
     def _prefix(self) -> str:

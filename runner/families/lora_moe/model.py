@@ -163,6 +163,11 @@ class LoraForCausalLM(nn.Module):
             return self.lm.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         return self.lm(input_ids, attention_mask=attention_mask, use_cache=False).logits
 
+    def final_states(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The last hidden state [B, T, d], after the final norm, of ids padded on the right; of the routed pass."""
+        self._route(input_ids, _unseen(None, None))
+        return self.lm.base_model(input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
     def adapters(self) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, float]], ...]:
         """The adapters as they are now, in the form in which they were given."""
         from runner.families.lora.model import RoutedLinear

@@ -20,6 +20,7 @@ from runner.comparison.jobs import Job
 from runner.metrics.verdict import thresholds
 from runner.reports.generation import step_rows
 from runner.reports.page.charts import Figure, charts, shortened, tell_apart
+from runner.reports.page.classification import classification_charts
 from runner.results import FILE_NAME, JsonObject, is_number
 
 _PARTS = Path(__file__).parent
@@ -50,6 +51,8 @@ _COLUMNS: tuple[tuple[str, Callable[[Job], object], str], ...] = (
     ("cosine", lambda job: job.metric("cosine"), ".4f"),
     ("KL", lambda job: job.metric("kl"), ".4g"),
     ("top-1", lambda job: job.metric("top1"), ".1%"),
+    ("accuracy", lambda job: job.metric("accuracy"), ".1%"),
+    ("macro F1", lambda job: job.metric("macro_f1"), ".3f"),
     ("progress", lambda job: job.judged("progress"), ".0f"),
     ("verdict", lambda job: "damaged" if job.damaged else job.judged("status"), "level"),
     ("readiness", lambda job: job.judged("readiness"), "level"),
@@ -68,7 +71,7 @@ def page(comparison: Comparison, directory: Path, *, picture: bool) -> str:
     `picture`: whether comparison.png and .svg lie beside it. Everything that came from a file is escaped; nothing is
     loaded from elsewhere, and the page's own policy forbids it.
     """
-    figures = charts(comparison)
+    figures = [*charts(comparison), *classification_charts(comparison)]
     columns, jobs = table(comparison, directory)
     return render(
         "page.html",
