@@ -4,6 +4,7 @@
 jobs failed, or found failed checks; 130 interrupted.
 """
 
+import io
 import logging
 import os
 import sys
@@ -12,9 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
+import runner
 from runner.errors import ConfigError, RunnerError, printable
 from runner.installation import config_directory, demo_run, uncollected
-from runner.overrides import CommandLine, parse
+from runner.overrides import CommandLine, check_paths, parse
 
 INTERRUPTED = 130
 # Hydra shows one thing at a time, and that of one run.
@@ -25,6 +27,9 @@ def main(words: Sequence[str] | None = None) -> None:
     """The console script and `python -m runner`; exits with the codes above."""
     # Threads that wait asleep: on a busy machine spinning ones make a run several times as long. Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no error
     sys.exit(run(list(sys.argv[1:] if words is None else words)))
 
 
@@ -34,6 +39,9 @@ def run(words: Sequence[str]) -> int:
         line = parse(words)
         if {"-h", "--help"} & set(line.flags):
             print(help_text(config_directory()))
+            return 0
+        if "--version" in line.flags:
+            print(f"runner {runner.__version__}")
             return 0
         return _run(line)
     except RunnerError as error:
@@ -52,19 +60,22 @@ def run(words: Sequence[str]) -> int:
 
 
 def _run(line: CommandLine) -> int:
-    if {"--hydra-help", "--version", *_SHOWING} & set(line.flags):
+    if {"--hydra-help", *_SHOWING} & set(line.flags):
         _check(line)
         runs = _hydra(line)
         runs.hand_to_hydra(line, runs.job)
         return 0
-    from runner.expand import expand, resume
+    from runner.expand import as_sweep, check_preset, expand, resume, with_demo_base
 
     resumed = None
     if line.get("resume") is not None:
         line, resumed = resume(line)
     _check(line)
     if resumed is None:
-        line = expand(line, demo_run=demo_run)
+        line = expand(with_demo_base(as_sweep(line), demo_run), demo_run=demo_run)
+        check_preset(line)
+    if not line.multirun and line.get("hydra/launcher") not in (None, "basic"):
+        raise ConfigError(f"hydra/launcher={line.get('hydra/launcher')} is for the jobs of a sweep: add -m")
     runs = _hydra(line)
     if line.multirun or line.get("hydra.mode") == "MULTIRUN":
         from runner.sweeps.command import run_sweep
@@ -97,6 +108,7 @@ def _check(line: CommandLine) -> None:
     for key, _ in line.overrides:
         if key.lstrip("+~").partition(".")[0] in FIXED_KEYS:
             raise ConfigError(f"{key} is fixed, so that verdicts compare; its values stand in conf/verdict.yaml")
+    check_paths(line)
     for flag, value in pairwise(line.flags):
         if flag in ("--config-dir", "-cd") and not Path(value).is_dir():
             raise ConfigError(f"--config-dir {value}: no such directory")
@@ -118,6 +130,7 @@ runner: what a model checkpoint is, how close it is to its base model, how far i
   python -m runner -m task=diagnose ckpt=RUN step=all hydra/launcher=joblib
   python -m runner -m resume=sweeps/NAME                              what has no good result yet
   python -m runner task=generate ckpt=PATH prompt='The capital of France is'     without prompt= a chat
+  python -m runner task=transfer ckpt=PATH transfer.script=FILE                   without a script a prompt
   python -m runner task=inspect ckpt=PATH_OR_RUN
   python -m runner task=test ckpt=PATH tier=full                      quick: structure only; minimal: builds, saves one
   python -m runner task=convert ckpt=PATH convert.to=safetensors convert.output=DIR
@@ -141,6 +154,7 @@ what is measured
   family=NAME       {family}; family.top_k= family.router_features= family.experts= for lora_moe   [auto]
 
 other tasks
+  transfer.script= session= experiment= space= controls= …   task=transfer; family.layers=[11,13] for npt in every task
   prompt=TEXT|[A,B]|-   prompts=FILE   reference=base   task=generate; generate.temperature= top_k= top_p= seed= stop= …
   experts=N   keep=true   strict=true   junit=PATH     task=test: experts to build; keep what was built; warnings fail
   strict=true       task=verify: a checkpoint without MANIFEST.json fails, as nothing is proved

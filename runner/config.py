@@ -425,6 +425,10 @@ def missing_key(key: str) -> ConfigError:
     return ConfigError(f"{key} is needed; give it as {key}=…")
 
 
+# What is to be given where a value of another type was.
+_WANTED: dict[object, str] = {bool: "give true or false", int: "give a whole number", float: "give a number"}
+
+
 def refused(error: Exception, task: str, given: Mapping[str, str | None], *, multirun: bool) -> ConfigError:
     """What Hydra refuses, in one line that says what to do; `given`: the overrides as they were typed.
 
@@ -450,18 +454,22 @@ def refused(error: Exception, task: str, given: Mapping[str, str | None], *, mul
             return missing_key(node)
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
             return unknown_key(key, task)
-        return ConfigError(f"{key}={given.get(key)}: {str(cause).splitlines()[0]}")
+        wanted = _WANTED.get(get_type_hints(TASKS[task]).get(key)) if task in TASKS else None
+        return ConfigError(f"{key}={given.get(key)}: {wanted or str(cause).splitlines()[0]}")
     text = " ".join(str(error).split())
     for key, value in given.items():
+        if key.startswith("+") and not key.startswith("++") and key[1:].partition(".")[0] in _keys_of(task):
+            return ConfigError(f"{key}={value}: {key[1:]} is there already; write it without the +: {key[1:]}={value}")
         root = key.lstrip("+~").partition("@")[0]
         if root.partition(".")[0] not in (*_keys_of(task), "hydra", "experiment") and not root.startswith("hydra/"):
             return unknown_key(root, task)
-        if not multirun and value is not None and key not in PATH_KEYS | TEXT_KEYS and _is_sweep(f"{key}={value}"):
+        if not multirun and value is not None and key not in PATH_KEYS | TEXT_KEYS and is_sweep(f"{key}={value}"):
             return ConfigError(f"{key}={value}: several values are a sweep: add -m")
     return ConfigError(text)
 
 
-def _is_sweep(override: str) -> bool:
+def is_sweep(override: str) -> bool:
+    """Whether Hydra takes an override for several values."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     return OverridesParser.create().parse_override(override).is_sweep_override()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.checkpoints.runs import Run, find_run, select, spell, step_in_name
+from runner.config import PATH_KEYS, TEXT_KEYS, is_sweep
 from runner.errors import ConfigError
 from runner.overrides import CommandLine, parse, quoted, split_list, unquoted
 
@@ -19,6 +20,50 @@ OVER_RUNS = ("diagnose", "test")
 # What may be another when a sweep goes on: how its jobs run, not what they are.
 _FREE = ("hydra/launcher", "hydra.launcher", "hydra.sweeper")
 _GLOB = re.compile(r"[*?\[]")
+
+
+# Presets that compare several checkpoints, and say nothing of one.
+_COMPARING = ("compare_runs", "merged_against_separate")
+_STEPS = re.compile(r".*,.*|(range|every)\(.*\)|all")
+
+
+def as_sweep(line: CommandLine) -> CommandLine:
+    """`line` with -m where it gives a key several values: what is listed is a sweep, with -m and without.
+
+    A text holds commas of its own, and a path may: `ckpt=A,B` is a list where A and B are there, and `A,B` is not.
+    `step=last` is -1.
+    """
+    given = [
+        (key, re.sub(r"\blast\b", "-1", value) if key == "step" and value else value) for key, value in line.overrides
+    ]
+    line = replace(line, overrides=tuple(given))
+    return replace(line, flags=_sweeping(line)) if any(_lists(key, value) for key, value in given) else line
+
+
+def _lists(key: str, value: str | None) -> bool:
+    known = key.lstrip("+")
+    if value is None or known in TEXT_KEYS or known.startswith("hydra") or not _STEPS.fullmatch(value):
+        return False
+    if known in PATH_KEYS:
+        parts = [Path(unquoted(part)).expanduser() for part in split_list(value)]
+        whole = Path(unquoted(value)).expanduser()
+        return len(parts) > 1 and not whole.exists() and all(str(part) == "demo" or part.exists() for part in parts)
+    return known == "step" or is_sweep(f"{key}={value}")
+
+
+def with_demo_base(line: CommandLine, demo_run: Callable[[], Path]) -> CommandLine:
+    """`line` with the demonstration's base for `base=demo`, unless there is a directory of that name."""
+    if line.get("base") != "demo" or Path("demo").exists():
+        return line
+    own = str(demo_run() / "base")
+    return replace(line, overrides=tuple((key, own if key == "base" else value) for key, value in line.overrides))
+
+
+def check_preset(line: CommandLine) -> None:
+    """Raise ConfigError for a preset that compares checkpoints where only one is given."""
+    given = [value for key, value in line.overrides if key == "ckpt"]
+    if (name := line.get("experiment")) in _COMPARING and len(split_list((given or ["demo"])[-1] or "")) < 2:
+        raise ConfigError(f"experiment={name} compares several checkpoints: give them as ckpt=A,B")
 
 
 def expand(line: CommandLine, *, demo_run: Callable[[], Path]) -> CommandLine:
@@ -56,9 +101,10 @@ def expand(line: CommandLine, *, demo_run: Callable[[], Path]) -> CommandLine:
 
 
 def steps_of(value: str, run: Run) -> list[int]:
-    """The steps that `value` names: `all`, `1000,2000`, `[1000,2000]`, `range(1000,5001,1000)`; -1 is the last.
+    """The steps that `value` names: `all`, `1000,2000`, `[1000,2000]`; -1 is the last.
 
-    `every(5000)`: the multiples of 5000 that there are, and the last step.
+    `range(1000,5001)`, `range(1000,5001,1000)`: those from 1000 on, under 5001, that there are; with an interval the
+    ones it meets. `every(5000)`: the multiples of 5000 that there are, and the last step.
     """
     if value == "all":
         return run.steps
@@ -71,7 +117,7 @@ def steps_of(value: str, run: Run) -> list[int]:
     parts = split_list(match[1] if match else value)
     try:
         numbers = [int(part.partition("=")[2] or part) for part in parts]
-        numbers = list(range(*numbers)) if match else numbers
+        numbers = [step for step in run.steps if step in range(*numbers)] if match else numbers
     except (ValueError, TypeError) as error:
         raise ConfigError(
             f"step={value}: give a number, a list, range(start,stop,step), every(N) or all; "

@@ -119,6 +119,24 @@ def spell(key: str, value: str, *, multirun: bool) -> str:
     return f"{key}={spelled}"
 
 
+def check_paths(line: CommandLine) -> None:
+    """Raise ConfigError for a path that is empty, as an unset variable of the shell leaves it, or a web address."""
+    for key, value in line.overrides:
+        known = key.lstrip("+")
+        if value is None or known not in PATH_KEYS or known.startswith("hydra."):
+            continue
+        if not (plain := unquoted(value)).strip():
+            raise ConfigError(f"{key}= is empty (an unset variable?); give it a value, or leave it out")
+        if re.match(r"https?://", plain):
+            hub = ", or a name of the hub (OWNER/NAME)" if known in ("base", "reference", "tokenizer") else ""
+            raise ConfigError(f"{key}={plain}: is a web address; download it and give the path{hub}")
+        if known == "ckpt" and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", plain) and not _exists(plain.split("/")[0]):
+            raise ConfigError(
+                f"{key}={plain}: no such file or directory; where it is a name of the hub, download it first "
+                f"(hf download {plain} --local-dir DIR) and give ckpt=DIR"
+            )
+
+
 def _exists(text: str) -> bool:
     """Whether `text` is a path that is there; what is too long for a name, as many names with commas are, is none.
 

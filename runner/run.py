@@ -6,8 +6,9 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache, partial
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
@@ -24,6 +25,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from runner.checkpoints.runs import resolve
 from runner.config import (
     TASKS,
     CheckpointConfig,
@@ -38,7 +40,7 @@ from runner.config import (
 )
 from runner.errors import ConfigError, RunnerError, did_you_mean, printable
 from runner.files.atomic import write_json, write_whole
-from runner.installation import config_directory, uncollected
+from runner.installation import config_directory, demo_run, uncollected
 from runner.overrides import CommandLine, quoted, spell
 from runner.reports.console import print_result
 from runner.results import FILE_NAME, Result
@@ -233,9 +235,11 @@ def _run_and_write(cfg: DictConfig, directory: Path, sweep: str | None) -> _Fini
     code = 0
     try:
         tracker = tracker_of(cfg)
+        # A training that is refused has no run: it begins with the first row, or where there was none, at the end.
+        started = cache(partial(tracker.start, identity(cfg, {}, sweep), plain_config(cfg)))
+        outcome = _run(cfg, directory, tracker, in_sweep=sweep is not None, started=started)
         if cfg.task in _LIVE:
-            tracker.start(identity(cfg, {}, sweep), plain_config(cfg))
-        outcome = _run(cfg, directory, tracker, in_sweep=sweep is not None)
+            started()
         code = outcome.exit_code
     except RunnerError as error:
         log.error("%s", error)
@@ -292,7 +296,10 @@ def _unexpected(error: Exception, directory: Path) -> RunnerError:
 
 
 def _failed(cfg: DictConfig, error: RunnerError) -> Result:
-    ckpt = OmegaConf.select(cfg, "ckpt")
+    ckpt, step = OmegaConf.select(cfg, "ckpt"), OmegaConf.select(cfg, "step")
+    if ckpt is not None and isinstance(step, int):
+        with suppress(RunnerError):  # which may be the very error
+            ckpt = resolve(demo_run() if ckpt == "demo" else Path(str(ckpt)).expanduser(), step)
     return Result.failed(cfg.task, error, None if ckpt is None else str(ckpt))
 
 
@@ -305,18 +312,47 @@ def _write(result: dict[str, Any], cfg: DictConfig, directory: Path) -> int:
             own = as_file(result, path) if as_file and path == paths[-1] else None
             write_json(path, result) if own is None else write_whole(path, own)
         except OSError as error:
+            if result["status"] == "error":  # which says what is wrong already
+                return 2
             print(f"runner: error: {path}: cannot be written: {error.strerror}", file=sys.stderr)
             return 2
     return 0
 
 
-def _run(cfg: DictConfig, directory: Path, tracker: Tracker, *, in_sweep: bool = False) -> Result:
+def _run(
+    cfg: DictConfig,
+    directory: Path,
+    tracker: Tracker,
+    *,
+    in_sweep: bool = False,
+    started: Callable[[], None] | None = None,
+) -> Result:
     """Check the config, build its components, run the task's page; a sweep's job shows no progress of its own."""
     config = _typed(cfg)
     if isinstance(config, CheckpointConfig) and config.task in _HEAVY:
         require_checkpoint(config)  # before torch is imported to no avail
-    context = Context(directory=directory, tracker=tracker, quiet=in_sweep, in_sweep=in_sweep)
+    _try_places(config)
+    context = Context(
+        directory=directory, tracker=tracker, quiet=in_sweep, in_sweep=in_sweep, started=started or (lambda: None)
+    )
     return _page(config.task).run(config, context)
+
+
+def _try_places(config: CommonConfig) -> None:
+    """Raise ConfigError where what is to be written cannot be, before anything is measured."""
+    places = {"output": Path(config.output).expanduser() if config.output else None}
+    places["cache"] = Path(config.cache).expanduser() if config.cache else None
+    for key, path in places.items():
+        if path is None:
+            continue
+        if key == "output" and path.is_dir():
+            raise ConfigError(f"output={path}: is a directory; name the file to write, as {path / FILE_NAME}")
+        directory = path.parent if key == "output" else path
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=directory).close()
+        except OSError as error:
+            raise ConfigError(f"{key}={path}: cannot be written: {error.strerror}") from error
 
 
 def _page(task: str) -> Any:

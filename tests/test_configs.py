@@ -105,8 +105,8 @@ SINGLE = {
     "merge.drop": (3, ["task=merge"]),
     "generate.stop": ("end", ["task=generate"]),
     "generate.layers": (1, ["task=generate"]),
-    "family.layers": (1, ["task=train"]),
     "data.text": ("text", ["task=finetune"]),
+    "family.layers": (1, ["task=transfer"]),
     "train.layers": (2, ["task=train"]),
     "train.target_modules": ("q_proj", ["task=train", "family=lora_moe"]),
 }

@@ -1,6 +1,7 @@
 """Every golden checkpoint opens by itself and computes through `runner.load` and `task=diagnose`."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -117,6 +118,7 @@ def test_gpt_against_another_gpt_and_on_shards(gpts, run, tmp_path):
     result = run(f"ckpt={small}", f"reference={medium}", "data=shards", f"data.path={shard}").result
     assert result["metrics"]["mse"] > 1
     assert any("no tokenizer" in finding for finding in result["findings"])
+    assert all(re.match(r"\d+ random ids, not the text '", row["prompt"]) for row in result["per_prompt"])
     assert result["metrics"]["text"]["tokens"] == len(tokens)
     alone = run(f"ckpt={small}", "data=shards", f"data.path={shard}").result
     assert alone["metrics"]["text"]["loss"] == pytest.approx(result["metrics"]["text"]["loss"], rel=1e-9)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import TypeVar
 
+from runner.checkpoints.runs import step_in_name
 from runner.comparison.jobs import Job, as_list, read_job
 from runner.errors import CheckpointError, ConfigError
 from runner.files.atomic import read_json
@@ -47,7 +48,7 @@ class RemainingSteps:
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """The jobs of one run in one tier that have a step and figures, by step.
+    """The jobs of one run in one tier that have a step in their names and figures, by step.
 
     `variant`: what else tells them from another series of the same run and tier (`dtype=bfloat16`, a sweep's name).
     `label`: the shortest name that tells it from the other series of the comparison.
@@ -116,17 +117,41 @@ def learning_rate(job: Job) -> float | None:
 
 
 def make_series(jobs: Sequence[Job]) -> tuple[Series, ...]:
-    """The series of `jobs`, in the order in which their first jobs stand."""
-    usable = [job for job in jobs if job.status == "ok" and job.step is not None and _FIGURES & set(job.metrics)]
+    """The series of `jobs`, in the order in which their first jobs stand.
+
+    Checkpoints that only share a folder are no run: those of a series have their steps in their names, and the same
+    layers, kinds, ranks and base. Where a folder holds several such kinds, one checkpoint of a kind is no series.
+    """
+    usable = [job for job in jobs if _is_point(job)]
     made = []
     for (_, tier), group in grouped(usable, lambda job: (job.run_path, job.tier or "")).items():
-        named = list(zip(variants(group), group, strict=True))
+        kinds = grouped(group, lambda job: job.made_of)
+        alone = {kind for kind, members in kinds.items() if len(kinds) > 1 and len({job.step for job in members}) < 2}
+        group = [job for job in group if job.made_of not in alone]
+        words = [", ".join(filter(None, pair)) for pair in zip(variants(group), _kind_words(group), strict=True)]
+        named = list(zip(words, group, strict=True))
         for variant, members in grouped(named, lambda pair: pair[0]).items():
             for sweep, rows in _by_sweep([job for _, job in members]).items():
                 full = ", ".join(part for part in (variant, sweep) if part)
                 ordered = tuple(sorted(rows, key=lambda job: job.step or 0))
                 made.append(Series(run=rows[0].run, tier=tier, variant=full, jobs=ordered, estimate=_estimate(ordered)))
     return tuple(replace(one, label=label) for one, label in zip(made, _labels(made), strict=True))
+
+
+def _is_point(job: Job) -> bool:
+    named = job.ckpt is not None and step_in_name(Path(job.ckpt).name) is not None
+    return job.status == "ok" and named and job.step is not None and bool(_FIGURES & set(job.metrics))
+
+
+def _kind_words(jobs: Sequence[Job]) -> list[str]:
+    """What tells the kinds of checkpoints in one folder apart, for each of `jobs`; `` where they are of one kind."""
+    parts = []
+    for job in jobs:
+        names = ("layer", "modulation", "np_rank", "num_ranks")
+        layers = ", ".join("-".join(str(row[name]) for name in names if name in row) for row in job.layers)
+        parts.append((f"layers {layers}" if layers else "", PurePath(job.base or "").name, job.family or ""))
+    telling = [i for i in range(3) if len({part[i] for part in parts}) > 1]
+    return [", ".join(part[i] for i in telling if part[i]) for part in parts]
 
 
 def _labels(series: Sequence[Series]) -> list[str]:
@@ -246,6 +271,13 @@ class Comparison:
         return [job for job in self.jobs if job.status == "ok"]
 
     @property
+    def ranking(self) -> list[Job]:
+        """The jobs with an mse that are in no series, closest first; those of damaged checkpoints last."""
+        drawn = {(job.sweep, job.name) for series in self.series for job in series.jobs}
+        rest = [job for job in self.done if job.metric("mse") is not None and (job.sweep, job.name) not in drawn]
+        return sorted(rest, key=lambda job: (job.damaged, job.metric("mse")))
+
+    @property
     def failures(self) -> list[Job]:
         """The jobs that failed, were lost or never started."""
         return [job for job in self.jobs if job.status != "ok"]
@@ -262,7 +294,8 @@ def read(sweep: Path | Sequence[Path]) -> Comparison:
         raise ConfigError("sweep= names no directory")
     jobs = [job for directory in directories for job in _jobs(directory)]
     names = display_names([job.run_path for job in jobs])
-    jobs = [replace(job, run=names[job.run_path]) for job in jobs]
+    damaged = {job.ckpt for job in jobs if job.ckpt and job.failed_integrity}
+    jobs = [replace(job, run=names[job.run_path], damaged=job.ckpt in damaged) for job in jobs]
     return Comparison(directories=directories, jobs=tuple(jobs), series=make_series(jobs), differences=varying(jobs))
 
 

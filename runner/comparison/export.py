@@ -12,7 +12,8 @@ from runner.results import JsonObject, finite
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _JOB_KEYS = (
     "name", "status", "error", "task", "ckpt", "step", "run", "tier", "family", "format", "reference", "metrics",
-    "per_prompt", "layers", "progressive", "checks", "findings", "verdict", "overall", "seconds", "overrides",
+    "per_prompt", "layers", "progressive", "checks", "findings", "verdict",
+    "overall", "passed", "outcome", "damaged", "seconds", "overrides",
 )  # fmt: skip
 
 
@@ -24,6 +25,9 @@ def to_dict(comparison: Comparison) -> JsonObject:
         "headline": {"level": said.level, "words": said.words},
         "jobs": [_job(job) for job in comparison.jobs],
         "series": [series_to_dict(series) for series in comparison.series],
+        "ranking": [
+            {"job": job.name, "checkpoint": job.checkpoint, "mse": job.metric("mse")} for job in comparison.ranking
+        ],
         "differences": finite(comparison.differences),
     }
 
@@ -71,6 +75,7 @@ def _row(job: Job) -> JsonObject:
         **{key: getattr(job, key) for key in ("task", "run", "ckpt", "step", "tier", "family", "format")},
         **{f"verdict.{key}": job.judged(key) for key in ("status", "cosine_status", "progress", "readiness")},
         "overall": job.overall,
+        "failed_checks": ", ".join(job.failed_checks) or None,
         "seconds": job.seconds,
     }
     figures = {key: value for key, value in flat(job.metrics).items() if isinstance(value, (int, float, str))}

@@ -159,12 +159,17 @@ def ready(series: Series) -> Insight:
         return Insight(level="unknown", short="no verdict on readiness", words=words)
     readiness, reason = str(verdict.get("readiness")), str(verdict.get("reason"))
     since, last = _since(series.jobs, readiness), series.jobs[-1].step
+    if series.jobs[-1].damaged:
+        words = f"No: {series.jobs[-1].checkpoint} failed an integrity check, so its figures prove nothing."
+        return Insight(level="bad", short="the last checkpoint failed an integrity check", words=words)
     if since != last:  # the reason's figures are those of the last step
         reason = f"at step {last}, {reason}"
     if readiness == "production":
         words = f"Yes, for production since step {since}: {reason}."
         return Insight(level="good", short="ready for production", words=words)
-    words = f"For basic use since step {since}: {reason}." if readiness == "basic" else f"Not yet: {reason}."
+    words = f"For basic use since step {since}: {reason}."
+    if readiness != "basic":
+        words = f"Not yet at step {last}: {reason}."
     more = []
     if series.estimate is not None and not series.estimate.reached:
         more.append(f"Estimate: {series.estimate.words}")
@@ -180,7 +185,7 @@ def _since(jobs: Sequence[Job], readiness: str) -> int | None:
     enough = {"production": ("production",), "basic": ("production", "basic")}.get(readiness, ())
     since = jobs[-1].step
     for job in reversed(jobs):
-        if job.judged("readiness") not in enough:
+        if job.damaged or job.judged("readiness") not in enough:
             break
         since = job.step
     return since
@@ -206,10 +211,18 @@ def worst_layer(series: Series) -> Insight:
 
 
 def best(series: Series) -> Insight:
-    """The checkpoint with the lowest mse, and whether the next one is clearly worse."""
-    having = [job for job in series.jobs if job.metric("mse") is not None]
+    """The sound checkpoint with the lowest mse, and whether the next one is clearly worse."""
+    return _best(series.jobs)
+
+
+def _best(jobs: Sequence[Job]) -> Insight:
+    damaged = [job for job in jobs if job.damaged]
+    having = [job for job in jobs if job.metric("mse") is not None and not job.damaged]
+    if not having and damaged:
+        words = "Every checkpoint with a finite mse failed an integrity check."
+        return Insight(level="bad", short="no best checkpoint: all are damaged", words=words)
     if not having:
-        scored = [job for job in series.jobs if job.metric("accuracy") is not None]
+        scored = [job for job in jobs if job.metric("accuracy") is not None and not job.damaged]
         if scored:
             top = max(scored, key=lambda job: job.metric("accuracy") or 0)
             words = f"{top.checkpoint}: accuracy {top.metric('accuracy'):.3f}."
@@ -220,6 +233,9 @@ def best(series: Series) -> Insight:
     words = f"{first.checkpoint}: {_figures(first)}{status}."
     if others:
         words += _runner_up(first, others[0])
+    if damaged:
+        names = ", ".join(dict.fromkeys(job.checkpoint for job in damaged))
+        words += f" Left out, as an integrity check failed: {names}."
     return Insight(level="good", short=f"best is {first.checkpoint}", words=words)
 
 
@@ -258,7 +274,10 @@ def headline(comparison: Comparison) -> Insight:
     missing = lacking(comparison)
     if not comparison.done:
         return Insight(level="bad", short="no job left a result", words=f"No job left a result: {missing}.")
-    found = _curve_words(comparison)
+    found = _main_words(comparison)
+    if failed := failed_checks(comparison):
+        all_failed = all(job.outcome != "ok" for job in comparison.done)
+        found = replace(found, level="bad" if all_failed else _at_most_fair(found), words=f"{found.words} {failed}.")
     if not missing:
         return found
     return replace(found, level=_at_most_fair(found), words=f"{found.words} {_raised(missing)}.")
@@ -271,13 +290,40 @@ def lacking(comparison: Comparison) -> str:
     return f"of {len(comparison.jobs)} jobs {', '.join(parts)}" if parts else ""
 
 
+def failed_checks(comparison: Comparison) -> str:
+    """`Checks failed in 3 of 8 jobs: keys (3), finite (1)`, or `` where none failed."""
+    unsound = [job for job in comparison.done if job.outcome != "ok"]
+    names = Counter(name for job in unsound for name in dict.fromkeys(job.failed_checks))
+    which = ", ".join(f"{name} ({count})" if len(unsound) > 1 else name for name, count in names.most_common())
+    of = f"{len(unsound)} of {len(comparison.jobs)} jobs"
+    return f"Checks failed in {of}{f': {which}' if which else ''}" if unsound else ""
+
+
+def _main_words(comparison: Comparison) -> Insight:
+    if comparison.series:
+        return _curve_words(comparison)
+    count = len(comparison.done)
+    if ranked := comparison.ranking:
+        first, *others = ranked
+        said = [f"{job.checkpoint} ({_figures(job)})" for job in ranked[:3]]
+        found = _best(ranked)
+        words = f"{_raised(found.short)}." if first.damaged else f"Closest is {said[0]}"
+        if not first.damaged:
+            words += f", then {', '.join(said[1:])}." if others else "."
+        no_curve = " They are not checkpoints of one run, so there is no curve." if others else ""
+        return Insight(level="unknown", short=f"closest is {first.checkpoint}", words=f"{words}{no_curve}")
+    if all(job.passed is not None for job in comparison.done):
+        bad = sum(job.outcome != "ok" for job in comparison.done)
+        words = f"{count} job{'s' * (count > 1)} checked{'' if bad else ', no check failed'}."
+        return Insight(level="warn" if bad else "good", short="checked", words=words)
+    words = f"{count} jobs done; none has both a step and figures, so there is no curve."
+    return Insight(level="unknown", short="no curve", words=words)
+
+
 def _curve_words(comparison: Comparison) -> Insight:
-    if not comparison.series:
-        words = f"{len(comparison.done)} jobs done; none has both a step and figures, so there is no curve."
-        return Insight(level="unknown", short="no curve", words=words)
     furthest = leading(comparison)
     found = insights(furthest)
-    words = f"{found.working.short}; {found.ready.short}; {found.best.short}."
+    words = f"{found.working.short}; {found.ready.short}; {best_of_all(comparison)}."
     if len(comparison.series) > 1:
         words = f"Closest of {len(comparison.series)} curves is {furthest.label}: {_lowered(words)}"
     rank = ("good", "unknown", "warn", "bad")
@@ -285,11 +331,24 @@ def _curve_words(comparison: Comparison) -> Insight:
     return Insight(level=max(known, key=rank.index, default="unknown"), short=found.working.short, words=_raised(words))
 
 
-def leading(comparison: Comparison) -> Series:
-    """The series whose last checkpoint has the lowest mse; among equals the one with figures by layer."""
+def best_of_all(comparison: Comparison) -> str:
+    """The sound checkpoint with the lowest mse, whichever curve it is on, or none, in a clause."""
+    found = _best([*(job for series in comparison.series for job in series.jobs), *comparison.ranking]).short
+    lows = {series.label: min(sound) for series in comparison.series if (sound := _sound_mses(series))}
+    several = len(comparison.series) > 1 and lows
+    return f"{found} of {min(lows, key=lambda label: lows[label])}" if several else found
 
-    def order(series: Series) -> tuple[float, bool]:
-        mse = series.jobs[-1].metric("mse")
-        return (float("inf") if mse is None else mse, not any("mse" in row for row in series.jobs[-1].layers))
+
+def _sound_mses(series: Series) -> list[float]:
+    return [mse for job in series.jobs if not job.damaged and (mse := job.metric("mse")) is not None]
+
+
+def leading(comparison: Comparison) -> Series:
+    """The series whose last checkpoint is sound and has the lowest mse; among equals the one with figures by layer."""
+
+    def order(series: Series) -> tuple[bool, float, bool]:
+        last = series.jobs[-1]
+        mse = last.metric("mse")
+        return last.damaged, float("inf") if mse is None else mse, not any("mse" in row for row in last.layers)
 
     return min(comparison.series, key=order)

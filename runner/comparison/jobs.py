@@ -1,5 +1,6 @@
 """One job of a sweep as a row: what its folder holds, checked, whatever state the job ended in."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +24,8 @@ class Job:
 
     The fields after `config` are those of the result contract (runner/results.py), empty where the job has none; every
     number in them is finite or None. `config`: the composed config, flat ("tier.name": "quick"). `run`: a display name,
-    unique for each run directory in a comparison; `passed`: the verdict of tests; `seconds`: the sum of the phases.
+    unique for each run directory in a comparison; `passed`: the verdict of tests, or of task=verify; `seconds`: the
+    sum of the phases. `damaged`: the checkpoint failed an integrity check, of this job or of another one.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Job:
     config: JsonObject = field(default_factory=dict)
     task: str | None = None
     ckpt: str | None = None
+    base: str | None = None
     step: int | None = None
     run: str = ""
     run_path: str = ""
@@ -54,6 +57,7 @@ class Job:
     verdict: JsonObject | None = None
     overall: str | None = None
     passed: bool | None = None
+    damaged: bool = False
     seconds: float | None = None
 
     @property
@@ -65,6 +69,25 @@ class Job:
     def failed_checks(self) -> list[str]:
         """The names of the checks that failed."""
         return [str(row.get("name")) for row in self.checks if row.get("status") == "fail"]
+
+    @property
+    def failed_integrity(self) -> list[str]:
+        """The names of the failed checks that are about more than quality: all but those of task=test that say so."""
+        failed = [row for row in self.checks if row.get("status") == "fail"]
+        return [str(row.get("name")) for row in failed if row.get("integrity", True)]
+
+    @property
+    def outcome(self) -> str:
+        """`status`, or for a job that ended well and whose checks did not, `failed checks`."""
+        unsound = self.status == "ok" and (self.passed is False or self.failed_checks)
+        return "failed checks" if unsound else self.status
+
+    @property
+    def made_of(self) -> str:
+        """What the checkpoints of one training have in common: family, base, and its layers with kinds and ranks."""
+        names = ("layer", "modulation", "np_rank", "num_ranks")
+        layers = [[row.get(name) for name in names] for row in self.layers]
+        return json.dumps([self.family, self.base, layers], default=str)
 
     @property
     def message(self) -> str:
@@ -131,7 +154,7 @@ def _job(sweep: Path, name: str, result: JsonObject, overrides: tuple[str, ...],
     said = {"type": printable(error.get("type", "error")), "message": printable(error.get("message", "no reason"))}
     timing = [value for value in _object(result.get("timing")).values() if isinstance(value, (int, float))]
     log = sweep / name / _LOG
-    texts: JsonObject = {key: _text(result.get(key)) for key in ("family", "format", "reference", "overall")}
+    texts: JsonObject = {key: _text(result.get(key)) for key in ("family", "format", "base", "reference", "overall")}
     rows: JsonObject = {
         key: tuple(row for row in as_list(result.get(key)) if isinstance(row, dict))
         for key in ("per_prompt", "layers", "progressive", "generation", "checks")
@@ -151,7 +174,7 @@ def _job(sweep: Path, name: str, result: JsonObject, overrides: tuple[str, ...],
         run_path=run_path,
         tier=_text(result.get("tier")) or _text(config.get("tier.name")) or _text(config.get("tier")),
         metrics=_object(result.get("metrics")),
-        passed=result.get("passed") if isinstance(result.get("passed"), bool) else None,
+        passed=next((said for key in ("passed", "verified") if isinstance(said := result.get(key), bool)), None),
         findings=tuple(map(printable, as_list(result.get("findings")))),
         **_confusion(result),
         verdict=_object(result.get("verdict")) or None,

@@ -41,6 +41,9 @@ class Data:
                 "data=text needs data.path=FILE, a text file whose documents are separated by empty lines, a file of "
                 "JSON lines or parquet, or a directory or glob of such files"
             )
+        if self.name in ("prompts", "world") and (self.path or self.mix):
+            key = "path" if self.path else "mix"
+            raise ConfigError(f"data.{key} says nothing with data={self.name}: add data=text or data=shards")
         if self.name == "shards" and not self.path:
             raise ConfigError("data=shards needs data.path: a .bin file of tokens, a directory of them, or a glob")
         if not isinstance(self.max_tokens, int) or isinstance(self.max_tokens, bool) or self.max_tokens < 2:
@@ -58,7 +61,7 @@ class Data:
         """The parts of each corpus of text, and its weight. Raises ConfigError for one that is not there."""
         from runner.data.streams import find_parts
 
-        return [(find_parts(str(path)), float(weight)) for path, weight in (self.mix or {self.path: 1.0}).items()]
+        return [(find_parts(str(path)), float(weight)) for path, weight in (self.mix or {str(self.path): 1.0}).items()]
 
     def documents(self, seed: int = 0) -> list[str]:
         """The documents of text, at most `MAX_DOCUMENTS`; none for the plain prompts."""

@@ -234,8 +234,8 @@ def fingerprint(path: Path, files: Iterable[Path]) -> tuple[object, ...]:
     return (str(path.resolve()), marks)
 
 
-def find_base(checkpoint: Checkpoint | None, base: str | Path | None) -> Path:
-    """The directory of the base model.
+def find_base(checkpoint: Checkpoint | None, base: str | Path | None, key: str = "base") -> Path:
+    """The directory of the base model; `key`: the option that named it.
 
     `base` may be a directory or a hub name, which may be downloaded. A name found in the checkpoint is looked for
     beside the checkpoint, then from the current directory, then in the local hub cache: never downloaded.
@@ -245,8 +245,10 @@ def find_base(checkpoint: Checkpoint | None, base: str | Path | None) -> Path:
         if path.is_dir():
             return path
         if path.exists() or not is_hub_name(str(base)):
-            raise CheckpointError(f"base={base}: no such directory; a base model is a directory with config.json in it")
-        return snapshot("base", str(base), download=True)
+            raise CheckpointError(
+                f"{key}={base}: no such directory; a base model is a directory with config.json in it"
+            )
+        return snapshot(key, str(base), download=True)
     if checkpoint is None or not checkpoint.base_name:
         where = f"{checkpoint.path}: names no base model" if checkpoint else "no base model is named"
         raise CheckpointError(f"{where}; give one as base=DIRECTORY or base=HUB_NAME")

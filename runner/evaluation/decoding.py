@@ -228,3 +228,12 @@ def generate(
     for _ in extend(Feed(model, prompt.device, cache=cache), [row], Sampling(temperature=temperature)):
         pass
     return row.new_ids
+
+
+def eos_ids(model: nn.Module, tokenizer: object, *further: object) -> frozenset[int]:
+    """The ids that end a text: the tokenizer's, the config's, and `further` ones; each an id, a list, or None."""
+    found: set[int] = set()
+    owners = (tokenizer, getattr(model, "config", None))
+    for each in (*(getattr(owner, "eos_token_id", None) for owner in owners), *further):
+        found |= {one for one in (each if isinstance(each, (list, tuple)) else [each]) if isinstance(one, int)}
+    return frozenset(found)

@@ -112,9 +112,16 @@ class Evaluator:
     def encode(self, text: str) -> torch.Tensor:
         """Token ids [T] of a text, or what stands for it where there is no tokenizer. Raises ModelError."""
         if self.tokenizer is None:
-            length = min(SEEDED_LENGTH, self.max_length or SEEDED_LENGTH)
-            return seeded_ids(text, self.vocab_size, length, self.seed)
+            return seeded_ids(text, self.vocab_size, self._seeded_length, self.seed)
         return encode(self.tokenizer, text, self.vocab_size)
+
+    def shown(self, text: str) -> str:
+        """What a row calls the prompt `text`: random ids, where those were measured in its place."""
+        return text if self.tokenizer else f"{self._seeded_length} random ids, not the text {text!r}"
+
+    @property
+    def _seeded_length(self) -> int:
+        return min(SEEDED_LENGTH, self.max_length or SEEDED_LENGTH)
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of token ids."""
@@ -181,23 +188,28 @@ class Evaluator:
         return logits(self._reference.model, self._reference.trace(token_ids, []).final), run
 
     def continuation(self, token_ids: torch.Tensor, count: int, *, temperature: float) -> dict[str, Any]:
-        """Continuations of one prompt [T] by model and reference from the same seed, and how far they agree."""
-        from runner.evaluation.decoding import generate
+        """Continuations of one prompt [T] by model and reference from the same seed, and how far they agree.
+
+        All `count` tokens are there; what is said of them, and the texts, go up to the first token that ends a text.
+        """
+        from runner.evaluation.decoding import eos_ids, generate
         from runner.metrics import generation
 
         settings: dict[str, Any] = {"temperature": temperature, "seed": self.seed}
         prompt = token_ids.to(device_of(self.model))
         tokens = generate(self.model, prompt, count, **settings)
         theirs = self._reference.continuation(token_ids, count, **settings)
+        ends = eos_ids(self.model, self.tokenizer)
+        own, other = generation.until_end(tokens, ends), generation.until_end(theirs, ends)
         return {
             **settings,
             "tokens": tokens,
             "reference_tokens": theirs,
-            "text": self.decode(tokens),
-            "reference_text": self.decode(theirs),
-            **generation.agreement(tokens, theirs),
-            "repetition": generation.repetition(tokens),
-            "reference_repetition": generation.repetition(theirs),
+            "text": self.decode(own),
+            "reference_text": self.decode(other),
+            **generation.agreement(own, other),
+            "repetition": generation.repetition(own),
+            "reference_repetition": generation.repetition(other),
         }
 
     def non_finite_findings(self, names: Sequence[str], sequences: Sequence[torch.Tensor]) -> list[str]:

@@ -11,6 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+# Read once, as asking for it changes it for a moment, for all threads.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
 _AT_FDCWD = -100
 _NOREPLACE = 1
 _EXCHANGE = 2
@@ -35,11 +38,16 @@ def write_whole(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o644)
+        by_umask(Path(name))
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def by_umask(path: Path) -> None:
+    """Give `path` the mode of any new file: what makes files under a name of its own gives them 0600."""
+    path.chmod(0o666 & ~_UMASK)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from runner.errors import CheckpointError, RunnerError, printable
 from runner.files import manifest as manifests
-from runner.files.atomic import aside_name, rename_new, swap, sync
+from runner.files.atomic import aside_name, by_umask, rename_new, swap, sync
 
 # Bytes of one step. Small, so that few pages are in use: each step's are given back before many more are taken.
 STEP = 1 << 23
@@ -168,7 +168,14 @@ def locked(target: Path) -> Iterator[None]:
 _MARGIN = 1 << 20
 
 
-def check_output(target: Path, *, replace: bool = False, inputs: Sequence[Path] = (), expected_bytes: int = 0) -> None:
+def check_output(
+    target: Path,
+    *,
+    replace: bool = False,
+    inputs: Sequence[Path] = (),
+    expected_bytes: int = 0,
+    option: str = "merge.force",
+) -> None:
     """Raises CheckpointError unless the directory `target` can be written.
 
     It must not be a link, a file, or (without `replace`) there already; not equal to, inside or around an input,
@@ -188,9 +195,7 @@ def check_output(target: Path, *, replace: bool = False, inputs: Sequence[Path] 
         if target.is_mount():
             raise CheckpointError(f"{target}: a mount point cannot be an output: give a directory inside it")
         if not replace:
-            raise CheckpointError(
-                f"{target}: exists already: choose another output, or replace it: merge.force=true (convert.force=true)"
-            )
+            raise CheckpointError(f"{target}: exists already: choose another output, or replace it: {option}=true")
     for source in inputs:
         _check_input(target, source)
     existing = next(folder for folder in target.parents if folder.exists())
@@ -229,6 +234,7 @@ def staged(
     expected_bytes: int = 0,
     manifest: Mapping[str, Any] | None = None,
     hashes: Mapping[str, str | None] | None = None,
+    option: str = "merge.force",
     watchers: Callable[[Path], Mapping[str, Watcher]] = lambda partial: {},
 ) -> Iterator[Path]:
     """A directory to write into that becomes `target`, whole and verified, when the block ends without an exception.
@@ -238,22 +244,25 @@ def staged(
     watcher proves every byte, and the hash is that of what it was shown.
     `watchers(partial)` gives checks of the writer's own, by the name of the file whose content they get as it is read
     back; they raise RunnerError where it is not as it should be.
-    With `replace` an existing `target` is swapped out; it is deleted only if this runner wrote it and nothing was added
-    since, else it stays beside as `NAME.old-<id>`. Raises CheckpointError where the output is refused or another
-    process writes it, RunnerError where the disk fails.
+    `option`: what would let an existing `target` be replaced. With `replace` it is swapped out; it is deleted only if
+    this runner wrote it and nothing was added since, else it stays beside as `NAME.old-<id>`. Raises CheckpointError
+    where the output is refused or another process writes it, RunnerError where the disk fails.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow the link that must be refused
-    check_output(target, replace=replace, inputs=inputs, expected_bytes=expected_bytes)
+    check_output(target, replace=replace, inputs=inputs, expected_bytes=expected_bytes, option=option)
     with _disk_errors(target):
         _make_parents(target.parent)
         with locked(target):
-            check_output(target, replace=replace, inputs=inputs, expected_bytes=expected_bytes)
+            check_output(target, replace=replace, inputs=inputs, expected_bytes=expected_bytes, option=option)
             sweep(target)
             partial = hidden(target, PARTIAL)
             partial.mkdir()
             identity = _identity(partial)
             try:
                 yield partial
+                for file in partial.rglob("*"):
+                    if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 == 0o600:
+                        by_umask(file)  # safetensors' own
                 _seal(partial, manifest or {}, hashes or {}, watchers)
                 _publish(partial, target, replace=replace)
             finally:

@@ -110,7 +110,7 @@ def place_of(tensor: Tensor, records: Mapping[str, Stored]) -> Stored | None:
     return Stored(path=record.path, offset=record.offset + start, size=tensor.nbytes, crc=crc)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _view(path: Path, stamp: tuple[int, ...]) -> memoryview:
     return mapped(path)
 

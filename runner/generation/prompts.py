@@ -57,7 +57,7 @@ def prompts_of(prompts: Sequence[str | Sequence[int] | Prompt]) -> list[Prompt]:
         elif isinstance(each, str):
             found.append(Prompt(text=each))
         elif isinstance(each, Sequence) and all(isinstance(one, int) and not isinstance(one, bool) for one in each):
-            found.append(Prompt(ids=tuple(each)))
+            found.append(Prompt(ids=tuple(map(int, each))))
         else:
             raise ConfigError(f"prompts: {each!r} is neither a text nor a list of token ids")
     return found

@@ -225,11 +225,3 @@ def switched(model: nn.Module, layers: tuple[int, ...] | None) -> AbstractContex
     if unknown := sorted(set(layers) - set(model.npt_layers)):
         raise ConfigError(f"generate.layers: layer {unknown[0]} is no NPT layer; they are {list(model.npt_layers)}")
     return model.npt_mode(set(layers))
-
-
-def eos_ids(model: nn.Module, tokenizer: TextTokenizer | None, *further: object) -> frozenset[int]:
-    """The ids that end a text: the tokenizer's, the config's, and `further` ones; each an id, a list, or None."""
-    found: set[int] = set()
-    for each in (getattr(tokenizer, "eos_token_id", None), getattr(model.config, "eos_token_id", None), *further):
-        found |= {one for one in (each if isinstance(each, (list, tuple)) else [each]) if isinstance(one, int)}
-    return frozenset(found)

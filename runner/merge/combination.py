@@ -109,14 +109,17 @@ class TaskVectors:
             total.add_(delta)
         divisor: torch.Tensor | float = sum(self.weights)
         if self.elect:
-            positive = total >= 0
+            # In float64 throughout: torch takes several times as long where a mask of booleans is made or used.
+            sign = torch.copysign(torch.ones((), dtype=torch.float64), total.add_(0.0))
             mixed, divisor = torch.zeros_like(total), torch.zeros_like(total)
             for delta, weight in zip(deltas, self.weights, strict=True):
-                agrees = torch.where(positive, delta > 0, delta < 0)
-                mixed.add_(delta.mul_(agrees))
-                divisor.add_(agrees, alpha=weight)
-            divisor[divisor == 0] = 1
-            total = mixed
+                agreeing = delta.mul_(sign).clamp_(min=0)
+                mixed.add_(agreeing)
+                if self.normalize:
+                    divisor.add_(agreeing.sign_().mul_(weight))
+            total = mixed.mul_(sign)
+            if self.normalize:
+                divisor.masked_fill_(divisor == 0, 1)
         if self.normalize:
             total.div_(divisor)
         if self.factor != 1:
@@ -139,12 +142,13 @@ class TaskVectors:
             total += delta
         divisor = np.full_like(total, sum(self.weights))
         if self.elect:
-            sign = np.where(total >= 0, 1.0, -1.0)
-            chosen = [np.sign(delta) == sign for delta in deltas]
+            sign = np.copysign(1.0, total + 0.0)
+            agreeing = [np.where(delta * sign > 0, delta * sign, 0.0) for delta in deltas]
             total, divisor = np.zeros_like(total), np.zeros_like(total)
-            for delta, agrees, weight in zip(deltas, chosen, self.weights, strict=True):
-                total += np.where(agrees, delta, 0.0)
-                divisor += np.where(agrees, weight, 0.0)
+            for delta, weight in zip(agreeing, self.weights, strict=True):
+                total += delta
+                divisor += np.where(delta > 0, weight, 0.0)
+            total *= sign
             divisor[divisor == 0] = 1
         mixed = total / divisor if self.normalize else total
         return base + (mixed * self.factor if self.factor != 1 else mixed)

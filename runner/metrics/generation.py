@@ -1,7 +1,7 @@
 """The next token out of logits, and where two continuations part: pure functions of tensors and numbers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -78,6 +78,11 @@ def choose(logits: torch.Tensor, how: Sampling, draws: torch.Tensor | None) -> t
     found = torch.searchsorted(cumulative, draws.unsqueeze(-1) * total, right=True)
     # The product may round up to the total itself; where logits are not finite, any id is as wrong as another.
     return torch.minimum(found, torch.searchsorted(cumulative, total)).clamp(max=logits.shape[-1] - 1).squeeze(-1)
+
+
+def until_end(tokens: Sequence[int], ends: Collection[int]) -> list[int]:
+    """`tokens` up to the first of `ends`, that one included: what a model says after the end of a text is no text."""
+    return list(tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))])
 
 
 def agreement(subject: Sequence[int], reference: Sequence[int]) -> dict[str, float | None]:

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from runner.comparison.comparison import Comparison, grouped, without_shared_ends
 from runner.comparison.export import to_csv, to_dict
-from runner.comparison.insights import headline, insights, leading
+from runner.comparison.insights import failed_checks, headline, insights, leading
 from runner.comparison.jobs import Job
 from runner.errors import printable
 from runner.files.atomic import write_whole
-from runner.reports.console import Fact, Rows, Tables, known, number, percent, print_rows
+from runner.reports.console import COLOURS, Fact, Rows, Tables, known, number, percent, print_rows
 from runner.reports.generation import step_rows
 from runner.reports.page.build import page
 from runner.reports.picture import pictures
@@ -78,12 +79,20 @@ def summary(comparison: Comparison) -> JsonObject:
     return {
         "headline": {"level": said.level, "words": said.words},
         "answers": {name: {"level": found[name].level, "words": found[name].text} for name in _QUESTIONS if found},
-        "jobs": {"all": len(comparison.jobs), "ok": len(comparison.done)},
+        "jobs": _counts(comparison),
+        "failed_checks": failed_checks(comparison),
         "failures": [{"job": job.name, "status": job.status, "message": job.message} for job in comparison.failures],
         "checkpoints": [_row(job, variants.get((job.sweep, job.name), "")) for job in shown],
         "tests": [_test_row(job) for job in comparison.done if job.task == "test"],
         "continuations": list(step_rows(comparison.done)),
     }
+
+
+def _counts(comparison: Comparison) -> JsonObject:
+    """How many jobs there are, are ok, and ended well with checks that failed."""
+    unsound = sum(job.outcome != "ok" for job in comparison.done)
+    counts = {"all": len(comparison.jobs), "ok": len(comparison.done) - unsound}
+    return {**counts, "failed_checks": unsound} if unsound else counts
 
 
 def _row(job: Job, variant: str) -> JsonObject:
@@ -95,6 +104,7 @@ def _row(job: Job, variant: str) -> JsonObject:
         "step": job.step,
         **{name: job.metric(name) for name in ("mse", "cosine", "kl", "top1")},
         **{name: job.judged(name) for name in ("status", "progress", "readiness")},
+        **({"status": "damaged", "readiness": None} if job.damaged else {}),
     }
 
 
@@ -118,10 +128,15 @@ def compare_facts(result: JsonObject) -> list[Fact]:
     ]
     rows.append(("Comparison", said["words"], _LEVEL_WORDS.get(said["level"], "")))
     rows += _answer_lines(result["answers"])
-    rows.append(("Jobs", f"{jobs['ok']} of {jobs['all']} ok", ""))
+    rows.append(("Jobs", _count_words(jobs), "poor" if jobs.get("failed_checks") else ""))
     files = dict(result["files"])
     rows += [("Page", files.pop("html", None), ""), ("Beside It", ", ".join(Path(f).name for f in files.values()), "")]
     return known(rows)
+
+
+def _count_words(jobs: Mapping[str, int]) -> str:
+    unsound = jobs.get("failed_checks")
+    return f"{jobs['ok']} of {jobs['all']} ok{f', {unsound} with failed checks' if unsound else ''}"
 
 
 def failures(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
@@ -216,19 +231,23 @@ def _width(rows: Rows, gap: int) -> int:
 def print_comparison(comparison: Comparison, written: ComparisonFiles, console: Console) -> None:
     """What a sweep prints at its end: failures (to stderr), the learning curve, what it says, where the page lies."""
     found = summary(comparison)
-    for status, text in failures(found["failures"]):
+    # A failed job's own line said why, as it ended.
+    for status, text in failures([row for row in found["failures"] if row["status"] != "failed"]):
         print(f"{status.upper()} {text}", file=sys.stderr)
     terminal = console.is_terminal
     gap = 2 if console.width >= 100 else 1
     rows = checkpoint_rows(found["checkpoints"], drawn=terminal)
-    title = f"{found['jobs']['ok']} of {found['jobs']['all']} jobs"
+    title = _count_words(found["jobs"])
     print_rows(title, fitting(rows, console.width if terminal else None, gap=gap), console, gap=gap)
     print_rows("tests", test_rows(found["tests"]), console, gap=gap)
     print_rows("continuations", step_rows(comparison.done), console, gap=gap)
-    if found["answers"]:
-        lines = known([("Comparison", found["headline"]["words"], ""), *_answer_lines(found["answers"])])
-        for label, value, _ in lines:
-            console.print(f"{label}: {value}", markup=False, highlight=False, soft_wrap=not terminal)
+    said = found["headline"]
+    lines = known(
+        [("Comparison", said["words"], _LEVEL_WORDS.get(said["level"], "")), *_answer_lines(found["answers"])]
+    )
+    for label, value, word in lines:
+        text = Text.assemble(f"{label}: ", (value, COLOURS.get(word, "")))
+        console.print(text, soft_wrap=not terminal)
     if written.problem is not None:
         print(f"runner: warning: {printable(written.problem)}", file=sys.stderr)
     print(f"Sweep: {', '.join(printable(path) for path in comparison.directories)}")

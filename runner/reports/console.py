@@ -78,7 +78,7 @@ def many(count: int) -> str:
 COLOURS = {
     "excellent": "bold green", "good": "green", "fair": "yellow", "moderate": "yellow", "poor": "bold red",
     "production": "bold green", "basic": "green", "continue": "yellow", "early": "red",
-    "pass": "green", "fail": "bold red",
+    "pass": "green", "fail": "bold red", "damaged": "bold red",
 }  # fmt: skip
 # Columns that are text: left-aligned, and folded where they do not fit.
 _TEXTS = (
@@ -137,7 +137,8 @@ def print_line(result: JsonObject, console: "Console", *, number: int, job: str 
         words = [f"{key} {cell(key, metrics[key])}" for key in ("mse", "cosine", "kl") if metrics.get(key) is not None]
         words += _failed_checks(result.get("checks", [])) + ([verdict["status"]] if verdict else [])
         text = f"#{number} {name}: {', '.join(words) or 'done'}"
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    bad = result["status"] != "ok" or any(check["status"] == "fail" for check in result.get("checks", []))
+    console.print(text, markup=False, highlight=False, soft_wrap=True, style=COLOURS["fail"] if bad else None)
 
 
 def _failed_checks(checks: Sequence[JsonObject]) -> list[str]:

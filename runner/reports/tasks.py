@@ -316,7 +316,7 @@ def test_facts(result: JsonObject) -> list[Fact]:
         *_fields(result, "ckpt"),
         ("Kept", paths[0] if paths and result.get("kept") else None, ""),
         *_fields(result, "family", "tier", "estimate"),
-        ("Checks", shown, "" if counts["fail"] else "pass"),
+        ("Checks", shown, "fail" if counts["fail"] else "moderate" if counts["warning"] else "pass"),
         ("Overall", overall and f"{overall} ({', '.join(reasons)})", _OVERALL.get(overall or "", "")),
         ("Passed", "yes" if result["passed"] else "NO", "pass" if result["passed"] else "fail"),
     ]

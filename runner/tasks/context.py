@@ -4,7 +4,7 @@ checkpoint that `ckpt` and `step` name. No model is imported here.
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +27,15 @@ Item = TypeVar("Item")
 class Context:
     """`directory`: the run's own; `quiet`: no progress is shown.
 
-    `in_sweep`: whether other jobs follow that will want the same things again.
+    `in_sweep`: whether other jobs follow that will want the same things again. `started`: to be called by a task that
+    tells the tracker while it runs, once nothing is refused any more.
     """
 
     directory: Path
     tracker: Tracker
     quiet: bool = False
     in_sweep: bool = False
+    started: Callable[[], None] = lambda: None
     timing: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -74,12 +76,13 @@ DEMO = "demo"
 
 
 def checkpoint_path(config: CheckpointConfig) -> Path:
-    """The one checkpoint that `ckpt` and `step` name; of `demo` the last step is the default."""
-    if config.step is not None and (isinstance(config.step, bool) or not isinstance(config.step, int)):
+    """The one checkpoint that `ckpt` and `step` name; of `demo` the last step is the default, which `last` names."""
+    step = -1 if config.step == "last" else config.step
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
         raise ConfigError(f"step={config.step}: a step is a whole number; several steps are a sweep: add -m")
     if config.ckpt != DEMO:
-        return resolve(Path(config.ckpt).expanduser(), config.step)
-    return resolve(demo_run(), -1 if config.step is None else config.step)
+        return resolve(Path(config.ckpt).expanduser(), step)
+    return resolve(demo_run(), -1 if step is None else step)
 
 
 def require_checkpoint(config: CheckpointConfig) -> None:

@@ -39,6 +39,7 @@ def run(config: ConvertConfig, context: Context) -> Result:
         staged(
             target,
             replace=wanted.force,
+            option="convert.force",
             inputs=[checkpoint.path],
             expected_bytes=size,
             manifest={"recipe": recipe, "inputs": inputs},

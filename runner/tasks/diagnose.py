@@ -74,9 +74,10 @@ def logits(job: MeasurementRun) -> None:
     comparisons = [job.evaluator.compare(ids) for ids in sequences]
     job.result.metrics |= summarise(comparisons)
     job.result.per_prompt = [
-        {"prompt": text, "tokens": c.tokens, **c.figures()} for text, c in zip(prompts, comparisons, strict=True)
+        {"prompt": job.evaluator.shown(text), "tokens": c.tokens, **c.figures()}
+        for text, c in zip(prompts, comparisons, strict=True)
     ]
-    _report_non_finite(job, [f"prompt {text!r}" for text in prompts], sequences, comparisons)
+    _report_non_finite(job, [f"prompt {job.evaluator.shown(text)!r}" for text in prompts], sequences, comparisons)
 
 
 def isolation(job: MeasurementRun) -> None:
@@ -125,7 +126,7 @@ def generation(job: MeasurementRun) -> None:
             job.result.findings.append(f"prompt {text!r} fills the model's {limit} positions: no continuation of it")
             continue
         row = job.evaluator.continuation(token_ids, count, temperature=temperature)
-        job.result.generation.append({"prompt": text, "prompt_tokens": token_ids.tolist(), **row})
+        job.result.generation.append({"prompt": job.evaluator.shown(text), "prompt_tokens": token_ids.tolist(), **row})
     greedy = [row["agreement"] for row in job.result.generation if row["temperature"] == 0]
     if greedy:
         job.result.metrics["greedy_agreement"] = sum(greedy) / len(greedy)

@@ -22,6 +22,7 @@ from runner.checkpoints.model_directory import has_tokenizer
 from runner.checkpoints.runs import find_run, resolve
 from runner.config import GenerateConfig
 from runner.errors import ConfigError
+from runner.evaluation.decoding import eos_ids
 from runner.evaluation.forward import compare_finals, device_of, head_of, logit_chunks, logit_count, trace
 from runner.evaluation.placement import Placement
 from runner.evaluation.tokenizers import TextTokenizer, load_tokenizer
@@ -30,7 +31,7 @@ from runner.files.strict_json import read_object
 from runner.generation.chat import Chat, Partner
 from runner.generation.prompts import Prompt, given_prompts, prompts_of
 from runner.generation.settings import AUTO, Settings
-from runner.generation.speaker import Speaker, eos_ids, switched
+from runner.generation.speaker import Speaker, switched
 from runner.generation.text import written
 from runner.metrics.generation import agreement
 from runner.results import JsonObject, Result, versions
@@ -78,6 +79,8 @@ def run(config: GenerateConfig, context: Context) -> Result:
         "cache_bytes": _cache_bytes(speaker.model, encoded, settings),
         "shown": shown,
     }
+    longest = max(len(row["ids"]) + len(row["new_ids"]) for row in result.generation)
+    result.findings += setup.evaluator.notes(longest)
     if total > 1 and settings.batch_size > 1 and not _is_exact(speaker.model):
         result.findings.append(
             "near-ties may be decided otherwise in a batch of another size; only in float32 on a CPU they are not"

@@ -110,7 +110,7 @@ def _other_reference(
     """What `reference=` names: a base model, or another checkpoint, over the same base where it needs one."""
     path = Path(config.reference or "").expanduser()
     if not path.exists():
-        found = load_base(None, find_base(None, config.reference), placement)
+        found = load_base(None, find_base(None, config.reference, "reference"), placement)
         return cached(found), found.path
     checkpoint = open_checkpoint(resolve(path, by_step=False))
     family = own_family.of_reference(checkpoint)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoints.runs import resolve, step_in_name
+from runner.checkpoints.runs import step_in_name
 from runner.checks.check import PARTS, checks_for, run_checks
 from runner.checks.context import BUILT, FAIL, STATUSES, WARNING, Check, CheckContext, check_base, check_buildable
 from runner.config import TestConfig
@@ -88,11 +88,9 @@ def _path(config: TestConfig) -> Path | None:
         if config.step is not None:
             raise ConfigError(f"step={config.step} needs a run directory as ckpt=")
         return None
-    if config.ckpt == "demo":
-        from runner.tasks.context import checkpoint_path
+    from runner.tasks.context import checkpoint_path
 
-        return checkpoint_path(config)
-    return resolve(Path(config.ckpt).expanduser(), config.step)
+    return checkpoint_path(config)
 
 
 def _shown_path(config: TestConfig, checked: CheckContext) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 from runner.checkpoints.detect import open_checkpoint
 from runner.config import TransferConfig
 from runner.errors import ConfigError, ModelError, RunnerError, printable
+from runner.evaluation.decoding import eos_ids
 from runner.evaluation.placement import Placement
 from runner.evaluation.tokenizers import load_tokenizer
 from runner.families.npt import Npt
@@ -23,8 +24,6 @@ from runner.families.npt.transfer_experiments import read_experiments, run_exper
 from runner.families.npt.transfer_permanent import default_strength
 from runner.files.atomic import write_whole
 from runner.generation.chat import line_history
-from runner.generation.speaker import eos_ids
-from runner.reports.page.transfer import page, to_csv
 from runner.results import JsonObject, Result, versions
 from runner.tasks.context import Context, cache_directory, checkpoint_path
 from runner.transfer import tokenizer_of
@@ -187,6 +186,8 @@ def _injection_row(command: Mapping[str, Any]) -> JsonObject | None:
 
 def _write_page(result: Result, context: Context) -> None:
     """The page and its table beside the result, where there is anything to be seen."""
+    from runner.reports.page.transfer import page, to_csv  # what draws is not for everyone who runs
+
     content = result.to_dict()
     text = page(content)
     if text is None:

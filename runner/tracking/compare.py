@@ -7,6 +7,7 @@ tells its series from the others (`eval/mse/full`), so that every line stays one
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from runner.comparison.comparison import Comparison, RemainingSteps, Series
@@ -149,8 +150,8 @@ def _summary(comparison: Comparison, named: Sequence[tuple[Series, str]]) -> Jso
         found = insights(series)
         for name in ("working", "ready", "layer", "best"):
             said[f"answers/{name}{end}"] = getattr(found, name).words
-        points = figures(series, "mse")
-        if points:
+        sound = replace(series, jobs=tuple(job for job in series.jobs if not job.damaged))
+        if points := figures(sound, "mse"):
             said[f"best/step{end}"], said[f"best/mse{end}"] = min(points, key=lambda point: point[1])
         if series.estimate is not None:
             said[f"estimate/words{end}"] = series.estimate.words

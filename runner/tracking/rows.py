@@ -12,18 +12,15 @@ from runner.results import JsonObject, is_number
 
 STEP = "checkpoint/step"
 # Every metric that matches a pattern is drawn over this one; the x axes themselves come first.
+AXES = {"eval/*": STEP, "merge/*": STEP, "layer/*": "layer/index", "train/*": "train/step"}
 # What a training logs beside `train/…`, under the names that the original's guide promises.
-_OF_TRAINING = (
-    "loss", "mlp_direct_loss", "regularization", "v_a_norm", "v_b_norm", "v_a_attention_similarity", "curriculum",
-    "training", "eval_loss", "eval_mlp_direct_loss", "eval_regularization",
-)  # fmt: skip
-AXES = {
-    "eval/*": STEP,
-    "merge/*": STEP,
-    "layer/*": "layer/index",
-    "train/*": "train/step",
-    **{f"{group}/*": "train/step" for group in _OF_TRAINING},
-}
+TRAINING_AXES = {
+    f"{group}/*": "train/step"
+    for group in (
+        "loss", "mlp_direct_loss", "regularization", "v_a_norm", "v_b_norm", "v_a_attention_similarity", "curriculum",
+        "training", "eval_loss", "eval_mlp_direct_loss", "eval_regularization",
+    )
+}  # fmt: skip
 
 LAYER_FIGURES = ("mse", "cosine", "kl")
 _CHECK_COLUMNS = ("name", "status", "integrity", "score", "seconds", "peak_bytes", "details", "recommendation")

@@ -24,7 +24,7 @@ import psutil
 from runner.errors import printable
 from runner.results import JsonObject
 from runner.tracking.base import SavedView
-from runner.tracking.rows import AXES, Chart, Record
+from runner.tracking.rows import AXES, TRAINING_AXES, Chart, Record
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -202,7 +202,7 @@ def open_run(session: Session, options: JsonObject, init_timeout: float, finish_
         use_dot_wandb=False,
     )
     session.run = run = session.wandb.init(**options, reinit="finish_previous", settings=settings)
-    _define_axes(run, AXES)
+    _define_axes(run, {**AXES, **(TRAINING_AXES if options["job_type"] == "train" else {})})
     return OpenedRun(offline=run.offline, path=Path(run.settings.sync_dir), url=None if run.offline else run.url)
 
 

@@ -26,6 +26,7 @@ from runner.training.precision import Precision
 from runner.training.settings import TrainingSettings
 
 B = TypeVar("B")
+Given = TypeVar("Given", covariant=True)
 OnStep = Callable[[int, Mapping[str, float]], None]
 Optimizers = Sequence[tuple[torch.optim.Optimizer, LambdaLR]]
 # The link to the checkpoint with the best evaluation.
@@ -35,10 +36,10 @@ _MOST_SKIPPED = 30
 _EXACT = Precision("float32", torch.device("cpu"))
 
 
-class Source(Protocol[B]):
+class Source(Protocol[Given]):
     """Batches without end; where it stands can be saved, and taken up again by another process."""
 
-    def next(self) -> B:
+    def next(self) -> Given:
         """The next micro-batch of this process."""
 
     def state(self) -> dict[str, object]:
@@ -180,14 +181,17 @@ def take_steps(
     averaged = world.averaged(parameters, losses)
     scaler = precision.scaler
     for step in steps:
+        taken: list[B] = []
         for skipped in range(_MOST_SKIPPED + 1):
             for parameter in parameters:
                 parameter.grad = None
             sums: dict[str, torch.Tensor] = {}
-            for left in reversed(range(accumulation)):
-                with averaged.synchronised(last=left == 0):
+            for number in range(accumulation):
+                if number == len(taken):
+                    taken.append(batches())  # a step that is skipped is taken again with the same ones
+                with averaged.synchronised(last=number == accumulation - 1):
                     with precision.passes():
-                        found = averaged(batches(), step)
+                        found = averaged(taken[number], step)
                     loss = found["loss"] if accumulation == 1 else found["loss"] / accumulation
                     (loss if scaler is None else scaler.scale(loss)).backward()
                 for name, value in found.items():
@@ -234,7 +238,8 @@ class _Running(Generic[B]):
         self.data_before: dict[str, object] | None = None
 
     def run(self) -> Ended:
-        loop, settings, figures = self.loop, self.loop.settings, {}
+        loop, settings = self.loop, self.loop.settings
+        figures: dict[str, float] = {}
         steps = take_steps(
             range(self.at.step + 1, settings.max_steps + 1), loop.parameters, [(loop.optimizer, loop.schedule)],
             self._next, loop.losses, clip=settings.gradient_clip_value, factor=settings.gradient_scale_factor,
@@ -335,8 +340,7 @@ class _Running(Generic[B]):
 
 def warmed(schedule: LambdaLR, step: int) -> float:
     """The rate of the first group that `step` was taken with."""
-    rate: float = schedule.base_lrs[0] * schedule.lr_lambdas[0](step - 1)
-    return rate
+    return float(schedule.base_lrs[0]) * schedule.lr_lambdas[0](step - 1)
 
 
 @contextmanager
@@ -350,7 +354,7 @@ def asked_to_stop() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     # What is ignored stays ignored: a shell's background job does not hear the terminal's Ctrl-C.
     for number, handler in before.items():
@@ -372,7 +376,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _untouched(device: torch.device) -> AbstractContextManager[None]:
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])  # type: ignore[no-any-return]
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _random_state(device: torch.device) -> dict[str, object]:

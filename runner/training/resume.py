@@ -161,7 +161,8 @@ def as_before(
     where what was saved cannot be gone on with.
     """
     known = {each.name for each in fields(settings)} - {*settings.unrecorded}
-    kept, said = {}, []
+    kept: dict[str, Any] = {}
+    said = []
     for name in (each for each in saved if each in known):
         before, now = saved[name], getattr(settings, name)
         before = tuple(before) if isinstance(before, list) else before

@@ -68,7 +68,7 @@ def gpt_sources(directory: Path) -> list[Path]:
     paths = []
     for seed, name in enumerate("ab"):
         path = directory / f"gpt_{name}.pt"
-        script_file(path, random_state("small", layers=12, dim=768, vocab=50304, seed=seed))
+        script_file(path, random_state("small", layers=12, width=768, vocab=8184, seed=seed))
         paths.append(path)
     return paths
 

@@ -46,6 +46,7 @@ def differences(net, ids, prompt, steps):
     return (torch.stack(found, 1) - wanted).abs().max(), cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_record(name):
     net = built(name, end_of_text=3)
@@ -67,7 +68,9 @@ KINDS = [
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("window", [1, 2, 7])
+@pytest.mark.parametrize(
+    "window", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_windows(name, window):
     record = RECORDS[name]
     sizes = gpt.chosen_windows(record, record.depth or (12 if record.track == "small" else 16), window)
@@ -130,6 +133,7 @@ def test_several_tokens_at_once_after_others():
         torch.testing.assert_close(found, net(ids).logits[:, -1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden_folders("gpt_records"))
 def test_goldens(name, golden):
     path = golden(name)

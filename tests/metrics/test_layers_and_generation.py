@@ -1,11 +1,15 @@
 """Per-layer tests and continuations on models whose answers are known."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from runner.evaluation.decoding import generate
+from runner.evaluation.evaluator import Evaluator
+from runner.evaluation.reference import Reference
 from runner.metrics import layers
-from runner.metrics.generation import agreement, repetition
+from runner.metrics.generation import agreement, repetition, until_end
 
 REFERENCE = torch.zeros(2, 4)
 IDS = torch.tensor([0, 1])
@@ -69,3 +73,28 @@ def test_sampling_follows_the_probabilities_and_the_seed():
     cold = generate(Chooser(), prompt, 4000, temperature=0.5, seed=3)  # 9 : 1
     assert cold.count(1) / 4000 == pytest.approx(0.9, abs=0.02)
     assert generate(Chooser(), prompt, 5) == [1] * 5
+
+
+class Counter(torch.nn.Module):
+    """Always says the token after the last one; after 3, the end of a text, it goes on with `after`."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(eos_token_id=3)
+        self.after = after
+
+    def forward(self, ids):
+        last = int(ids[0, -1])
+        logits = torch.nn.functional.one_hot(torch.tensor(self.after if last >= 3 else last + 1), 9).float()
+        return SimpleNamespace(logits=logits.expand(1, ids.shape[1], 9))
+
+
+def test_what_follows_the_end_of_a_text_counts_for_nothing():
+    assert until_end([1, 2, 3, 3], {3}) == [1, 2, 3]
+    assert until_end([1, 2], {3}) == [1, 2]
+    evaluator = Evaluator(model=Counter(after=7), reference=Reference(Counter(after=8), "other"))
+    found = evaluator.continuation(torch.tensor([0]), 20, temperature=0.0)
+    assert (found["tokens"][:5], found["reference_tokens"][:5]) == ([1, 2, 3, 7, 7], [1, 2, 3, 8, 8])
+    assert (found["agreement"], found["first_divergence"]) == (1.0, None)  # of 3 tokens, not 3 of 20
+    assert (found["repetition"], found["text"]) == (0, "1 2 3")  # 17 of 20 tokens repeat themselves

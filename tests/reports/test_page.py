@@ -181,3 +181,10 @@ def test_only_the_comparison_leads_to_the_page():
 
 def test_the_parts_of_the_page_are_in_the_package():
     assert {path.suffix for path in (Path(ROOT) / "runner/reports/page").iterdir()} >= {".html", ".css", ".js"}
+
+
+def test_pills_follow_failed_checks(tmp_path):
+    compared = read(CASES["checks_only"](tmp_path / "s"))
+    columns, rows = table(compared, tmp_path / "s")
+    place = [column["name"] for column in columns].index("status")
+    assert {(row["cells"][place]["text"], row["cells"][place]["level"]) for row in rows} == {("failed checks", "bad")}

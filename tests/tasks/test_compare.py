@@ -194,3 +194,10 @@ def test_jobs_without_a_verdict_have_no_columns_for_it(tmp_path):
     write_job(tmp_path / "s", 0, "x", result("/runs/gpt/checkpoint-100", 0.5, verdict=None))
     rows = checkpoint_rows(summary(read(tmp_path / "s"))["checkpoints"], drawn=False)
     assert list(rows[0]) == ["checkpoint", "step", "mse", "cosine", "kl", "top1"]
+
+
+def test_the_report_counts_what_failed_its_checks(run, tmp_path):
+    outcome = run("task=compare", f"sweep={CASES['checks_only'](tmp_path / 's')}")
+    assert outcome.result["headline"]["level"] == "bad"
+    assert outcome.result["jobs"] == {"all": 2, "ok": 0, "failed_checks": 2}
+    assert "Jobs: 0 of 2 ok, 2 with failed checks" in outcome.out.splitlines()

@@ -183,6 +183,9 @@ def gpt(tmp_path):
 def test_a_gpt_without_a_tokenizer_takes_ids(run, gpt):
     (row,) = rows(run("task=generate", f"ckpt={gpt}", *SHORT, "prompt=50 3 7", "generate.temperature=0"))
     assert row["ids"] == [50, 3, 7]
+    long = " ".join(["50"] * 1100)
+    outcome = run("task=generate", f"ckpt={gpt}", f"prompt={long}", "generate.max_new_tokens=1")
+    assert any("window" in finding for finding in outcome.result["findings"])
     assert row["text"].split() == list(map(str, row["new_ids"]))
 
 

@@ -171,9 +171,8 @@ def _look(listing: Listing, name: str, told: Record | None) -> _File | None:
     """The file, where its names are a record's, or much like one's."""
     source = listing.weights(name)
     state = source.extras.get(STATE)
-    nested = isinstance(state, Mapping)
-    infos = source.infos
-    if nested:
+    nested, infos = isinstance(state, Mapping), source.infos
+    if isinstance(state, Mapping):
         short = {key: _PREFIX.sub("", key, count=1) for key in state if isinstance(key, str) and is_tensor(state[key])}
         infos = {own: TensorInfo.of(own, state[key]) for key, own in short.items()}
     if not any(map(_MARK.fullmatch, infos)):
@@ -309,7 +308,8 @@ def _head_dim(script: Script, weights: TensorSource, record: Record) -> int | No
 
 def _trained(details: GptDetails, script: Script, step: int | None) -> tuple[GptDetails, list[str]]:
     """The details with what depends on how far training has come, and findings about it."""
-    record, total, said = details.record, script.iterations, []
+    record, total = details.record, script.iterations
+    said: list[str] = []
     end = script.end_of_text
     if end is None and details.vocab_size > GPT2_END:
         end = GPT2_END
@@ -388,7 +388,8 @@ def _scalars(checkpoint: Checkpoint) -> dict[str, Any] | None:
     details: GptDetails = checkpoint.details
     if not details.num_scalars:
         return None
-    values, groups, start = checkpoint.weights.numbers("scalars"), {}, 0
+    values, start = checkpoint.weights.numbers("scalars"), 0
+    groups: dict[str, list[float]] = {}
     for what, count in details.scalar_counts().items():
         part = values[start : start + count]
         start += count

@@ -6,13 +6,14 @@ What is the same for several records, and is not told apart by anything in the f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from runner.errors import ConfigError, did_you_mean
 from runner.families.gpt import script as scripts
-from runner.families.gpt.layouts import depth_of, key_matches, nearest, solved
+from runner.families.gpt.layouts import depth_of, is_padding, key_matches, nearest, solved
 from runner.families.gpt.records import LARGE, MEDIUM, RECORDS, Record
 from runner.files.tensors import TensorInfo
 
@@ -61,7 +62,7 @@ def identify(
     `told`: by the user; `noted`: in metadata of our own. `is_tied`: whether head and embedding are equal, for which
     both are read.
     """
-    code = RECORDS.get(script.record or "")
+    code = script.record
     exact = key_matches(infos)
     if not exact:
         return Decision(record=told or code or nearest(infos)[0])
@@ -80,9 +81,11 @@ def identify(
     if told is not None:
         if told not in pool:
             return Decision(record=told, problem=f"family.record={told.name}: its tensors are those of {names}")
-        if code is not None and code != told and not _same_tensors_and_heads(code, told):
-            return Decision(record=told, problem=f"family.record={told.name}, but its script is that of {code.name}")
         against = scripts.contradictions(script, told)
+        others = [each for each in pool if each != told and script.whole and not scripts.contradictions(script, each)]
+        other = code or (others[0] if against and len(others) == 1 else told)
+        if other != told:
+            return Decision(record=told, problem=f"family.record={told.name}, but its script is that of {other.name}")
         said = (f"its script is not that of {told.name}: {'; '.join(against)}",) if against else ()
         return Decision(record=told, how="told", findings=said)
     if code is not None:
@@ -91,6 +94,8 @@ def identify(
                 record=code, problem=f"its script is that of {code.name}, but its tensors are those of {names}"
             )
         return Decision(record=code, how="hash")
+    count = math.prod(shapes.get("scalars", (0,)))
+    pool = [each for each in pool if is_padding(each, depth_of(infos, each), count)] or pool
     found = _without_hash(pool, script, is_tied)
     if (found.problem or found.candidates) and (own := RECORDS.get(noted or "")) in pool and own is not None:
         return Decision(record=own, how="metadata")
@@ -166,20 +171,9 @@ def _shown(value: object) -> str:
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, dict):
         return ", ".join(f"{each[1] if isinstance(each, tuple) else each}→{into}" for into, each in value.items())
-    return {True: "yes", False: "no", "": "none"}.get(value, str(value))  # type: ignore[arg-type]
+    return {True: "yes", False: "no", "": "none"}.get(value, str(value))
 
 
 def _function(record: Record) -> str:
-    """The record without its name and its masks."""
-    return repr(
-        replace(
-            record,
-            **{name: Record.__dataclass_fields__[name].default for name in _MASKS if name not in ("name", "new")},
-            name="",
-            new="",
-        )
-    )
-
-
-def _same_tensors_and_heads(one: Record, other: Record) -> bool:
-    return _function(one) == _function(other)
+    """All of the record but its name and its masks."""
+    return repr([getattr(record, each.name) for each in fields(Record) if each.name not in _MASKS])

@@ -100,17 +100,26 @@ def one_lane(model: Pieces, ids: Tensor, x0: Tensor, this: Pass, outputs: list[T
             x = x + tokens.skip(x0) * outputs[SKIP_FROM]
         else:
             u = model.norm(x if i <= SPLIT else outputs[SPLIT])
-            gates = {"alpha": tokens.alpha(i), "head_gate": tokens.heads(i), "composition": tokens.composition(i)}
+            own = None
             if i == last and record.mudd:
                 before_last = x
-                own = (_dense_last if record.mudd == "dense" else _last)(model, x, x0, start, outputs[SPLIT])
-                out = model.attention(
-                    i, u, this, angles, values[i], value_gate=own.value_gate, added=own.values, **gates
-                )
+                own = (_dense_last if record.mudd == "dense" else _last)(model, x, start, outputs[SPLIT])
+            out = model.attention(
+                i,
+                u,
+                this,
+                angles,
+                values.get(i),
+                value_gate=own.value_gate if own else None,
+                added=own.values if own else None,
+                alpha=tokens.alpha(i),
+                head_gate=tokens.heads(i),
+                composition=tokens.composition(i),
+            )
+            if own is not None:
                 x = own.attention[0] * own.x + own.attention[1] * out + own.enters
                 x, mlp = plus_first(x, own.bigram * b), own.mlp
             else:
-                out = model.attention(i, u, this, angles, values.get(i), **gates)
                 x = r[i, 0] * x + p[i, 0] * out + tokens.x0(i) * x0
                 x = plus_first(x, tokens.bigram(i) * b) if i else x
         x = mlp[0] * x + mlp[1] * model.mlp(i, x)
@@ -209,7 +218,7 @@ class _LastBlock:
     mlp: tuple[Tensor, Tensor]
 
 
-def _dense_last(model: Pieces, x: Tensor, x0: Tensor, start: Tensor, h7: Tensor) -> _LastBlock:
+def _dense_last(model: Pieces, x: Tensor, start: Tensor, h7: Tensor) -> _LastBlock:
     """2026-04-22: two channels of eight."""
     k = _dense(model, 0, x)
     return _LastBlock(
@@ -223,7 +232,7 @@ def _dense_last(model: Pieces, x: Tensor, x0: Tensor, start: Tensor, h7: Tensor)
     )
 
 
-def _last(model: Pieces, x: Tensor, x0: Tensor, start: Tensor, h7: Tensor) -> _LastBlock:
+def _last(model: Pieces, x: Tensor, start: Tensor, h7: Tensor) -> _LastBlock:
     """From 2026-05-27 on: fourteen numbers."""
     k = coefficients(model, "mudd", 0, x, 14)
     return _LastBlock(

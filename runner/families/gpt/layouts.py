@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from runner.checkpoints.reading import Parts
 from runner.families.gpt.records import RECORDS, Record, layers_with_values, undefined_depth
@@ -20,21 +20,12 @@ Shape = tuple[int, ...]
 
 HEAD_SIZE = 128  # in every record's script, and in no tensor of most
 VOCABULARY_MULTIPLE = 128
+PROCESSES = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64)  # that scalars are padded for
 ALIKE = 2 / 3  # the share of names that a damaged state dict has in common with its record
 
 _SIZE = re.compile(r"(>?)(\d*)([Ln]?)(hd|V|W|d|H|P|R|S|T|m|)(?:/(\d+))?(?:\+(\d+))?")
 _BLOCK = re.compile(r"(?:transformer\.h|blocks)\.(0|[1-9][0-9]{0,4})\..+", re.DOTALL)
 _PLACE = re.compile(r"\{(\w+)\}")
-
-
-class Sizes(Protocol):
-    """Sizes that are known."""
-
-    vocab_size: int
-    head_rows: int
-    num_layers: int
-    model_dim: int
-    head_dim: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +187,12 @@ def solved(record: Record, depth: int, shapes: Mapping[str, Sequence[int]], size
     return wrong + _wrong_heads(names, sizes)
 
 
+def is_padding(record: Record, depth: int, count: int) -> bool:
+    """Whether `count` scalars are those that the record reads, padded for some usual number of training processes."""
+    used = sum(_known(size, {"L": depth}) or 0 for _, size in record.scalars)
+    return count in {-(-used // processes) * processes for processes in PROCESSES}
+
+
 def _wrong_head(
     record: Record, name: str, dimensions: Sequence[str], found: Sequence[int], sizes: Mapping[str, int]
 ) -> list[str]:
@@ -237,13 +234,11 @@ def shown(dimensions: Sequence[str], sizes: Mapping[str, int]) -> str:
     return f"[{', '.join(str(size if (n := _known(size, sizes)) is None else n) for size in dimensions)}]"
 
 
-def expected_shapes(record: Record, sizes: Sizes, given: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Name → shape of every tensor of a model of these sizes; what they do not fix is as `given`."""
-    names = expanded(record, sizes.num_layers)
-    known = {
-        "V": sizes.vocab_size, "W": sizes.head_rows, "L": sizes.num_layers, "d": sizes.model_dim, "hd": sizes.head_dim,
-        "H": sizes.model_dim // sizes.head_dim,
-    }  # fmt: skip
+def expected_shapes(
+    record: Record, depth: int, sizes: Mapping[str, int], given: Mapping[str, Sequence[int]]
+) -> dict[str, list[int]]:
+    """Name → shape of every tensor of a model with V, W, d, hd, H as `sizes`; what they do not fix is as `given`."""
+    names, known = expanded(record, depth), {**sizes, "L": depth}
     found = {}
     for name, text in names.items():
         dimensions = text.split() if text != "[]" else []

@@ -202,7 +202,9 @@ def build(
     shapes.
     """
     given = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    expected = expected_shapes(config.record, config, given)
+    sizes = {"V": config.vocab_size, "W": config.head_rows, "d": config.model_dim, "hd": config.head_dim}
+    sizes["H"] = config.num_heads
+    expected = expected_shapes(config.record, config.num_layers, sizes, given)
     if differing := sorted(n for n in expected.keys() | given.keys() if expected.get(n) != given.get(n)):
         shown = "; ".join(f"{n}: {given.get(n, 'missing')}, expected {expected.get(n, 'none')}" for n in differing)
         raise ModelError(f"the tensors are not those of this GPT ({config.record.name}): {shown}")

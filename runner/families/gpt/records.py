@@ -143,6 +143,7 @@ _QKV = {
 _MLP = {"mlp__c_fc__weight": "4d d", "mlp__c_proj__weight": "d 4d"}
 _ANGLES = {"attn__rotary__inv_freq": "hd/2"}
 _ATTN, _MLPS = "blocks.{attention}.attn.", "blocks.{mlp}.mlp."
+_MEDIUM_LONG = (0, 4, 11, 15)
 _MEDIUM_SKIPS = {9: (6, 6), 10: (4, 4), 11: (2, 2)}
 _ENDS = {0: 0, 1: 1, 2: 2, -3: 0, -2: 1, -1: 2}
 _FIVE = {**{i: i for i in range(5)}, **{i - 5: i for i in range(5)}}
@@ -379,9 +380,12 @@ def _medium(small: Mapping[str, Record]) -> list[Record]:
     target = _next(
         small["2024-12-17_SparsifyEmbeds"], "medium_2024-12-31_Target350M", "16 blocks", head_rows="any", depth=16,
     )
-    wide = {"depth": 16, "long": (0, 4, 11, 15)}
-    merged = _next(small["2025-01-16_Sub3Min"], "medium_2025-01-18", "q, k, v in one tensor", **wide)
-    decay = _next(small["2025-02-01_RuleTweak"], "medium_2025-02-08_WeightDecay", "value_embeds.N", **wide)
+    merged = _next(
+        small["2025-01-16_Sub3Min"], "medium_2025-01-18", "q, k, v in one tensor", depth=16, long=_MEDIUM_LONG,
+    )
+    decay = _next(
+        small["2025-02-01_RuleTweak"], "medium_2025-02-08_WeightDecay", "value_embeds.N", depth=16, long=_MEDIUM_LONG,
+    )
     tweaked = _next(
         decay, "medium_2025-03-25_ArchOptTweaks", "skips 6→9, 4→10, 2→11; attention reads x as it is, v is normed",
         add=_of("block", record="3"), input_norm=False, value_norm=True, skips=_MEDIUM_SKIPS,
@@ -419,7 +423,7 @@ def _medium(small: Mapping[str, Record]) -> list[Record]:
         },
         scalars=(("resid", "L"), ("values", "2L"), *_ONES[:2], ("skip", "3")), no_attention=(), values=_FIVE,
         backout=11, skips={9: (0, 6), 10: (1, 4), 11: (2, 2)}, windows=(27, 11), yarn_at=(1 / 12, 2 / 12, 3 / 12),
-        **wide,
+        depth=16, long=_MEDIUM_LONG,
     )
     return [target, merged, decay, tweaked, medium, large, five, double, reuse, smear, bulk]
 # fmt: on

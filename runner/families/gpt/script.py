@@ -48,12 +48,11 @@ def published() -> Mapping[str, str]:
 class Script:
     """What a text says; None, or "", where it says nothing. `features`: name → what was found of it.
 
-    `record`: the entry of a published text, `unknown` the name of one whose model has no entry here. `whole`: there is
-    the class of the model, so what is not found is not there.
+    `published`: the name of a published text. `whole`: there is the class of the model, so what is not found is not
+    there.
     """
 
-    record: str | None = None
-    unknown: str | None = None
+    published: str | None = None
     whole: bool = False
     features: Mapping[str, object] = field(default_factory=dict)
     head_dim: int | None = None
@@ -63,6 +62,16 @@ class Script:
     split_share: float = 2 / 3
     end_of_text: int | None = None
 
+    @property
+    def record(self) -> Record | None:
+        """The record of a published text."""
+        return RECORDS.get(self.published or "")
+
+    @property
+    def unknown(self) -> str | None:
+        """The name of a published text whose model is no record's here."""
+        return None if self.record else self.published
+
 
 def read(code: str | None) -> Script:
     """What `code` says."""
@@ -71,7 +80,7 @@ def read(code: str | None) -> Script:
         name, digest, head_dim, end = stand_in.groups()
         if published().get(digest, name) != name:
             name = f"said to be that of {name} with the hash of {published()[digest]}"
-        return Script(**_named(name), head_dim=int(head_dim), end_of_text=int(end))
+        return Script(published=name, head_dim=int(head_dim), end_of_text=int(end))
     name = published().get(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
     text = _COMMENT.sub("", _KERNELS.split(text, maxsplit=1)[0])
     head_dim = _numbers(text, r"\bhead_dim ?(?:: ?int ?)?= ?(\d+)")
@@ -81,7 +90,7 @@ def read(code: str | None) -> Script:
     end = _numbers(text, r"\bBOS_ID ?= ?(\d+)") or _numbers(text, r"== ?(\d{2,})\)\.cumsum")
     split = re.search(r"\bsplit_embed_frac ?(?:: ?float ?)?= ?([0-9]+(?:/[0-9]+)*)", text)
     return Script(
-        **_named(name),
+        published=name,
         whole=re.search(r"^class GPT\b", text, re.MULTILINE) is not None,
         features=_features(text),
         head_dim=head_dim[-1] if head_dim else None,
@@ -91,10 +100,6 @@ def read(code: str | None) -> Script:
         split_share=_share(split[1]) if split else 2 / 3,
         end_of_text=end[0] if end else None,
     )
-
-
-def _named(name: str | None) -> dict[str, str | None]:
-    return {"record": name} if name in RECORDS else {"unknown": name}
 
 
 def contradictions(script: Script, record: Record) -> list[str]:
@@ -130,7 +135,7 @@ def contradictions(script: Script, record: Record) -> list[str]:
 def _word(value: object) -> str:
     if isinstance(value, tuple):
         return f"in {', '.join(map(str, value))}" if value else "nowhere"
-    return {True: "yes", False: "no", "": "none", None: "nowhere"}.get(value, str(value))  # type: ignore[arg-type]
+    return {True: "yes", False: "no", "": "none", None: "nowhere"}.get(value, str(value))
 
 
 def _numbers(text: str, pattern: str) -> list[int]:

@@ -146,7 +146,9 @@ def layer_loop(
     saved along. `save(step, state)` gets the whole of training_state.pt. `options` are those of `Loop`.
     """
     model, settings = layers.model, layers.settings
-    parameters = [parameter.requires_grad_(True) for parameter in layers.parameters()]
+    parameters = layers.parameters()
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     optimizer, schedule = optimizer_and_schedule(parameters, settings, model.device)
     if state is not None:
         stacked = stacked_optimizer_state(state["optimizer_state_dict"], model, trained=layers.trained)

@@ -38,6 +38,7 @@ class LayerOutputs:
     target: torch.Tensor
     gate: torch.Tensor  # gate_proj and up_proj of `normed` [B, T, f]: they never change, either
     up: torch.Tensor
+    size: torch.Tensor  # the mean square of `target`
     hidden: torch.Tensor | None = None
 
 
@@ -89,6 +90,7 @@ def base_outputs(model: NptLlamaForCausalLM, ids: torch.Tensor, *, inputs: bool 
                 target=target,
                 gate=layer.mlp.gate_proj(normed),
                 up=layer.mlp.up_proj(normed),
+                size=target.float().square().mean(),
                 hidden=hidden if inputs else None,
             )
             hidden = hidden + target
@@ -144,20 +146,21 @@ def losses(
         if own is None or (trained is not None and i not in trained):
             hidden = layer(hidden, **base.arguments)
             continue
+        assert isinstance(layer, NptDecoderLayer)
         # The lowest NPT layer has the base's input in every pass.
         if ratios is None:
-            attention, output, after = _by_itself(layer, own, hidden, base.arguments, alone=i == first)
+            s, output, after = _by_itself(layer, own, hidden, base.arguments, alone=i == first)
         else:
             share = (0.0, 0.0) if i == first else ratios
             attention, x = _stage_inputs(layer, own, hidden, base.arguments, share)
-            output = _on_base(layer, own, attention) if x is own.normed else layer.modulated_mlp(attention, x)
+            known = (own.gate, own.up) if x is own.normed else None
+            output, s = modulated_mlp(layer, Joined.of(layer), attention, x, known)
             after = hidden + output
         with exact(output):
-            target = own.target.float()
-            direct = functional.mse_loss(output.float(), target)
-            found.direct[i] = direct / target.square().mean() if relative else direct
+            direct = functional.mse_loss(output.float(), own.target.float())
+            found.direct[i] = direct / own.size if relative else direct
             if regularized or figures:
-                _add_gates(found, i, layer, attention, own, regularized=regularized, figures=figures)
+                _add_gates(found, i, layer, s, own, regularized=regularized, figures=figures)
         hidden = after
     final = model.model.norm(hidden)
     logits = (of_logits or LogitLoss(model.lm_head))(final, base.final)
@@ -167,21 +170,76 @@ def losses(
 def _by_itself(
     layer: NptDecoderLayer, own: LayerOutputs, hidden: torch.Tensor, arguments: Mapping[str, object], *, alone: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The layer on the base's inputs, and on the student's stream: attention and output there, and the stream after."""
-    output = _on_base(layer, own, own.attention)
-    return own.attention, output, hidden + output if alone else layer(hidden, **arguments)
+    """The layer on the base's inputs, and on the student's stream: attention W_down and the output there, the stream
+    after."""
+    joined = Joined.of(layer)
+    output, s = modulated_mlp(layer, joined, own.attention, own.normed, (own.gate, own.up))
+    if alone:
+        return s, output, hidden + output
+    attention = layer.self_attn(layer.input_layernorm(hidden), **arguments)
+    streamed, _ = modulated_mlp(layer, joined, attention, layer.post_attention_layernorm(hidden))
+    return s, output, hidden + streamed
 
 
-def _on_base(layer: NptDecoderLayer, own: LayerOutputs, attention: torch.Tensor) -> torch.Tensor:
-    """`layer.modulated_mlp(attention, own.normed)`, without what is known of it."""
-    gate, up = own.gate, own.up
-    if "gate" in layer.updates:
-        gate = gate + layer.updates["gate"](attention, own.normed)
-    if "up" in layer.updates:
-        up = up + layer.updates["up"](attention, own.normed)
+@dataclass(frozen=True)
+class Joined:
+    """The matrices of a layer's updates side by side, so that a pass is fewer products: W_down [d, n·k·r] of all n of
+    them, W_a_up [n'·k·r, d] of gate and up."""
+
+    w_down: torch.Tensor
+    w_a_up: torch.Tensor
+
+    @classmethod
+    def of(cls, layer: NptDecoderLayer) -> "Joined":
+        """Of the updates of `layer`, in their order."""
+        updates = _updates(layer)
+        w_down = torch.cat([update.w_down for update in updates.values()], dim=1)
+        return cls(w_down, torch.cat([update.w_a_up for name, update in updates.items() if name != "down"]))
+
+
+def _updates(layer: NptDecoderLayer) -> dict[str, RankKUpdate]:
+    return {name: update for name, update in layer.updates.items() if isinstance(update, RankKUpdate)}
+
+
+def modulated_mlp(
+    layer: NptDecoderLayer,
+    joined: Joined,
+    attention: torch.Tensor,
+    x: torch.Tensor,
+    projected: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`layer.modulated_mlp(attention, x)` [B, T, d], and `attention` W_down [B·T, n·k·r].
+
+    `projected`: gate_proj and up_proj of `x`, where they are known.
+    """
+    updates = _updates(layer)
+    k, r = updates["gate"].num_ranks, updates["gate"].np_rank
+    shape = x.shape
+    attention, x = attention.flatten(0, -2), x.flatten(0, -2)  # products of two matrices are the fastest
+    gate, up = (
+        (layer.mlp.gate_proj(x), layer.mlp.up_proj(x))
+        if projected is None
+        else (each.flatten(0, -2) for each in projected)
+    )
+    s = attention @ joined.w_down
+    of_x, of_product = s.tensor_split([joined.w_a_up.shape[0]], -1)
+    of_gate, of_up = _terms(of_x, x @ joined.w_a_up.T, r).tensor_split([k * r], -1)
+    gate = torch.addmm(gate, of_gate, updates["gate"].w_b_up)
+    if "up" in updates:
+        up = torch.addmm(up, of_up, updates["up"].w_b_up)
     product = layer.mlp.act_fn(gate) * up
     output = layer.mlp.down_proj(product)
-    return output + layer.updates["down"](attention, product) if "down" in layer.updates else output
+    if "down" in updates:
+        down = updates["down"]
+        output = torch.addmm(output, _terms(of_product, product @ down.w_a_up.T, r), down.w_b_up)
+    return output.view(shape), s
+
+
+def _terms(s: torch.Tensor, products: torch.Tensor, rank: int) -> torch.Tensor:
+    """s_i (s_i · p_i) for each of the terms that lie side by side, each `rank` wide."""
+    each = s.unflatten(-1, (-1, rank))
+    dots = (each * products.unflatten(-1, (-1, rank))).sum(-1, keepdim=True)
+    return (dots * each).flatten(-2)
 
 
 def _stage_inputs(
@@ -208,21 +266,21 @@ def _add_gates(
     found: Found,
     index: int,
     layer: NptDecoderLayer,
-    attention: torch.Tensor,
+    s: torch.Tensor,
     own: LayerOutputs,
     *,
     regularized: bool,
     figures: bool,
 ) -> None:
     """R_i, the norms of the first projection's v_a and v_b, and how alike v_a and the base's attention are (for one
-    term), added to what was `found`."""
+    term), added to what was `found`; `s` [B·T, n·k·r]: the student's attention W_down of all projections."""
     total: torch.Tensor | None = None
-    for name, update in layer.updates.items():
+    updates = _updates(layer)
+    for (name, update), part in zip(updates.items(), s.float().chunk(len(updates), -1), strict=True):
         if not regularized and name != "gate":
             continue
-        assert isinstance(update, RankKUpdate)
-        v_a, v_b = squared_sums(update, attention)
-        count = attention.shape[:-1].numel() * update.num_ranks
+        v_a, v_b = squared_sums(update, part)
+        count = part.shape[:-1].numel() * update.num_ranks
         mean = v_a / (count * update.w_a_up.shape[1]) + v_b / (count * update.w_b_up.shape[1])
         total = mean if total is None else total + mean
         if figures and name == "gate":
@@ -230,25 +288,25 @@ def _add_gates(
             found.figures[f"v_b_norm/layer_{index}"] = v_b.detach().sqrt()
             if update.num_ranks == 1:
                 with torch.no_grad():
-                    produced = attention.detach().float() @ update.w_down @ update.w_a_up
-                    cosines = functional.cosine_similarity(produced, own.attention.float(), dim=-1)
+                    states = own.attention.float().flatten(0, -2)
+                    cosines = functional.cosine_similarity(part @ update.w_a_up, states, dim=-1)
                 found.figures[f"v_a_attention_similarity/layer_{index}"] = cosines.mean()
     if regularized and total is not None:
         found.regularization[index] = total
 
 
-def squared_sums(update: RankKUpdate, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums of the squares of v_a and of v_b over all tokens and rank-1 terms, for `attention` [..., d].
+def squared_sums(update: RankKUpdate, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums of the squares of v_a and of v_b over all tokens and rank-1 terms, for s = attention W_down [N, k·r].
 
     v_i = s_i W_i, so Σ v_i² = ⟨W_i W_iᵀ, Σ s_iᵀ s_i⟩ over the tokens: the v, which are wide, are never computed.
     """
     terms, rank = update.num_ranks, update.np_rank
-    s = (attention.float().flatten(0, -2) @ update.w_down).unflatten(1, (terms, rank))
-    of_tokens = torch.einsum("tkr,tkq->krq", s, s)
+    each = s.unflatten(1, (terms, rank))
+    of_tokens = torch.einsum("tkr,tkq->krq", each, each)
 
     def total(weight: torch.Tensor) -> torch.Tensor:
-        each = weight.unflatten(0, (terms, rank))
-        return (each @ each.mT * of_tokens).sum()
+        matrices = weight.unflatten(0, (terms, rank))
+        return (matrices @ matrices.mT * of_tokens).sum()
 
     return total(update.w_a_up), total(update.w_b_up)
 

@@ -154,30 +154,42 @@ class Reader:
     def plain(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits [V] after `ids` [1, T] without injection."""
         with overridden(self._model, self._active, {}):
-            return self._logits(ids)[-1]
+            return self._logits(ids, ids.shape[1] - 1)[-1]
 
     @torch.inference_mode()
     def both(self, ids: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [T - position, V] from `position` on, injected from there, and without injection."""
         if self._cache is None:
             with overridden(self._model, self._active, self.overrides_at(position)):
-                injected = self._logits(ids)[position:]
+                injected = self._logits(ids, position)
             with overridden(self._model, self._active, {}):
-                return injected, self._logits(ids)[position:]
+                return injected, self._logits(ids, position)
         known = self._cache.get_seq_length()
+        if known + 1 < position:
+            # A new text: all of it in one pass. What came from `position` on is read again where it is needed.
+            with overridden(self._model, self._active, {}):
+                baseline = self._logits(ids[:, known:], position - known)
+            self._cache.crop(position)
+            return self._injected(ids, position), baseline
         with overridden(self._model, self._active, {}):
             if known < position:
                 self._model.model(ids[:, known:position], past_key_values=self._cache)
+        injected = self._injected(ids, position)
+        with overridden(self._model, self._active, {}):
+            return injected, self._logits(ids[:, position:], 0)
+
+    def _injected(self, ids: torch.Tensor, position: int) -> torch.Tensor:
+        """Logits from `position` on with the injection there, of which nothing stays in the cache."""
+        assert self._cache is not None
         try:
             with overridden(self._model, self._active, self._overrides):
-                injected = self._logits(ids[:, position:])
+                return self._logits(ids[:, position:], 0)
         finally:
             self._cache.crop(position)
-        with overridden(self._model, self._active, {}):
-            return injected, self._logits(ids[:, position:])
 
-    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
-        hidden = self._model.model(ids, past_key_values=self._cache).last_hidden_state[0]
+    def _logits(self, ids: torch.Tensor, start: int) -> torch.Tensor:
+        """Those of `ids` from `start` on: the head is not run over the rest."""
+        hidden = self._model.model(ids, past_key_values=self._cache).last_hidden_state[0, start:]
         logits: torch.Tensor = self._model.lm_head(hidden).float()
         return logits
 

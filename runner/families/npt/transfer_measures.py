@@ -33,11 +33,11 @@ def controls(
 ) -> JsonObject:
     """What the same injection does with `m`'s entries permuted, and with the modulation of another prompt.
 
-    `others`: prompts by their text. The one that `m` is neither taken from nor injected into is the control; all but
-    those are what should stay as it is: their mean KL is `locality`.
+    `others`: prompts by their text. Those that neither begin as what `m` was taken from nor as what it is injected into
+    are what should stay as it is: their mean KL is `locality`. The first of them gives the other modulation.
     """
-    own = {source.ids for source in m.sources}
-    unrelated = {text: each for text, each in others.items() if tuple(each) not in own and list(each) != list(ids)}
+    own = [source.ids for source in m.sources] + [tuple(ids)]
+    unrelated = {text: each for text, each in others.items() if not any(_begins_alike(each, one) for one in own)}
     found: JsonObject = {"permuted": _effect(inject(model, ids, permuted(m, seed), how, position, layers), tracked)}
     if unrelated and m.count == 1:
         text, other = next(iter(unrelated.items()))
@@ -56,6 +56,12 @@ def controls(
     if rows:
         found["locality"] = {"kl": sum(row["kl"] for row in rows) / len(rows), "prompts": rows}
     return found
+
+
+def _begins_alike(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether one of the two begins with the other; nothing is known of a text without ids."""
+    count = min(len(one), len(other))
+    return count > 0 and tuple(one[:count]) == tuple(other[:count])
 
 
 def _same_kind(taken: Modulation, m: Modulation, how: How) -> bool:

@@ -34,7 +34,7 @@ _QUESTIONS = {
 _LEVELS = {
     "excellent": "good", "good": "good", "fair": "warn", "moderate": "warn", "poor": "bad",
     "production": "good", "basic": "good", "continue": "warn", "early": "bad",
-    "ok": "good", "failed": "bad", "lost": "bad", "never started": "bad",
+    "damaged": "bad", "ok": "good", "failed": "bad", "failed checks": "bad", "lost": "bad", "never started": "bad",
     "READY": "good", "PARTIALLY_READY": "warn", "NOT_READY": "bad",
 }  # fmt: skip
 _VALUES_SHOWN = 12
@@ -43,7 +43,7 @@ _LONGEST_VALUE = 80
 _COLUMNS: tuple[tuple[str, Callable[[Job], object], str], ...] = (
     ("checkpoint", lambda job: job.checkpoint, ""),
     ("run", lambda job: job.run, ""),
-    ("status", lambda job: _spoken(job.status), "level"),
+    ("status", lambda job: _spoken(job.outcome), "level"),
     ("task", lambda job: job.task, ""),
     ("tier", lambda job: job.tier, ""),
     ("step", lambda job: job.step, ",d"),
@@ -54,7 +54,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Job], object], str], ...] = (
     ("accuracy", lambda job: job.metric("accuracy"), ".1%"),
     ("macro F1", lambda job: job.metric("macro_f1"), ".3f"),
     ("progress", lambda job: job.judged("progress"), ".0f"),
-    ("verdict", lambda job: job.judged("status"), "level"),
+    ("verdict", lambda job: "damaged" if job.damaged else job.judged("status"), "level"),
     ("readiness", lambda job: job.judged("readiness"), "level"),
     ("failed checks", lambda job: ", ".join(job.failed_checks), ""),
     ("overall", lambda job: job.overall, "level"),
@@ -205,7 +205,7 @@ def table(comparison: Comparison, directory: Path) -> tuple[list[JsonObject], li
     columns = [column for column in columns if column[0] not in same]
     rows = [
         {"cells": [_cell(read(job), form) for _, read, form in columns], "links": _links(job, directory)}
-        for job in sorted(comparison.jobs, key=lambda job: job.status == "ok")
+        for job in sorted(comparison.jobs, key=lambda job: (job.status == "ok", job.outcome == "ok"))
     ]
     return [{"name": name, "number": form not in ("", "level")} for name, _, form in columns], rows
 

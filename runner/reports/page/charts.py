@@ -52,7 +52,7 @@ def charts(comparison: Comparison) -> list[Figure]:
     """Every chart that the jobs have figures for, in the order of the page."""
     series = comparison.series
     curves = [draw(series) for draw in (mse, cosine, kl, agreement, progress, perplexity, magnitude)]
-    found = [*curves, *layers(series), *prompts(series), without_step(comparison.jobs)]
+    found = [*curves, *layers(series), *prompts(series), ranking(comparison.ranking)]
     return [figure for figure in found if figure is not None]
 
 
@@ -412,9 +412,8 @@ def magnitude(series: Sequence[Series]) -> Figure | None:
     )
 
 
-def without_step(jobs: Sequence[Job]) -> Figure | None:
-    """The mse of checkpoints that have no step, as bars."""
-    rows = [job for job in jobs if job.status == "ok" and job.step is None and job.metric("mse") is not None]
+def ranking(rows: Sequence[Job]) -> Figure | None:
+    """The mse of checkpoints that are in no curve, as bars, in their order."""
     if not rows:
         return None
     trace = {
@@ -427,9 +426,9 @@ def without_step(jobs: Sequence[Job]) -> Figure | None:
     }
     downwards = {"type": "category", "autorange": "reversed", "automargin": True}
     return Figure(
-        name="without-step",
-        title="Checkpoints without a step",
-        note="Their mse; they stand in no curve.",
+        name="ranking",
+        title="Ranking",
+        note="The mse of checkpoints that are in no curve: not of one run, or without a step in their names.",
         data=[trace],
         height=max(220, 120 + 24 * len(rows)),
         layout={"xaxis": _titled("mse", rangemode="tozero"), "yaxis": downwards},
