@@ -96,6 +96,8 @@ class Speaker:
         return ids
 
     def _plain(self, text: str, settings: Settings) -> list[int]:
+        if settings.system is not None:
+            raise ConfigError("generate.system= needs a chat template, and none is used here; leave it out")
         if self.tokenizer is None:
             try:
                 return [int(word) for word in text.split()]

@@ -244,6 +244,7 @@ def test_a_chat_template(run, checkpoint, tmp_path):
         (["prompt=a", "generate.top_k=0"], "generate.top_k=0"),
         (["prompt=a", "generate.repetition_penalty=0"], "generate.repetition_penalty=0"),
         (["prompt=a", "generate.chat=true"], "no chat template"),
+        (["prompt=a", "generate.system=be kind"], "needs a chat template"),
         (["prompt=a", "generate.layers=[9]"], "layer 9 is no NPT layer"),
         (["prompt=", "generate.layers=[1]"], "no tokens"),
         ([f"prompt={'x' * 160}"], "leaves no room in the model's 160 positions"),
