@@ -7,14 +7,15 @@ jobs failed, or found failed checks; 130 interrupted.
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from pathlib import Path
 from types import ModuleType
 
 import runner
-from runner.errors import ConfigError, RunnerError, printable
+from runner.errors import ConfigError, RunnerError, did_you_mean, printable
 from runner.installation import config_directory, demo_run, uncollected
 from runner.overrides import CommandLine, check_paths, parse
 
@@ -38,7 +39,8 @@ def run(words: Sequence[str]) -> int:
     try:
         line = parse(words)
         if {"-h", "--help"} & set(line.flags):
-            print(help_text(config_directory()))
+            task = line.get("task")
+            print(help_text(config_directory()) if task is None else task_help(task, config_directory()))
             return 0
         if "--version" in line.flags:
             print(f"runner {runner.__version__}")
@@ -142,7 +144,7 @@ tasks
 
 what is measured
   ckpt=PATH         a checkpoint, a run directory (with step=), or demo, the built-in demonstration   [demo]
-  step=N            one step of a run; -1 is the last; with several (1000,2000 · range(a,b,c) · every(n) · all) a sweep
+  step=N            one step of a run, or last; with several (1000,2000 · range(a,b) · every(n) · all) a sweep
   base=NAME         the model it needs to run: directory or hub name   [the one that the checkpoint names]
   reference=PATH    what it is compared with: a model or another checkpoint   [the base]
   tokenizer=PATH    directory, hub name or tokenizers JSON   [the checkpoint's, else the base's]
@@ -172,7 +174,7 @@ how it runs, and what is left
 flags
   -m, --multirun    a sweep: every combination of the values given
   --cfg job         print the composed config and stop          --config-dir DIR   options of your own
-  --help            this text                                   --hydra-help       Hydra's own flags
+  --help            this text; with task=NAME its keys          --hydra-help       Hydra's own flags
 
 exit codes: 0 done (a poor verdict is a result) · 1 runtime error, failed check · 2 bad input · 3 jobs of a sweep
 failed · 130 interrupted
@@ -186,6 +188,50 @@ def help_text(conf: Path) -> str:
     choices["launcher"] = ", ".join(sorted(f.stem for f in (conf / "hydra" / "launcher").glob("*.yaml")))
     tasks = "\n".join(f"  task={f.stem:<12} {_first_comment(f)}" for f in sorted((conf / "task").glob("*.yaml")))
     return _TEXT.format(tasks=tasks, **choices).rstrip()
+
+
+def task_help(task: str, conf: Path) -> str:
+    """What a task does and its keys with their defaults, as its file and those of its groups explain them.
+
+    Raises ConfigError for a task that there is not.
+    """
+    files = {file.stem: file for file in sorted((conf / "task").glob("*.yaml"))}
+    if task not in files:
+        raise ConfigError(f"task={task} is no task{did_you_mean(task, files)}")
+    lines = [f"task={task}: {_first_comment(files[task])}", ""]
+    own = files[task].read_text(encoding="utf-8").splitlines()
+    lines += _keys(own)
+    for entry in filter(None, map(_GROUP.match, own)):
+        file = conf / entry[1] / f"{entry[2]}.yaml"
+        if entry[1] != "schema" and file.is_file():
+            options = ", ".join(sorted(each.stem for each in file.parent.glob("*.yaml")))
+            lines += ["", f"{entry[1]}={entry[2]}   of {options}; {_first_comment(file)}".rstrip("; "), *_below(file)]
+    if task == "train":  # whose keys follow the family
+        for file in filter(
+            lambda file: (conf / "family" / file.name).is_file(), sorted((conf / "train").glob("*.yaml"))
+        ):
+            lines += ["", f"family={file.stem}: {_first_comment(file)}", *_below(file)]
+    return "\n".join(lines)
+
+
+_GROUP = re.compile(r"\s+- (?:override )?/?(\w+): (\w+)")
+
+
+def _below(file: Path) -> list[str]:
+    """The keys of an option of a group, as they are written on the command line."""
+    keys = _keys(file.read_text(encoding="utf-8").splitlines())
+    return [f"  {file.parent.name}.{key}" if key[:1].isalpha() else f"  {key}" for key in keys]
+
+
+def _keys(lines: Sequence[str]) -> list[str]:
+    """The lines of a config file that give keys, and the comments between them, not what is Hydra's."""
+    kept, skipping = [], False
+    for line in dropwhile(lambda line: line.startswith("#"), lines):
+        if line[:1].strip():  # a key of its own, or what closes a list
+            skipping = line.startswith(("defaults:", "task:", "name:", "_target_:"))
+        if line.strip() and not skipping and "_target_:" not in line:
+            kept.append(line)
+    return kept
 
 
 def _first_comment(file: Path) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from runner.checkpoints.runs import Run, find_run, select, spell, step_in_name
 from runner.config import PATH_KEYS, TEXT_KEYS, is_sweep
 from runner.errors import ConfigError
-from runner.overrides import CommandLine, parse, quoted, split_list, unquoted
+from runner.overrides import LIST_KEYS, CommandLine, parse, quoted, split_list, unquoted
 
 if TYPE_CHECKING:
     from runner.sweeps.plan import SweepPlan
@@ -42,8 +42,16 @@ def as_sweep(line: CommandLine) -> CommandLine:
 
 def _lists(key: str, value: str | None) -> bool:
     known = key.lstrip("+")
-    if value is None or known in TEXT_KEYS or known.startswith("hydra") or not _STEPS.fullmatch(value):
+    if (
+        value is None
+        or known in TEXT_KEYS
+        or known in LIST_KEYS
+        or known.startswith("hydra")
+        or not _STEPS.fullmatch(value)
+    ):
         return False
+    if value.startswith("["):  # one value that is a list, as merge.sources
+        return known == "step"
     if known in PATH_KEYS:
         parts = [Path(unquoted(part)).expanduser() for part in split_list(value)]
         whole = Path(unquoted(value)).expanduser()
@@ -103,8 +111,8 @@ def expand(line: CommandLine, *, demo_run: Callable[[], Path]) -> CommandLine:
 def steps_of(value: str, run: Run) -> list[int]:
     """The steps that `value` names: `all`, `1000,2000`, `[1000,2000]`; -1 is the last.
 
-    `range(1000,5001)`, `range(1000,5001,1000)`: those from 1000 on, under 5001, that there are; with an interval the
-    ones it meets. `every(5000)`: the multiples of 5000 that there are, and the last step.
+    `range(1000,5001)`: those from 1000 on, under 5001, that there are; with an interval, `range(1000,5001,1000)`, each
+    of them. `every(5000)`: the multiples of 5000 that there are, and the last step.
     """
     if value == "all":
         return run.steps
@@ -117,7 +125,9 @@ def steps_of(value: str, run: Run) -> list[int]:
     parts = split_list(match[1] if match else value)
     try:
         numbers = [int(part.partition("=")[2] or part) for part in parts]
-        numbers = [step for step in run.steps if step in range(*numbers)] if match else numbers
+        if match:
+            given = range(*numbers)
+            numbers = [step for step in run.steps if step in given] if len(numbers) == 2 else list(given)
     except (ValueError, TypeError) as error:
         raise ConfigError(
             f"step={value}: give a number, a list, range(start,stop,step), every(N) or all; "

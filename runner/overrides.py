@@ -123,7 +123,7 @@ def check_paths(line: CommandLine) -> None:
     """Raise ConfigError for a path that is empty, as an unset variable of the shell leaves it, or a web address."""
     for key, value in line.overrides:
         known = key.lstrip("+")
-        if value is None or known not in PATH_KEYS or known.startswith("hydra."):
+        if value is None or known not in PATH_KEYS or known.startswith(("hydra.", "convert.")):
             continue
         if not (plain := unquoted(value)).strip():
             raise ConfigError(f"{key}= is empty (an unset variable?); give it a value, or leave it out")

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
@@ -236,7 +236,7 @@ def _run_and_write(cfg: DictConfig, directory: Path, sweep: str | None) -> _Fini
     try:
         tracker = tracker_of(cfg)
         # A training that is refused has no run: it begins with the first row, or where there was none, at the end.
-        started = cache(partial(tracker.start, identity(cfg, {}, sweep), plain_config(cfg)))
+        started = cache(lambda: tracker.start(identity(cfg, {}, sweep), plain_config(cfg)))
         outcome = _run(cfg, directory, tracker, in_sweep=sweep is not None, started=started)
         if cfg.task in _LIVE:
             started()

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import runner
+from runner.config import TASKS
 from runner.installation import demo_run
 from tests.conftest import MIXED, ROOT, npt_tensors, write_npt
 
@@ -163,3 +165,19 @@ def test_one_value_is_one_element(run, checkpoint):
     result = run(f"ckpt={checkpoint}", "data.prompts=hello", "tier.temperatures=0.5").result
     assert [row["prompt"] for row in result["per_prompt"]] == ["hello"]
     assert json.dumps(result["metrics"]["mse"]) == json.dumps(result["per_prompt"][0]["mse"])
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_the_help_of_a_task_explains_its_keys(run, task):
+    outcome = run(f"task={task}", "--help")
+    assert outcome.code == 0
+    assert outcome.out.startswith(f"task={task}: ")
+    keys = yaml.safe_load((ROOT / "conf" / "task" / f"{task}.yaml").read_text()).keys() - {"defaults", "task"}
+    assert all(f"\n{key}:" in outcome.out for key in keys)
+    assert "_target_" not in outcome.out
+    if task == "diagnose":
+        assert "  tier.new_tokens: 32              # of each continuation" in outcome.out.splitlines()
+
+
+def test_the_help_of_no_task_says_so(run):
+    assert run("task=diagnos", "--help").err == "runner: error: task=diagnos is no task; did you mean 'diagnose'?\n"

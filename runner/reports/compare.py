@@ -246,8 +246,8 @@ def print_comparison(comparison: Comparison, written: ComparisonFiles, console: 
         [("Comparison", said["words"], _LEVEL_WORDS.get(said["level"], "")), *_answer_lines(found["answers"])]
     )
     for label, value, word in lines:
-        text = Text.assemble(f"{label}: ", (value, COLOURS.get(word, "")))
-        console.print(text, soft_wrap=not terminal)
+        line = Text.assemble(f"{label}: ", (value, COLOURS.get(word, "")))
+        console.print(line, soft_wrap=not terminal)
     if written.problem is not None:
         print(f"runner: warning: {printable(written.problem)}", file=sys.stderr)
     print(f"Sweep: {', '.join(printable(path) for path in comparison.directories)}")

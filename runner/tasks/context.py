@@ -4,7 +4,7 @@ checkpoint that `ckpt` and `step` name. No model is imported here.
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +27,8 @@ Item = TypeVar("Item")
 class Context:
     """`directory`: the run's own; `quiet`: no progress is shown.
 
-    `in_sweep`: whether other jobs follow that will want the same things again. `started`: to be called by a task that
-    tells the tracker while it runs, once nothing is refused any more.
+    `in_sweep`: whether other jobs follow that will want the same things again. `started` begins the
+    tracker's run, once.
     """
 
     directory: Path
@@ -53,6 +53,11 @@ class Context:
             yield
         finally:
             self.timing[phase] = self.timing.get(phase, 0.0) + time.perf_counter() - start
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Tell the tracker one live row; the first one begins the run, so that what is refused leaves none."""
+        self.started()
+        self.tracker.log(row)
 
     def track(self, items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
         """`items` one by one, under a bar that says `what`; nothing is shown for work that is done at once."""

@@ -96,8 +96,9 @@ def run(config: FinetuneConfig, context: Context) -> Result:
     sets = [named, *tests]
     write_predictions(context.directory, sets, data.labels)
     findings += [f"{each.name}: {in_words(each.scored.figures)}" for each in sets]
+    context.tracker.log({f"best/{name}": value for name, value in done.best.items()})
     for each in tests:
-        context.tracker.log({f"test/{each.name}/{name}": value for name, value in each.scored.figures.items()})
+        context.log({f"test/{each.name}/{name}": value for name, value in each.scored.figures.items()})
     return Result(
         task="finetune",
         ckpt=str(opened.checkpoint.path),
@@ -331,7 +332,7 @@ class _Log:
                 file.write(json.dumps(finite({"step": step, **figures})) + "\n")
         except OSError as error:
             raise RunnerError(f"{path}: not written: {error}") from error
-        self._context.tracker.log({"train/step": step, **figures})
+        self._context.log({"train/step": step, **figures})
 
 
 def _best_again(training: FinetuneRun, best: Path) -> Scored:

@@ -146,8 +146,7 @@ class _Follower:
         if any(name.startswith("eval/") for name in row):
             row[CHECKPOINT_STEP] = step
         named = {name if "/" in name else f"train/{name}": value for name, value in row.items()}
-        self.context.started()
-        self.context.tracker.log({"train/step": step, **named})
+        self.context.log({"train/step": step, **named})
 
     def measure(self, step: int, model: nn.Module) -> dict[str, float]:
         """What `task=diagnose` says of the model on the prompts, kept as its result."""

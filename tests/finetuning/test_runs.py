@@ -114,6 +114,8 @@ def test_each_family_learns_a_separable_task(family, finetune, files, run):
         <= found["transfer"][2]["difference_high"]
     )
     assert sum(map(sum, found["confusion"])) == found["metrics"]["rows"] == 40
+    plain = run("task=diagnose", "ckpt=out/checkpoint-best")
+    assert (plain.code, "is a classifier and continues no text" in plain.err) == (2, True), plain.err
     again = run("task=diagnose", "ckpt=out/checkpoint-best", "data=classification", f"data.test={files / 'hi.jsonl'}")
     assert again.code == 0, again.err
     assert again.result["metrics"]["accuracy"] == found["metrics"]["test/hi"]["accuracy"]

@@ -188,3 +188,18 @@ def test_pills_follow_failed_checks(tmp_path):
     columns, rows = table(compared, tmp_path / "s")
     place = [column["name"] for column in columns].index("status")
     assert {(row["cells"][place]["text"], row["cells"][place]["level"]) for row in rows} == {("failed checks", "bad")}
+
+
+def test_the_page_says_how_it_was_made_and_how_to_go_on(tmp_path):
+    sweep = write_sweep(tmp_path / "s", {100: 0.5})
+    write_job(sweep, 1, "x", None)
+    (sweep / "sweep.json").write_text(json.dumps({"command": ["-m", "ckpt=/runs/a b", "step=all"], "jobs": []}))
+    said = html.unescape(render(sweep))
+    assert "<code>python -m runner -m 'ckpt=/runs/a b' step=all</code>" in said
+    assert f"<code>python -m runner -m resume={sweep}</code>" in said
+    assert f"<code>python -m runner task=compare sweep={sweep}</code>" in said
+
+
+def test_a_page_of_tests_has_no_thresholds_of_the_mse(tmp_path):
+    assert "Fixed thresholds" not in render(CASES["checks_only"](tmp_path / "s"))
+    assert "Fixed thresholds" in render(write_sweep(tmp_path / "t", {100: 0.5}))

@@ -43,3 +43,8 @@ def test_the_curves_of_a_training(a_machine_of_its_own: Path) -> None:
     table = run.table("tables/samples")
     assert table["columns"] == ["ckpt_step", "step", "prompt", "temperature", "text", "base_text"]
     assert len(table["data"]) == 6
+
+
+def test_a_refused_training_leaves_no_run(a_machine_of_its_own: Path) -> None:
+    assert cli.run(["task=train", "base=/no/such/base", "tracker.mode=offline"]) == 2
+    assert read_runs(a_machine_of_its_own) == []

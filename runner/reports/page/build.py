@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -14,9 +15,10 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
-from runner.comparison.comparison import Comparison, grouped, spelled
+from runner.comparison.comparison import PLAN_NAME, Comparison, grouped, spelled
 from runner.comparison.insights import headline, insights, leading
 from runner.comparison.jobs import Job
+from runner.files.atomic import read_json
 from runner.metrics.verdict import thresholds
 from runner.reports.generation import step_rows
 from runner.reports.page.charts import Figure, charts, shortened, tell_apart
@@ -54,7 +56,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Job], object], str], ...] = (
     ("accuracy", lambda job: job.metric("accuracy"), ".1%"),
     ("macro F1", lambda job: job.metric("macro_f1"), ".3f"),
     ("progress", lambda job: job.judged("progress"), ".0f"),
-    ("verdict", lambda job: "damaged" if job.damaged else job.judged("status"), "level"),
+    ("verdict", lambda job: "damaged" if job.damaged and job.verdict else job.judged("status"), "level"),
     ("readiness", lambda job: job.judged("readiness"), "level"),
     ("failed checks", lambda job: ", ".join(job.failed_checks), ""),
     ("overall", lambda job: job.overall, "level"),
@@ -89,7 +91,8 @@ def page(comparison: Comparison, directory: Path, *, picture: bool) -> str:
         columns=columns,
         jobs=jobs,
         differences=differences(comparison),
-        thresholds=_threshold_words(),
+        thresholds=_threshold_words() if any(job.metric("mse") is not None for job in comparison.jobs) else "",
+        again=_again(comparison),
         picture=picture,
     )
 
@@ -123,6 +126,23 @@ def _absent(comparison: Comparison) -> list[str]:
     if all(one.estimate is None for one in comparison.series):
         words.append("No progress, thresholds or estimate: they are defined for NPT checkpoints against their base.")
     return words
+
+
+def _again(comparison: Comparison) -> list[tuple[str, str]]:
+    """What was typed for each sweep, and what makes this page again, or goes on with what failed."""
+    rows = []
+    for directory in comparison.directories:
+        try:
+            words = read_json(directory / PLAN_NAME)["command"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a folder of results that no sweep of ours left
+        if isinstance(words, list):
+            rows.append(("The sweep", shlex.join(["python", "-m", "runner", *map(str, words)])))
+        if any(job.sweep == directory for job in comparison.failures):
+            rows.append(("What has no result", shlex.join(["python", "-m", "runner", "-m", f"resume={directory}"])))
+    paths = ",".join(map(str, comparison.directories))
+    sweep = f"[{paths}]" if len(comparison.directories) > 1 else paths
+    return [*rows, ("This page again", shlex.join(["python", "-m", "runner", "task=compare", f"sweep={sweep}"]))]
 
 
 def _threshold_words() -> str:

@@ -420,7 +420,7 @@ def ranking(rows: Sequence[Job]) -> Figure | None:
         "type": "bar",
         "orientation": "h",
         "x": positive([job.metric("mse") for job in rows]),
-        "y": [plot_text(shortened(f"{job.name.partition('_')[0]} {job.checkpoint}", 40)) for job in rows],
+        "y": [plot_text(shortened(f"{place}. {job.checkpoint}", 40)) for place, job in enumerate(rows, 1)],
         "hovertemplate": "%{y}: mse %{x:.4~g}<extra></extra>",
         "meta": {"colour": 0},
     }
