@@ -64,7 +64,7 @@ def measure(root: Path, steps: int) -> float:
     base = ROOT / "runner" / "demo" / "run" / "base"
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(root), str(steps), str(base)],
-        env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
+        cwd=root, env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return float(done.stdout.splitlines()[-1])
 
