@@ -13,11 +13,9 @@ from runner.errors import CheckpointError, ConfigError, RunnerError
 from runner.families.npt import checkpoint as npt_delta
 from runner.files.file_type import Kind, kind_of
 from runner.merge import lazy_tensor
+from runner.merge import plan as planning
 from runner.merge.lazy_tensor import LazyTensor
-from runner.merge.plan import (
-    JsonObject, MergedTensor, MergeOutput, Source, TensorFile, base_written, check_bases,
-    check_distinct, differing_dtypes, furthest, interpolation_weights, latest_step,
-)  # fmt: skip
+from runner.merge.plan import JsonObject, MergedTensor, MergeOutput, Source, TensorFile
 from runner.merge.spec import MergeSpec, SourceSpec
 
 if TYPE_CHECKING:
@@ -156,7 +154,7 @@ def plan_merge(
             "layers": {str(layer.number): layer.summary() for layer in plan.layers},
             "total_parameters": sum(tensor.numel for tensor in weights.values()),
             "checkpoint_keys": len(weights),
-            "global_step": furthest(sources).step,
+            "global_step": planning.furthest(sources).step,
             "conflicts": plan.conflicts,
             "optimizer_differences": training.differences if training else (),
         },
@@ -165,7 +163,7 @@ def plan_merge(
             "found_layers": None,
             "sources": {number: paths[0] if len(paths) == 1 else paths for number, paths in taken.items()},
         },
-        step=latest_step(sources),
+        step=planning.latest_step(sources),
         layers=tuple(
             {**layer.layer.summary(), "how": layer.how, "sources": taken[str(layer.number)]} for layer in plan.layers
         ),
@@ -227,7 +225,7 @@ def optimizer_order(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def plan_layers(spec: MergeSpec, sources: Sequence[NptSource], base: str | None = None) -> LayerPlan:
     """Decide what is merged. Raises ConfigError or CheckpointError where that is impossible or not allowed."""
-    check_distinct(sources)
+    planning.check_distinct(sources)
     _check_sizes(sources)
     wanted = _wanted(spec, sources)
     conflicts: list[JsonObject] = []
@@ -237,7 +235,7 @@ def plan_layers(spec: MergeSpec, sources: Sequence[NptSource], base: str | None 
         layers = _interpolated(spec, sources, wanted)
     tensors = [tensor for layer in layers for tensor in _tensors(layer, spec.t)]
     said = [f"layer {c['layer']} is in {' and '.join(c['sources'])}: {c['resolution']}" for c in conflicts]
-    said += [*differing_dtypes(tensors), *check_bases(sources, base, _check_fit)]
+    said += [*planning.differing_dtypes(tensors), *planning.check_bases(sources, base, _check_fit)]
     return LayerPlan(
         sources=tuple(sources),
         layers=tuple(layers),
@@ -324,7 +322,7 @@ def _resolved(on_conflict: str, layer: int, having: Sequence[NptSource]) -> Plan
 
 
 def _interpolated(spec: MergeSpec, sources: Sequence[NptSource], wanted: Sequence[int]) -> list[PlannedLayer]:
-    shares = interpolation_weights(spec)
+    shares = planning.interpolation_weights(spec)
     for layer in wanted:
         lacking = next((source for source in sources if layer not in source.layers), None)
         having = next(source for source in sources if layer in source.layers)
@@ -409,7 +407,7 @@ def _multi_layer_state(plan: LayerPlan) -> "SavedState | None":
     having = [source for source in plan.sources if states[id(source)] is not None]
     if not having:
         return None
-    leader = furthest(having)
+    leader = planning.furthest(having)
     content, findings = to_serializable(states[id(leader)], leader)
     weights = {}
     for planned in plan.layers:
@@ -437,7 +435,7 @@ def _config(plan: LayerPlan, info: JsonObject, base: str | None, output: Path) -
     """The first source's config.json with `info`, its base named so that it is found from `output`; what to say."""
     first = next((source for source in plan.sources if source.config), plan.sources[0])
     content: dict[str, Any] = {name: value for name, value in first.config.items() if name != "merge_info"}
-    name, findings = base_written(plan.sources, base, output)
+    name, findings = planning.base_written(plan.sources, base, output)
     content |= {} if name is None else {"model_name": name}
     content["merge_info"] = {**info, "layer_sources": _with_text_keys(info)["layer_sources"]}
     return content, findings
