@@ -50,6 +50,8 @@ def _lists(key: str, value: str | None) -> bool:
         or not _STEPS.fullmatch(value)
     ):
         return False
+    if value.startswith("["):  # one value that is a list, as merge.sources
+        return known == "step"
     if known in PATH_KEYS:
         parts = [Path(unquoted(part)).expanduser() for part in split_list(value)]
         whole = Path(unquoted(value)).expanduser()

@@ -84,7 +84,7 @@ def model(
 def record_state(name: str, *, seed: int = 0, vocab: int = 40, heads: int | None = None) -> dict[str, torch.Tensor]:
     """Random tensors of a record, small, each of which moves the logits; heads of 8 (of 4 where there must be six)."""
     record, generator = RECORDS[name], torch.Generator().manual_seed(seed)
-    count = heads or (6 if record.mudd == "gated" else 4)
+    count = heads or {"gated": 6, "dampen": 8}.get(record.mudd or record.gate, 4)
     depth = record.depth or (12 if record.track == "small" else 24 if name == LARGE else 16)
     size = HEAD_SIZES.get(record.mudd, 8)
     shapes = shapes_of(record, depth, vocabulary=vocab, width=count * size, head_dim=size)

@@ -105,6 +105,7 @@ SINGLE = {
     "merge.drop": (3, ["task=merge"]),
     "generate.stop": ("end", ["task=generate"]),
     "generate.layers": (1, ["task=generate"]),
+    "data.text": ("text", ["task=finetune"]),
     "family.layers": (1, ["task=transfer"]),
     "train.layers": (2, ["task=train"]),
     "train.target_modules": ("q_proj", ["task=train", "family=lora_moe"]),
@@ -112,7 +113,7 @@ SINGLE = {
 
 
 # Lists of as many values as the training needs: one is none of them.
-OF_A_LENGTH = {"train.betas", "experiment.train.betas", "train.layer_weights"}
+OF_A_LENGTH = {"data.labels", "train.betas", "experiment.train.betas", "train.layer_weights"}
 
 
 def lists_in(node, way: str) -> set[str]:

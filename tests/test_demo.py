@@ -1,12 +1,13 @@
 """The demonstration that comes with the package: what it shows, how a user sees it, and what it is made of."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 
 from runner.checkpoints.runs import find_run
+from runner.families.npt import EquivalenceSettings
 from runner.families.npt.demo import DemoSettings
 from runner.installation import demo_run
 from tests.conftest import ROOT
@@ -63,8 +64,11 @@ def test_each_layer_alone_is_good(run):
 
 
 def test_its_settings_are_those_of_the_recipe():
-    settings = json.loads(json.dumps(asdict(DemoSettings())))
-    assert FIGURES["settings"] == settings
+    settings, recorded = json.loads(json.dumps(asdict(DemoSettings()))), FIGURES["settings"]
+    later = {name: settings["npt"].pop(name) for name in settings["npt"].keys() - recorded["npt"].keys()}
+    assert recorded == settings
+    defaults = {field.name: field.default for field in fields(EquivalenceSettings)}
+    assert later == json.loads(json.dumps({name: defaults[name] for name in later})), "a key that came later changes it"
     for _, path in find_run(demo_run()).checkpoints:
         config = json.loads((path / "config.json").read_text())
         assert {name: config[name] for name in settings["npt"]} == settings["npt"]

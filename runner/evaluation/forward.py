@@ -84,9 +84,9 @@ def final_states(model: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
         return states
     inner: Any = getattr(model, "base_model", None)
     if inner is not None:
-        return inner(input_ids=token_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        return inner(input_ids=token_ids, use_cache=False).last_hidden_state
     found: Any = model
-    return found.hidden(token_ids)  # type: ignore[no-any-return]
+    return found.hidden(token_ids)
 
 
 @torch.inference_mode()

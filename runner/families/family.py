@@ -49,6 +49,8 @@ class Family:
     # Whether it is trained on text that need not fit into memory; else on documents that do.
     trains_on_streams: ClassVar[bool] = False
 
+    # Whether its models give logits of tokens; a classifier does not.
+    continues_text: ClassVar[bool] = True
     # The head of a fine-tuning that names none.
     classifier_head: ClassVar[str] = "linear"
 

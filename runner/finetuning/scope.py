@@ -16,18 +16,10 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
 
 @dataclass(frozen=True, kw_only=True)
 class Scope:
-    """Parameters of the backbone that train, by name; `unreached` would, but no gradient reaches them.
-
-    `is_backbone_frozen`: whether none does, so that the backbone runs without gradients.
-    """
+    """Parameters of the backbone that train, by name; `unreached` would, but no gradient reaches them."""
 
     trained: dict[str, nn.Parameter]
     unreached: tuple[str, ...] = ()
-
-    @property
-    def is_backbone_frozen(self) -> bool:
-        """Whether nothing of the backbone trains."""
-        return not self.trained
 
 
 def choose(model: Classifier, scope: str, added: Collection[str], low_rank: Collection[str]) -> dict[str, nn.Parameter]:

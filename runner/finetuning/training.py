@@ -52,7 +52,8 @@ def score(
     model: Classifier, rows: TokenRows, classes: int, batch_size: int, precision: Precision | None = None
 ) -> Scored:
     """Measure a set as a whole; the model is in evaluation mode meanwhile. The loss is the mean, unweighted."""
-    was_training, parts = [(module, module.training) for module in model.modules()], {}
+    was_training = [(module, module.training) for module in model.modules()]
+    parts: dict[int, torch.Tensor] = {}
     model.eval()
     device = next(model.parameters()).device
     for numbers in by_length(rows, batch_size):
@@ -77,7 +78,7 @@ class Finetuned:
 
     step: int
     history: list[dict[str, float]]
-    best: dict[str, float]
+    best: Mapping[str, float]
     reason: str
     interrupted: bool
     groups: list[dict[str, float | int | str]] = field(default_factory=list)
@@ -85,7 +86,7 @@ class Finetuned:
 
 def class_weights(labels: Sequence[int], names: Sequence[str]) -> list[float]:
     """N / (C · n_c) of each class. Raises ConfigError for a class that no row has."""
-    counts = [labels.count(i) for i in range(len(names))]  # type: ignore[attr-defined]
+    counts = [labels.count(i) for i in range(len(names))]
     if 0 in counts:
         raise ConfigError(
             f"train.class_weights=balanced: no training row is of the class {names[counts.index(0)]}, whose "
@@ -168,7 +169,8 @@ class FinetuneRun:
             if self.on_log is not None:
                 share = schedule.lr_lambdas[0](step - 1)
                 rates = {
-                    f"lr/{group['name']}": rate * share for group, rate in zip(parts, schedule.base_lrs, strict=True)
+                    f"lr/{group['name']}": float(rate * share)
+                    for group, rate in zip(parts, schedule.base_lrs, strict=True)
                 }
                 own = {"train/loss": row["loss"], "train/grad_norm": row["gradient_norm"]}
                 self.on_log(step, {**own, **rates, "epoch": step / per_epoch})
@@ -246,7 +248,7 @@ def train_mode(model: Classifier, settings: FinetuneSettings) -> None:
     model.backbone.train(settings.routing == "train")
 
 
-def best_of(history: Sequence[dict[str, float]], figure: str) -> dict[str, float] | None:
+def best_of(history: Sequence[Mapping[str, float]], figure: str) -> Mapping[str, float] | None:
     """The first evaluation with the best figure; None where none is finite."""
     sign = 1 if figure in SMALLER_IS_BETTER else -1
     finite = [row for row in history if math.isfinite(row[figure])]

@@ -10,7 +10,7 @@ def finetune_facts(result: JsonObject) -> list[Fact]:
     """Every line of the report, in order."""
     metrics, trained = result.get("metrics") or {}, result.get("trained") or {}
     best = f"step {metrics['best_step']} (epoch {metrics['best_epoch']:.3g})" if "best_step" in metrics else None
-    backbone = trained.get("backbone_parameters")
+    backbone = trained.get("backbone_parameters", 0)
     scope = f"{result['scope']}: {many(backbone)} of {many(trained['all_parameters'])} backbone parameters"
     untrained = metrics.get("untrained_accuracy")
     return known([

@@ -96,6 +96,7 @@ def run(config: FinetuneConfig, context: Context) -> Result:
     sets = [named, *tests]
     write_predictions(context.directory, sets, data.labels)
     findings += [f"{each.name}: {in_words(each.scored.figures)}" for each in sets]
+    context.tracker.log({f"best/{name}": value for name, value in done.best.items()})
     for each in tests:
         context.log({f"test/{each.name}/{name}": value for name, value in each.scored.figures.items()})
     return Result(

@@ -12,7 +12,7 @@ from runner.checkpoints.detect import open_checkpoint
 from runner.checkpoints.model_directory import has_tokenizer
 from runner.checkpoints.runs import resolve
 from runner.config import BASE, DiagnoseConfig, GenerateConfig
-from runner.errors import ModelError
+from runner.errors import ConfigError, ModelError
 from runner.evaluation.base_models import Base, find_base, load_base
 from runner.evaluation.evaluator import Evaluator, plain_reference
 from runner.evaluation.forward import logit_count
@@ -47,6 +47,7 @@ def open_evaluation(config: DiagnoseConfig | GenerateConfig, context: Context) -
     with context.timed("open"):
         checkpoint = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module, config.family)
         family: Family = config.family.of(checkpoint).on(getattr(config, "data", None))
+        _require_language_model(family, checkpoint)
     with context.timed("load_base"):
         own = family.load_base(checkpoint, config.base, placement)
     with context.timed("load_checkpoint"):
@@ -83,6 +84,15 @@ def open_evaluation(config: DiagnoseConfig | GenerateConfig, context: Context) -
     )
 
 
+def _require_language_model(family: Family, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError for a classifier, which gives no logits of tokens."""
+    if not family.continues_text:
+        raise ConfigError(
+            f"{checkpoint.path}: is a classifier and continues no text; task=diagnose data=classification "
+            "data.test=FILE measures it"
+        )
+
+
 def _against_base(config: DiagnoseConfig | GenerateConfig) -> bool:
     return config.reference in (None, config.base, BASE)
 
@@ -114,6 +124,7 @@ def _other_reference(
         return cached(found), found.path
     checkpoint = open_checkpoint(resolve(path, by_step=False))
     family = own_family.of_reference(checkpoint)
+    _require_language_model(family, checkpoint)
     if family.is_base(checkpoint):
         found = load_base(None, checkpoint.path, placement)
         return cached(found), found.path

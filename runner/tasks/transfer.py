@@ -6,7 +6,7 @@ In the result: `commands` [{line, command, …figures}], what each line found; `
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from runner.evaluation.placement import Placement
 from runner.evaluation.tokenizers import load_tokenizer
 from runner.families.npt import Npt
 from runner.families.npt.tool.commands import execute
-from runner.families.npt.tool.session import Reply, Settings, Tool, quoted
+from runner.families.npt.tool.session import Settings, Tool, quoted
 from runner.families.npt.transfer import active_layers, npt_model
 from runner.families.npt.transfer_experiments import read_experiments, run_experiments
 from runner.families.npt.transfer_permanent import default_strength
@@ -29,6 +29,7 @@ from runner.tasks.context import Context, cache_directory, checkpoint_path
 from runner.transfer import tokenizer_of
 
 PAGE, TABLE = "transfer.html", "transfer.csv"
+Show = Callable[[str], None]
 _TWICE = 1.0  # seconds within which a second Ctrl-C ends the session
 
 
@@ -41,12 +42,13 @@ def run(config: TransferConfig, context: Context) -> Result:
     if settings.session:
         execute(tool, f"load {quoted(settings.session)}")
         tool.history.pop()
+    show: Show = _nothing if context.in_sweep else _shown
     with context.timed("transfer"):
         if wanted:
-            result.details = run_experiments(tool, wanted, lambda text: print(printable(text), flush=True))
+            result.details = run_experiments(tool, wanted, show)
             commands: list[JsonObject] = []
         else:
-            commands = list(_typed(tool, config) if lines is None else _scripted(tool, lines, settings.script))
+            commands = list(_typed(tool, config) if lines is None else _scripted(tool, lines, settings.script, show))
             result.details = {"commands": commands}
     result.per_prompt = [row for command in commands if (row := _injection_row(command))]
     if result.per_prompt:
@@ -117,7 +119,7 @@ def _script(settings: Settings, context: Context) -> list[str] | None:
     return None
 
 
-def _scripted(tool: Tool, lines: Iterable[str], script: str | None) -> Iterator[JsonObject]:
+def _scripted(tool: Tool, lines: Iterable[str], script: str | None, show: Show) -> Iterator[JsonObject]:
     """What each line finds; empty lines and those that begin with # are left out. The first error ends it."""
     where = script if script and script != "-" else "standard input"
     for number, line in enumerate(lines, 1):
@@ -127,7 +129,8 @@ def _scripted(tool: Tool, lines: Iterable[str], script: str | None) -> Iterator[
             reply = execute(tool, line.strip())
         except RunnerError as error:
             raise type(error)(f"{where}, line {number}: {error}") from error
-        _show(reply)
+        for said in reply.lines:
+            show(said)
         yield {"line": number, "command": line.strip(), **reply.figures}
         if reply.ends:
             return
@@ -146,7 +149,8 @@ def _typed(tool: Tool, config: TransferConfig) -> Iterator[JsonObject]:
                 number += 1
                 if line:
                     reply = execute(tool, line)
-                    _show(reply)
+                    for said in reply.lines:
+                        _shown(said)
                     yield {"line": number, "command": line, **reply.figures}
                     if reply.ends:
                         return
@@ -163,10 +167,12 @@ def _typed(tool: Tool, config: TransferConfig) -> Iterator[JsonObject]:
                 print("\ninterrupted; once more to end, or exit", flush=True)
 
 
-def _show(reply: Reply) -> None:
-    for line in reply.lines:
-        print(line)
-    sys.stdout.flush()
+def _shown(line: str) -> None:
+    print(printable(line), flush=True)
+
+
+def _nothing(line: str) -> None:
+    """A job of a sweep shows its result only."""
 
 
 def _injection_row(command: Mapping[str, Any]) -> JsonObject | None:

@@ -68,7 +68,9 @@ def gpt_sources(directory: Path) -> list[Path]:
     paths = []
     for seed, name in enumerate("ab"):
         path = directory / f"gpt_{name}.pt"
-        script_file(path, random_state("small", layers=12, width=768, vocab=8184, seed=seed))
+        state = random_state("small", layers=12, width=768, vocab=8184, seed=seed)
+        script_file(path, state)
+        torch.save(state, path.with_suffix(".bare.pt"))  # the state dict alone, as mergekit needs it
         paths.append(path)
     return paths
 

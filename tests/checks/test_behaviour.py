@@ -109,7 +109,10 @@ def a_logit_is_nan(patch, model):
 
 
 def the_cap_is_forgotten(patch, model):
-    patch.setattr(gpt_model.GptForCausalLM, "head", lambda self, hidden: self.lm_head(hidden).float())
+    def head(self, hidden):
+        return nn.functional.linear(hidden, self.weight("lm_head.weight")).float()
+
+    patch.setattr(gpt_model.GptForCausalLM, "head", head)
 
 
 def a_layer_has_no_weights(patch, model):

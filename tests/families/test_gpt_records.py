@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import runner
 from runner.checkpoints.detect import open_checkpoint
 from runner.errors import CheckpointError
 from runner.evaluation.placement import Placement
@@ -101,6 +102,39 @@ def test_every_record_opens_runs_and_is_saved(name, tmp_path):
         assert all(torch.equal(file.get_tensor(key), tensor) for key, tensor in tensors.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECORDS)
+@torch.inference_mode()
+def test_every_record_in_bfloat16(name, tmp_path):
+    path = record_file(tmp_path / "a.pt", name, record_state(name))
+    low = runner.load(path, device="cpu", dtype="bfloat16", **{"family.documents": True})
+    hidden = low.hidden(IDS)
+    found, high = low.head(hidden), runner.load(path, device="cpu", **{"family.documents": True})(IDS).logits
+    assert (hidden.dtype, found.dtype) == (torch.bfloat16, torch.float32)
+    assert (found - high).abs().mean() < 1
+    cache = low.new_cache(torch.zeros(1, dtype=torch.long), IDS.shape[1])
+    assert (low.advance(IDS, cache) - found[:, -1]).abs().max() < 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["2024-12-04_ValueEmbed", "2024-12-17_SparsifyEmbeds", "2025-12-19_RetieLMHead", "2026-01-24_ImprovedLMHead"],
+)
+def test_the_vocabulary_is_cut_in_every_tensor_that_has_it(name, tmp_path, run):
+    vocab = 122 if RECORDS[name].head_rows == "padded" else 128
+    path = record_file(tmp_path / "a.pt", name, record_state(name, vocab=vocab))
+    wanted = 122 if vocab == 122 else 100
+    outcome = run(
+        "task=convert", f"ckpt={path}", "convert.to=safetensors", "convert.output=out", f"convert.vocab_size={wanted}"
+    )
+    assert outcome.code == 0, outcome.err
+    found = open_checkpoint(Path("out"))
+    assert (found.details.record.name, found.details.vocab_size) == (name, wanted)
+    ids = IDS % wanted
+    whole, cut = (runner.load(place, device="cpu")(ids).logits[..., :wanted] for place in (path, "out"))
+    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_the_records_are_those_of_the_readme():
     text = (Path(families.__file__).parent / "README.md").read_text()
     assert [name for name in RECORDS if f"| `{name}` |" not in text] == []
@@ -161,6 +195,9 @@ def test_heads_of_64_under_the_names_of_medium(tmp_path):
     small_heads = Gpt().build(checkpoint, None, Placement(device="cpu"))(IDS % 24).logits
     assert torch.equal(small_heads, model("medium", state, head_dim=64)(IDS % 24).logits)
     script_file(path, state, code="nothing")
+    told = open_checkpoint(path, family=Gpt(record=LARGE))
+    assert (told.details.head_dim, told.details.head_dim_from) == (64, "nothing")
+    assert torch.equal(Gpt().build(told, None, Placement(device="cpu"))(IDS % 24).logits, small_heads)
     assumed = open_checkpoint(path)
     assert any("heads of 64" in finding for finding in assumed.findings)
     assert (Gpt().build(assumed, None, Placement(device="cpu"))(IDS % 24).logits - small_heads).abs().max() > 0.1

@@ -235,7 +235,7 @@ def test_active_layers_and_the_baseline_that_belongs_to_them(full):
     assert do(full, "layers 0,2")["active_layers"] == [0, 2]
     with full.model.npt_mode({0, 2}), torch.inference_mode():
         fewer = float(full.model(torch.tensor([text])).logits[0, -1].double().softmax(-1).max())
-    assert do(full, f'test "{B}"')["top"][0]["injected"] == pytest.approx(fewer, rel=1e-9)
+    assert do(full, f'test "{B}"')["top"][0]["injected"] == pytest.approx(fewer, rel=1e-5)
     assert fewer != every
     figures = do(full, f'inject a "{B}"')
     assert figures["kl"] == inject(full.model, text, full.bank["a"], How(), layers=[0, 2]).kl

@@ -87,7 +87,7 @@ def test_a_killed_process_ends_the_others_in_one_line_and_leaves_a_checkpoint(sc
     lines = [line for line in err.splitlines() if line.startswith("runner: ")]
     assert len(lines) == 1, err
     assert "another process of this training has ended; the last good checkpoint is" in lines[0]
-    assert str(ROOT) not in err, "torchrun's own traceback is all that there is"
+    assert str(ROOT / "runner") not in err, "torchrun's own traceback is all that there is"
     (checkpoint,) = (scene / "run").glob("checkpoint-*")
     step = int(checkpoint.name.removeprefix("checkpoint-"))
     again = start(scene, f"train.resume_from={checkpoint}", f"train.max_steps={step + 2}", "train.save_every=100")

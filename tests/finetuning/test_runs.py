@@ -114,6 +114,8 @@ def test_each_family_learns_a_separable_task(family, finetune, files, run):
         <= found["transfer"][2]["difference_high"]
     )
     assert sum(map(sum, found["confusion"])) == found["metrics"]["rows"] == 40
+    plain = run("task=diagnose", "ckpt=out/checkpoint-best")
+    assert (plain.code, "is a classifier and continues no text" in plain.err) == (2, True), plain.err
     again = run("task=diagnose", "ckpt=out/checkpoint-best", "data=classification", f"data.test={files / 'hi.jsonl'}")
     assert again.code == 0, again.err
     assert again.result["metrics"]["accuracy"] == found["metrics"]["test/hi"]["accuracy"]
@@ -158,7 +160,7 @@ def test_what_was_trained_and_nothing_else(finetune, run, models):
         assert {rows[name][0] for name in ("forward", "batch", "roundtrip", "gradients", "optimizer_step")} == {"pass"}
 
 
-def test_low_rank_updates_start_as_the_base_and_open_with_peft(finetune, models):
+def test_low_rank_updates_open_with_peft_and_merged_with_transformers(finetune, models, run):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForSequenceClassification
 
@@ -171,6 +173,34 @@ def test_low_rank_updates_start_as_the_base_and_open_with_peft(finetune, models)
     ids = torch.randint(3, 250, (4, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(own(ids).logits, theirs(input_ids=ids).logits, atol=1e-5, rtol=0)
+    converted = run("task=convert", "ckpt=out/checkpoint-best", "convert.to=hf", "convert.output=whole")
+    assert converted.code == 0, converted.err
+    whole = AutoModelForSequenceClassification.from_pretrained("whole").eval()
+    assert whole.config.id2label == {0: "0", 1: "1", 2: "2"}
+    with torch.no_grad():
+        torch.testing.assert_close(own(ids).logits, whole(input_ids=ids).logits, atol=1e-5, rtol=0)
+
+
+def test_a_sweep_over_steps_shows_accuracy_against_step(run, models, files):
+    base = Path(models["hf"][0].partition("=")[2])
+    for step in (100, 200):
+        shutil.copytree(base, Path("run") / f"checkpoint-{step}")
+    done = run(
+        "-m", "task=finetune", "ckpt=run", "step=all", f"data.train={files / 'train.jsonl'}", "data.group=language",
+        f"data.test={{hi: {files / 'hi.jsonl'}, ur: {files / 'ur.jsonl'}}}", "train.scope=head", "train.epochs=1",
+        "train.class_weights=balanced", "hydra.sweep.dir=sweep",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    page = Path("sweep/comparison.html").read_text()
+    assert page.count("Confusion · checkpoint-") >= 2
+    assert "always the commonest class" in page
+    assert "accuracy" in Path("sweep/comparison.csv").read_text().splitlines()[0]
+    found = json.loads(next(Path("sweep").glob("0_*/result.json")).read_text())
+    assert found["step"] == 100
+    assert [row["set"] for row in found["transfer"]] == ["validation", "hi", "hi/a", "ur", "ur/i"]
+    lines = [json.loads(line) for line in next(Path("sweep").glob("0_*/predictions.jsonl")).read_text().splitlines()]
+    assert [line["set"] for line in lines].count("ur") == 20
+    assert sum(lines[0]["probabilities"].values()) == pytest.approx(1)
 
 
 def script_file(path, dialect, state, head, args=None):

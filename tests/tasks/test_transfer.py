@@ -288,3 +288,12 @@ def test_ctrl_c_ends_a_command_and_twice_the_session(npt, tmp_path):
     terminal.until("> ")
     terminal.type("\x03\x03")
     assert terminal.end() == 130
+
+
+def test_injections_are_rows_in_the_tracker(script):
+    from runner.tracking.rows import job_record
+
+    record = job_record(script(SESSION).result, 100)
+    assert record.rows[0]["eval/kl"] > 0
+    assert "eval/locality_kl" in record.rows[0]
+    assert "permuted_kl" in record.tables["tables/per_prompt"].columns

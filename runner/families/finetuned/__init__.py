@@ -32,6 +32,7 @@ class Finetuned(Family):
 
     format_modules: ClassVar[tuple[str, ...]] = ("runner.families.finetuned.checkpoint",)
     needs_tokenizer: ClassVar[bool] = False
+    continues_text: ClassVar[bool] = False
 
     def formats(self) -> "tuple[CheckpointFormat, ...]":
         from runner.families.finetuned.checkpoint import formats

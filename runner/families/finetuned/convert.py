@@ -14,6 +14,7 @@ from runner.errors import ConfigError
 from runner.evaluation.placement import Placement
 from runner.families.finetuned.checkpoint import BACKBONE, FinetunedDetails
 from runner.families.finetuned.model import build, load_base, open_backbone
+from runner.families.gpt.model import GptForCausalLM
 from runner.families.gpt.records import SMALL
 from runner.files.tensors import owned
 from runner.finetuning.classifier import Classifier
@@ -46,12 +47,13 @@ def conversion(checkpoint: Checkpoint, to: str, moved: str | None) -> Writer:
 def _write_script_file(checkpoint: Checkpoint, inner: Checkpoint, model: Classifier, directory: Path) -> Expected:
     """`model`, figures, and args: what evaluate.py reads."""
     is_small = inner.details.record.name == SMALL
-    depth = inner.details.num_layers
+    depth, backbone = inner.details.num_layers, model.backbone
+    assert isinstance(backbone, GptForCausalLM)
     tensors = {}
     for name in inner.details.keys:
         if name.startswith("lm_head"):
             continue
-        tensor = model.backbone.weight(name).detach()  # with its low-rank update
+        tensor = backbone.weight(name).detach()  # with its low-rank update
         if name == "scalars":
             tensor = tensor[: 5 * depth]
         renamed = is_small and name.startswith("blocks.") and name.endswith(".weight")

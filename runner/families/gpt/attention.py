@@ -157,11 +157,6 @@ class Cache:
     last: dict[str, Tensor] = field(default_factory=dict)
     documents: Tensor | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(each.keys.nbytes + each.values.nbytes for each in self.layers.values())
-
 
 class Pass:
     """One pass over T new tokens of B rows, after those in `cache` where there is one."""

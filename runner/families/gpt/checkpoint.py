@@ -21,7 +21,7 @@ from runner.checkpoints.reading import Parts, Reading, weight_names
 from runner.checkpoints.runs import step_in_name
 from runner.errors import CheckpointError
 from runner.families.gpt.identify import Decision, identify
-from runner.families.gpt.layouts import ALIKE, HEAD_SIZE, GptDetails, component, nearest, read_details
+from runner.families.gpt.layouts import ALIKE, GptDetails, component, nearest, read_details
 from runner.families.gpt.records import LARGE, MEDIUM, RECORDS, SMALL, Record, skip_connections
 from runner.families.gpt.script import Script
 from runner.families.gpt.script import read as read_script
@@ -133,7 +133,7 @@ _MARK = re.compile(
     r"blocks\.[0-9]+\.attn\.(?:qkvo?_w|c_q\.weight)|transformer\.h\.[0-9]+\.attn\.c_(?:q|attn)\.weight|attn_bank|qk_bank"
 )
 _ATTENTION = re.compile(r"(?:blocks|transformer\.h)\.[0-9]+\.attn\.(?:qkvo?_w|c_q\.weight|c_attn\.weight)")
-_HEADS = "the size of a head is not said by its script nor by its tensors: taken as {size}, as in the records{other}"
+_HEADS = "the size of a head is not said by its script or tensors: taken as {size}, as in the record's script{other}"
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def _read(name: str, told: Record | None, listing: Listing) -> Reading:
         if decision.candidates and details.num_layers != 16:
             text = f"could be {MEDIUM} (heads of 128) or {LARGE} (heads of 64), and nothing in it says which"
             parts.refuse("keys", f"{weights.path}: {text}; format={RECORD} family.record={LARGE} decides")
-        findings.append(_HEADS.format(size=HEAD_SIZE, other=other))
+        findings.append(_HEADS.format(size=details.head_dim, other=other))
     details, said = _trained(replace(details, found_by=decision.how), script, origin.step)
     checkpoint = Checkpoint(
         path=listing.path,

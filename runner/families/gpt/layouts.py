@@ -313,17 +313,17 @@ def read_details(
     not_floating = sorted(name for name in infos if not infos[name].is_floating)
     if not_floating:
         parts.refuse("shapes", f"{where}: {', '.join(not_floating)}: weights must be floating-point")
-    table, multiple = infos[record.table].shape, head_dim or HEAD_SIZE
+    table, multiple = infos[record.table].shape, head_dim or record.head_size
     sizes: dict[str, int] = {} if head_dim is None else {"hd": head_dim}
     wrong = solved(record, depth, {name: info.shape for name, info in infos.items()}, sizes)
-    if len(table) != 2 or not all(table) or table[1] % sizes.get("hd", HEAD_SIZE):
+    if len(table) != 2 or not all(table) or table[1] % sizes.get("hd", record.head_size):
         text = f"{record.table} is {list(table)}, it must be [vocabulary, a multiple of {sizes.get('hd', multiple)}]"
         parts.refuse("shapes", f"{where}: {text}")
         return None
     if wrong:
         parts.refuse("shapes", f"{where}: shapes contradict {record.table} {list(table)}: {'; '.join(wrong)}")
         return None
-    heads = table[1] // sizes.get("hd", HEAD_SIZE)
+    heads = table[1] // sizes.get("hd", record.head_size)
     parts.is_sound("shapes", f"width {table[1]}, {heads} heads, vocabulary {table[0]}")
     head = next(
         infos[name].shape[0] if record.keys[name][0] in "WV" else infos[name].shape[1]
@@ -336,7 +336,7 @@ def read_details(
         head_rows=head,
         num_layers=depth,
         model_dim=table[1],
-        head_dim=sizes.get("hd", HEAD_SIZE),
+        head_dim=sizes.get("hd", record.head_size),
         num_scalars=infos["scalars"].shape[0] if "scalars" in infos else 0,
         keys=tuple(infos),
         head_dim_from="script" if head_dim is not None else "tensors" if "hd" in sizes else "nothing",

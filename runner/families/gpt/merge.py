@@ -118,6 +118,11 @@ def _check_same(first: Source, other: Source) -> None:
         raise CheckpointError(
             f"{first.path} is {one}, {other.path} {another}: they compute different functions and cannot be averaged"
         )
+    if a.before_split != b.before_split:
+        early, late = (first, other) if a.before_split else (other, first)
+        raise CheckpointError(
+            f"{early.path} was saved before embedding and head part, {late.path} after: their embeddings have no mean"
+        )
     sizes = [{name: getattr(details, name) for name in _SIZES} for details in (a, b)]
     if differing := [name for name in _SIZES if sizes[0][name] != sizes[1][name]]:
         shown = [", ".join(f"{name} {size[name]}" for name in differing) for size in sizes]

@@ -61,6 +61,7 @@ class Record:
     bigram: Literal["", "plain", "sign"] = ""
     mudd: Literal["", "dense", "recursive", "gated"] = ""
     # Attention.
+    head_size: int = 128  # where neither script nor tensors say it
     query_key_norm: bool = True
     input_norm: bool = True
     value_norm: bool = False
@@ -162,11 +163,12 @@ def _gpt2_names() -> list[Record]:
         name="2024-10-10_Muon", new="the first: GELU; q, k, v in one matrix; each output of attention × 1/√(2L)",
         keys={**_TOP, **_of("block", _H, attn__c_attn__weight="3d d", attn__c_proj__weight="d d", **_ANGLES, **_MLP)},
         table="transformer.wte.weight", embedding_norm=False, tied=True, activation="gelu", depth_scaled=True,
-        query_key_norm=False, documents=False, head_rows="same",
+        query_key_norm=False, documents=False, head_rows="same", head_size=64,
     )
     modern = replace(
         muon, name="2024-10-14_ModernArch", new="q and k are normed, relu²",
         keys={**_TOP, **_of("block", _H, **_QKV, **_MLP)}, activation="relu²", depth_scaled=False, query_key_norm=True,
+        head_size=128,
     )
     untied = _next(modern, "2024-11-03_UntieEmbed", "head untied, embedding normed", tied=False, embedding_norm=True)
     half = _next(untied, "2024-11-06_ShortcutsTweaks", "half of v is the first block's", value_mix="half")
@@ -398,7 +400,7 @@ def _medium(small: Mapping[str, Record]) -> list[Record]:
         },
         scalars=_FLAT, cap="R15", depth=None, least_depth=12,
     )
-    large = replace(medium, name=LARGE, new="medium's tensors with heads of 64, and 24 blocks", pattern=16)
+    large = replace(medium, name=LARGE, new="medium's tensors, heads of 64, 24 blocks", pattern=16, head_size=64)
     five = _next(medium, "medium_2025-08-28_Medium_NewValemb", "five value embeddings", values=_FIVE, depth=16)
     double = _next(
         five, "medium_2025-09-11_GPT2MediumX01", "two embeddings", "embed.", "scalars", table="embed1.weight",

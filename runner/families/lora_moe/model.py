@@ -166,7 +166,7 @@ class LoraForCausalLM(nn.Module):
     def final_states(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The last hidden state [B, T, d], after the final norm, of ids padded on the right; of the routed pass."""
         self._route(input_ids, _unseen(None, None))
-        return self.lm.base_model(input_ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        return self.lm.base_model(input_ids, use_cache=False).last_hidden_state
 
     def adapters(self) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, float]], ...]:
         """The adapters as they are now, in the form in which they were given."""

@@ -15,19 +15,9 @@ from runner.files.file_type import Kind, kind_of
 from runner.merge import lazy_tensor
 from runner.merge.lazy_tensor import LazyTensor
 from runner.merge.plan import (
-    JsonObject,
-    MergedTensor,
-    MergeOutput,
-    Source,
-    TensorFile,
-    base_written,
-    check_bases,
-    check_distinct,
-    differing_dtypes,
-    furthest,
-    interpolation_weights,
-    latest_step,
-)
+    JsonObject, MergedTensor, MergeOutput, Source, TensorFile, base_written, check_bases,
+    check_distinct, differing_dtypes, furthest, interpolation_weights, latest_step,
+)  # fmt: skip
 from runner.merge.spec import MergeSpec, SourceSpec
 
 if TYPE_CHECKING:

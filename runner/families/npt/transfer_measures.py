@@ -48,7 +48,7 @@ def controls(
                 "prompt": text,
                 **_effect(inject(model, ids, taken, how, position, layers), tracked),
             }
-    rows = [
+    rows: list[JsonObject] = [
         {"prompt": text, "kl": inject(model, each, m, how, -1, layers).kl}
         for text, each in unrelated.items()
         if len(each) >= m.count
@@ -66,7 +66,7 @@ def _begins_alike(one: Sequence[int], other: Sequence[int]) -> bool:
 
 def _same_kind(taken: Modulation, m: Modulation, how: How) -> bool:
     """Whether `taken` can stand in `m`'s place."""
-    mixes_vectors = how.space == "vectors" and how.mode != "replace"
+    mixes_vectors: bool = how.space == "vectors" and how.mode != "replace"
     return not mixes_vectors or all(taken.ranks(i) == m.ranks(i) for i in m.layers if i in taken.layers)
 
 

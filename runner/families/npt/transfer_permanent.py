@@ -153,7 +153,7 @@ def _write(
             total = float(weight.detach().float().norm())
             rows.append({"layer": layer, "projection": projection, "delta_norm": norm, "relative": norm / total})
     for linear, (name, weight) in changed.items():
-        model.first_weights.setdefault(name, linear.weight)
+        model.first_weights.setdefault(name, _weight(model, name))
         linear.weight = weight
     return m.vectors, rows
 
@@ -173,9 +173,13 @@ def _changed(weight: torch.Tensor, pair: Pair, strength: float, layer: int, proj
 def _weights(model: NptLlamaForCausalLM, layers: Collection[int]) -> dict[str, nn.Parameter]:
     """The MLP weights of `layers` as they are, by their modules."""
     names = [f"model.layers.{i}.mlp.{each}_proj" for i in layers for each in ("gate", "up", "down")]
-    return {
-        name: model.get_submodule(name).weight for name in names if int(name.split(".")[2]) < len(model.model.layers)
-    }
+    return {name: _weight(model, name) for name in names if int(name.split(".")[2]) < len(model.model.layers)}
+
+
+def _weight(model: NptLlamaForCausalLM, name: str) -> nn.Parameter:
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
 
 
 def restore(
@@ -204,7 +208,7 @@ def reset(model: NptLlamaForCausalLM, layers: Collection[int] | None = None) -> 
 @contextmanager
 def unwritten(model: NptLlamaForCausalLM) -> Iterator[None]:
     """Within the block the model has its first weights."""
-    written = {name: model.get_submodule(name).weight for name in model.first_weights}
+    written = {name: _weight(model, name) for name in model.first_weights}
     try:
         for name, weight in model.first_weights.items():
             model.get_submodule(name).weight = weight

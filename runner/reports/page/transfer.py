@@ -16,6 +16,7 @@ from runner.reports.transfer import filled
 from runner.results import JsonObject
 
 _LONGEST_TITLE = 60
+_PLAIN = {"showgrid": False, "zeroline": False, "automargin": True, "rangemode": "tozero"}
 _KL_AXIS = {"title": {"text": "KL, nats"}, "rangemode": "tozero"}
 
 
@@ -110,7 +111,7 @@ def _probabilities(command: Mapping[str, Any], name: str) -> Figure:
         if "locality" in controls:
             note += f", locality {number(controls['locality']['kl'])}"
     layout = {
-        "xaxis": {"title": {"text": "probability of the next token"}, "rangemode": "tozero"},
+        "xaxis": {"title": {"text": "probability of the next token"}, "type": "log", "tickformat": "~g"},
         "yaxis": {"autorange": "reversed", "type": "category"}, "barmode": "group", "hovermode": "closest",
         "showlegend": True,
     }  # fmt: skip
@@ -153,7 +154,7 @@ def _by_parts(command: Mapping[str, Any], name: str) -> Iterator[Figure]:
             "xaxis": {"title": {"text": "strength"}}, "yaxis": _KL_AXIS,
         }  # fmt: skip
         if len(data) > 2:
-            layout["yaxis2"] = {"title": {"text": "probability"}, "overlaying": "y", "side": "right", "showgrid": False}
+            layout["yaxis2"] = {"title": {"text": "probability"}, "overlaying": "y", "side": "right", **_PLAIN}
         note = "A permuted control as high as the curve says that the effect is not the fact's."
         yield Figure(
             name=f"{name}-strength", title=_titled(command, "By strength"), note=note, data=data, layout=layout

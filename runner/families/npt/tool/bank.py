@@ -12,6 +12,7 @@ from runner.families.npt.modulation import SPACES, Modulation
 from runner.families.npt.tool.session import (
     Call,
     Command,
+    Convert,
     Reply,
     Tool,
     choice,
@@ -205,8 +206,8 @@ def load(tool: Tool, call: Call) -> Reply:
     return Reply(lines=[printable(line) for line in lines], figures={"loaded": list(found.bank), "notes": notes})
 
 
-_SPACE = {"space": choice(*SPACES)}
-_TAKE = {"special": switch, "answer": str}
+_SPACE: dict[str, Convert] = {"space": choice(*SPACES)}
+_TAKE: dict[str, Convert] = {"special": switch, "answer": str}
 COMMANDS: dict[str, Command] = {
     "track": Command(usage="TOKEN…", about="show these tokens' probabilities; alone: list", run=track, most=None),
     "untrack": Command(usage="TOKEN…", about="no longer", run=untrack, least=1, most=None),

@@ -37,7 +37,7 @@ def show_help(tool: Tool, call: Call) -> Reply:
     lines = []
     for name in names:
         options = " ".join(f"[-{each}]" for each in COMMANDS[name].options)
-        lines.append(f"  {' '.join(filter(None, (name, COMMANDS[name].usage, options)))}\n      {COMMANDS[name].about}")
+        lines += [f"  {' '.join(filter(None, (name, COMMANDS[name].usage, options)))}", f"      {COMMANDS[name].about}"]
     if not names:
         raise ConfigError(f"there is no command {call.words[0]!r}")
     return Reply(lines=lines)
