@@ -237,7 +237,7 @@ def print_comparison(comparison: Comparison, written: ComparisonFiles, console: 
     terminal = console.is_terminal
     gap = 2 if console.width >= 100 else 1
     rows = checkpoint_rows(found["checkpoints"], drawn=terminal)
-    title = _count_words(found["jobs"])
+    title = f"jobs: {_count_words(found['jobs'])}"
     print_rows(title, fitting(rows, console.width if terminal else None, gap=gap), console, gap=gap)
     print_rows("tests", test_rows(found["tests"]), console, gap=gap)
     print_rows("continuations", step_rows(comparison.done), console, gap=gap)
