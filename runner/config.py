@@ -440,7 +440,8 @@ def refused(error: Exception, task: str, given: Mapping[str, str | None], *, mul
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         if group == "train":
-            return ConfigError(f"family={choice} cannot be trained; choose {' or '.join(error.options or ())}")
+            others = [name for name in error.options or () if name != "finetune"]  # which is a task of its own
+            return ConfigError(f"family={choice} cannot be trained; choose {' or '.join(others)}")
         return ConfigError(f"{group}={choice} is no {group}{did_you_mean(choice, error.options or ())}")
     if isinstance(error, OverrideParseException):
         return ConfigError(f"{error.override}: cannot be read: {error.message.splitlines()[0]}")

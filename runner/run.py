@@ -349,7 +349,10 @@ def _try_places(config: CommonConfig) -> None:
             raise ConfigError(f"output={path}: is a directory; name the file to write, as {path / FILE_NAME}")
         directory = path.parent if key == "output" else path
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            if key == "output":
+                directory.mkdir(parents=True, exist_ok=True)
+            while not directory.exists():  # a cache is made when something is kept in it
+                directory = directory.parent
             tempfile.TemporaryFile(dir=directory).close()
         except OSError as error:
             raise ConfigError(f"{key}={path}: cannot be written: {error.strerror}") from error

@@ -13,18 +13,19 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from runner.checkpoints.model_directory import TOKENIZER_FILES
 from runner.errors import CheckpointError
 from runner.files import manifest
 from runner.files.file_type import sha256_of
-from runner.files.staging import staged
 from runner.files.tensors import open_weights, owned
-from runner.finetuning.classifier import Classifier
-from runner.finetuning.low_rank import LowRankSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from runner.finetuning.classifier import Classifier
+    from runner.finetuning.low_rank import LowRankSettings
 
 FORMAT, VERSION = "finetuned", 1
 DESCRIPTION, HEAD_FILE, BACKBONE_FILE = "classification.json", "head.safetensors", "backbone.safetensors"
@@ -41,7 +42,7 @@ def content_hash(files: Iterable[Path]) -> str:
 
 def write(
     target: Path,
-    model: Classifier,
+    model: "Classifier",
     trained: Iterable[str],
     description: Mapping[str, Any],
     *,
@@ -54,7 +55,10 @@ def write(
     `trained`: names of the backbone's parameters; `peft`: adapter_config.json of low-rank updates as PEFT has them.
     Raises CheckpointError where `target` cannot be written, RunnerError where the disk fails.
     """
+    import torch
     from safetensors.torch import save_file
+
+    from runner.files.staging import staged
 
     named = dict(model.backbone.named_parameters())
     own = owned({name: named[name] for name in trained})
@@ -83,7 +87,7 @@ def tokenizer_files(option: str | None, directories: Sequence[Path]) -> list[Pat
     return next((files for files in found if files), [])
 
 
-def peft_config(settings: LowRankSettings, targets: Iterable[str], base: str) -> dict[str, Any]:
+def peft_config(settings: "LowRankSettings", targets: Iterable[str], base: str) -> dict[str, Any]:
     """adapter_config.json of low-rank updates and a `score` for sequence classification."""
     return {
         "peft_type": "LORA",
@@ -101,7 +105,7 @@ def peft_config(settings: LowRankSettings, targets: Iterable[str], base: str) ->
     }
 
 
-def load_trained(model: Classifier, directory: Path) -> None:
+def load_trained(model: "Classifier", directory: Path) -> None:
     """Give the backbone's and the head's parameters what a checkpoint of the same training holds.
 
     Raises CheckpointError.
@@ -116,14 +120,18 @@ def load_trained(model: Classifier, directory: Path) -> None:
 
 def copy_checkpoint(source: Path, target: Path) -> None:
     """The checkpoint `source` once more as `target`. Raises CheckpointError or RunnerError."""
+    from runner.files.staging import staged
+
     with staged(target) as directory:
         for file in source.iterdir():
             if file.name != manifest.FILE_NAME:
                 shutil.copyfile(file, directory / file.name)
 
 
-def load_parameters(model: Classifier, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
+def load_parameters(model: "Classifier", tensors: "Mapping[str, torch.Tensor]", where: Path) -> None:
     """Give the backbone's and the head's parameters the values of `tensors`. Raises CheckpointError for misfits."""
+    import torch
+
     named = {**dict(model.backbone.named_parameters()), **model.head_parameters()}
     for name, tensor in tensors.items():
         if name not in named or named[name].shape != tensor.shape:

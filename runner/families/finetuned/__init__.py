@@ -11,7 +11,7 @@ from runner.families.family import Family
 if TYPE_CHECKING:
     from torch import nn
 
-    from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Writer
+    from runner.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Listing, Writer
     from runner.checks.context import Check, CheckContext, Traits
     from runner.config import Conversion
     from runner.evaluation.base_models import Base
@@ -33,6 +33,12 @@ class Finetuned(Family):
     format_modules: ClassVar[tuple[str, ...]] = ("runner.families.finetuned.checkpoint",)
     needs_tokenizer: ClassVar[bool] = False
     continues_text: ClassVar[bool] = False
+
+    def may_hold(self, listing: "Listing", module: str) -> bool:
+        """As `Family.may_hold`: what describes a classifier, or one file of weights."""
+        from runner.checkpoints.reading import weight_names
+
+        return "classification.json" in listing.entries or len(weight_names(listing)) == 1
 
     def formats(self) -> "tuple[CheckpointFormat, ...]":
         from runner.families.finetuned.checkpoint import formats

@@ -58,11 +58,12 @@ def matches(listing: Listing) -> str | None:
 
 
 def _original(listing: Listing) -> str | None:
-    for name in weight_names(listing):
+    names = weight_names(listing)
+    for name in names if len(names) == 1 else ():
         source = listing.weights(name)
         state = source.extras.get(STATE)
-        names = state if isinstance(state, Mapping) else source.infos
-        keys = [str(key).removeprefix("_orig_mod.") for key in names]
+        tensors = state if isinstance(state, Mapping) else source.infos
+        keys = [str(key).removeprefix("_orig_mod.") for key in tensors]
         if f"{HEAD}1.weight" in keys and any(key.startswith(BACKBONE) for key in keys):
             return name
     return None
