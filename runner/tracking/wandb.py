@@ -142,6 +142,8 @@ class WandbTracker(Tracker):
         seconds = self.init_timeout if self._failed else self.finish_timeout + self.init_timeout
         try:
             worker.ask(seconds, there.finish_run, exit_code)
+            if self._failed:  # the service that still writes the file is ended below
+                worker.ask(seconds, there.wait_for_flush, -1)
         except Exception as error:
             self._fail(error, run)
         if self._failed:
