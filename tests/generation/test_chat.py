@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -233,11 +234,17 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.parent, text.encode())
 
-    def until(self, pattern: str) -> str:
-        """Read until `pattern` comes; what came before it and with it."""
+    def until(self, pattern: str, again: str = "") -> str:
+        """Read until `pattern` comes; what came before it and with it.
+
+        `again` is typed once more when nothing comes: readline can miss a signal in the moment before it waits.
+        """
         end = time.monotonic() + LIMIT
         while not (match := re.search(pattern, self.seen)):
             assert time.monotonic() < end, self.seen
+            if not select.select([self.parent], [], [], 2)[0]:
+                self.type(again)
+                continue
             try:
                 self.seen += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(self.parent, 4096).decode(errors="replace"))
             except OSError:  # the other end is closed
@@ -291,7 +298,7 @@ def test_twice_ends_the_chat(run_directory, tmp_path):
     said = ""
     while "runner: interrupted" not in said:  # on a busy machine the second may come too late to be one
         terminal.type("\x03")
-        said = terminal.until("Ctrl-C once more|runner: interrupted")
+        said = terminal.until("Ctrl-C once more|runner: interrupted", again="\x03")
     assert terminal.end() == 130
 
 
