@@ -107,6 +107,7 @@ def scan(file: BinaryIO, path: Path, further: "Mapping[str, Step] | None" = None
     reader = BoundedReader(file, MAX_PICKLE_BYTES)
     machine = Machine()
     position = 0
+    value: object = None
     try:
         for count, (opcode, argument, at) in enumerate(pickletools.genops(cast(BinaryIO, reader))):
             position = at or 0
@@ -120,16 +121,20 @@ def scan(file: BinaryIO, path: Path, further: "Mapping[str, Step] | None" = None
         if machine.stack:
             raise IndexError("values left over")
         check_shape(value)
-    except Refused as error:
-        named = f"{path}: {machine.key()}: " if error.about_tensor else f"{path}: "
-        raise CheckpointError(f"{named}{error}") from error
-    except RecursionError as error:
-        raise CheckpointError(f"{path}: its pickle is nested too deep") from error
-    except (ValueError, IndexError, KeyError, UnicodeDecodeError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: damaged pickle near byte {position}: copy or download the file again"
-        ) from error
+    except (Refused, RecursionError, ValueError, IndexError, KeyError, UnicodeDecodeError, TypeError) as error:
+        named = f"{path}: {machine.key()}" if isinstance(error, Refused) and error.about_tensor else f"{path}"
+        # What a refused file holds is not kept for as long as its error.
+        machine, value = Machine(), None
+        raise CheckpointError(f"{named}: {_reason(error, position)}") from error.with_traceback(None)
     return Scan(value=value, storages=machine.storages)
+
+
+def _reason(error: Exception, position: int) -> str:
+    if isinstance(error, Refused):
+        return str(error)
+    if isinstance(error, RecursionError):
+        return "its pickle is nested too deep"
+    return f"damaged pickle near byte {position}: copy or download the file again"
 
 
 def _unknown(name: str, protocol: int) -> str:

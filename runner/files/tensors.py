@@ -82,7 +82,7 @@ def read_pickle(path: Path) -> Any:
 
 def is_tensor(value: object) -> bool:
     """Whether it is a tensor of torch, or what `read_pickle` gives for one; told without torch."""
-    return hasattr(value, "itemsize") and hasattr(value, "numel")
+    return hasattr(value, "itemsize") and hasattr(value, "numel") and not isinstance(value, type)
 
 
 def map_pickle(path: Path) -> Mapped:

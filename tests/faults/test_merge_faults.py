@@ -129,7 +129,7 @@ FAULTS = {
     "failing": "error=EIO:when={n}",
 }
 EXITS = {"killed": (-9,), "interrupted": (130,), "full": (0, 1), "failing": (0, 1)}
-# At least 200 runs in all: each of some 30 calls for each of these.
+# Some 180 runs in all: each of some 23 calls for each of these; tensors are copied by the kernel (test_merge_models_faults.py).
 SWEEPS = [
     ("pt", False, ("killed", "interrupted", "full", "failing")),
     ("pt", True, ("killed", "failing")),
@@ -173,7 +173,7 @@ def test_any_fault_at_any_call_leaves_no_output_or_a_whole_one(form, replacing, 
             new.mkdir(exist_ok=True)
     assert {file: file.read_bytes() for file in sources} == sources
     print(f"{sum(outcomes.values())} runs over {len(calls)} calls:", dict(outcomes))
-    assert sum(outcomes.values()) == len(calls) * len(faults) > 50
+    assert sum(outcomes.values()) == len(calls) * len(faults) > 40
 
 
 def manifest(out: Path) -> bytes | None:

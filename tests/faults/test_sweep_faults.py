@@ -103,7 +103,7 @@ def test_an_interrupt_keeps_what_is_finished_and_leaves_nothing_running(scene, l
 def test_a_full_disk_keeps_what_is_finished_and_the_sweep_goes_on_when_there_is_room(scene):
     small = scene / "small"
     small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=72k", "tmpfs", str(small)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(small)], check=True)
     try:
         code, _, err = finish(start(scene, "ckpt=run", "step=all", f"hydra.sweep.dir={small}/sweep"))
         assert code == 3, err
