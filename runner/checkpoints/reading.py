@@ -4,7 +4,7 @@ One reading serves both who needs the whole (`open`: refused where anything stan
 look at each part by itself.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,13 @@ def weight_names(listing: Listing) -> list[str]:
     if not listing.path.is_dir():
         return [listing.path.name]
     return [name for name in listing.entries if may_be_weights(name) and listing.file(name).is_file()]
+
+
+def tensor_names(listing: Listing, name: str) -> list[str]:
+    """The names of a weights file's tensors, with those that scripts nest under "model". Raises CheckpointError."""
+    source = listing.weights(name)
+    nested = source.extras.get("model")
+    return [*source.infos, *(map(str, nested) if isinstance(nested, Mapping) else ())]
 
 
 def load_mapping(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from runner.errors import ConfigError
+from runner.errors import CheckpointError, ConfigError
 from runner.families.family import Family
 
 if TYPE_CHECKING:
@@ -35,10 +35,16 @@ class Finetuned(Family):
     continues_text: ClassVar[bool] = False
 
     def may_hold(self, listing: "Listing", module: str) -> bool:
-        """As `Family.may_hold`: what describes a classifier, or one file of weights."""
-        from runner.checkpoints.reading import weight_names
+        """As `Family.may_hold`: what describes a classifier, or one file with a classifier's tensors."""
+        from runner.checkpoints.reading import tensor_names, weight_names
 
-        return "classification.json" in listing.entries or len(weight_names(listing)) == 1
+        if "classification.json" in listing.entries:
+            return True
+        files = weight_names(listing)
+        try:
+            return len(files) == 1 and any("classifier." in name for name in tensor_names(listing, files[0]))
+        except CheckpointError:
+            return True  # whoever looks closer says what is wrong
 
     def formats(self) -> "tuple[CheckpointFormat, ...]":
         from runner.families.finetuned.checkpoint import formats

@@ -58,15 +58,16 @@ def matches(listing: Listing) -> str | None:
 
 
 def _original(listing: Listing) -> str | None:
+    """The one file of weights, where it holds both."""
     names = weight_names(listing)
-    for name in names if len(names) == 1 else ():
-        source = listing.weights(name)
-        state = source.extras.get(STATE)
-        tensors = state if isinstance(state, Mapping) else source.infos
-        keys = [str(key).removeprefix("_orig_mod.") for key in tensors]
-        if f"{HEAD}1.weight" in keys and any(key.startswith(BACKBONE) for key in keys):
-            return name
-    return None
+    if len(names) != 1:
+        return None
+    source = listing.weights(names[0])
+    state = source.extras.get(STATE)
+    tensors = state if isinstance(state, Mapping) else source.infos
+    keys = [str(key).removeprefix("_orig_mod.") for key in tensors]
+    both = f"{HEAD}1.weight" in keys and any(key.startswith(BACKBONE) for key in keys)
+    return names[0] if both else None
 
 
 def open_finetuned(listing: Listing, *, force: bool = False) -> Checkpoint:

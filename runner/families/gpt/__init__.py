@@ -76,15 +76,13 @@ class Gpt(Family):
 
     def may_hold(self, listing: "Listing", module: str) -> bool:
         """As `Family.may_hold`: by an embedding among the names of tensors, nested as the scripts nest them or not."""
-        from runner.checkpoints.reading import weight_names
+        from runner.checkpoints.reading import tensor_names, weight_names
 
         for file in weight_names(listing):
             try:
-                source = listing.weights(file)
+                names = tensor_names(listing, file)
             except CheckpointError:
                 return True  # whoever looks closer says what is wrong
-            nested = source.extras.get("model")
-            names = [*source.infos, *(map(str, nested) if isinstance(nested, Mapping) else ())]
             if any("embed" in name or ".wte." in name for name in names):
                 return True
         return False
