@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from runner.errors import CheckpointError
-from runner.files.archive import STORAGE, check_archive, mapped
+from runner.files.archive import STORAGE, check_archive, identity, mapped
 from runner.files.file_type import Kind, kind_of
 from runner.files.pickle_check import scan
 from runner.files.pickle_values import Tensor, entries
@@ -48,21 +48,12 @@ class Stored:
     @property
     def view(self) -> memoryview:
         """The bytes, mapped."""
-        return _view(self.path, _stamp(self.path))[self.offset : self.offset + self.size]
+        return _view(self.path, identity(self.path))[self.offset : self.offset + self.size]
 
 
 def stored_tensors(path: Path) -> Mapping[str, Stored]:
     """The tensors that stand in one piece in the weights file `path`, by their names. Raises CheckpointError."""
-    return _stored(path, _stamp(path))
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    """Changes with the file."""
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return _stored(path, identity(path))
 
 
 @lru_cache(maxsize=256)
