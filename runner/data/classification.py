@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runner.data.streams import json_object
 from runner.errors import ConfigError, did_you_mean
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -323,17 +324,7 @@ def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
         for line in stream:
             if line.strip():
                 number += 1
-                yield _object(line, f"{path}: row {number}")
-
-
-def _object(line: str, where: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{where}: is no JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ConfigError(f"{where}: is no JSON object")
-    return row
+                yield json_object(line, f"{path}: row {number}:")
 
 
 def _json(path: Path) -> Iterator[Mapping[str, Any]]:

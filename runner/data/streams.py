@@ -98,6 +98,17 @@ def _decoded(raw: bytes, file: Path, end: int) -> str:
         raise ConfigError(f"data.path={file}: byte {place} is not UTF-8 text ({error.reason})") from error
 
 
+def json_object(line: str | bytes, where: str) -> dict[str, Any]:
+    """The object of one line of JSON. Raises ConfigError, which begins with `where`."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where} is no JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where} is no JSON object")
+    return row
+
+
 def _json_lines(file: Path, column: str, start: Any) -> Iterator[Found]:
     """One JSON object a line."""
     with _opened(file) as stream:
@@ -106,12 +117,7 @@ def _json_lines(file: Path, column: str, start: Any) -> Iterator[Found]:
             if not raw.strip():
                 continue
             where = f"data.path={file}: the line that ends at byte {stream.tell()}"
-            try:
-                row = json.loads(raw)
-            except ValueError as error:
-                raise ConfigError(f"{where} is no JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ConfigError(f"{where} is no JSON object")
+            row = json_object(raw, where)
             if column not in row:
                 raise _no_column(str(file), column, list(row))
             yield _value(row[column], where, column), stream.tell()

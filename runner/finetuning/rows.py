@@ -10,6 +10,7 @@ import torch
 from runner.data.classification import LabelledRow
 from runner.errors import ConfigError, ModelError
 from runner.evaluation.tokenizers import TextTokenizer
+from runner.training.sources import position_in
 
 # The original's separator, and what ends a text in tokenizers that name no token for it.
 SEPARATOR = "<ENDOFTEXT>"
@@ -223,10 +224,7 @@ class EpochBatches:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Give those after as many. Raises ValueError."""
-        position = state["position"]
-        if type(position) is not int or position < 0:
-            raise ValueError(f"{position!r} is no number of batches")
-        self._position = position
+        self._position = position_in(state)
 
 
 def by_length(rows: TokenRows, size: int) -> list[list[int]]:

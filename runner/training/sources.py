@@ -24,6 +24,14 @@ class TokenBatch:
     number: int | None = None
 
 
+def position_in(state: Mapping[str, Any]) -> int:
+    """How many batches were given, of a source whose state is {"position": that}. Raises ValueError or KeyError."""
+    position = state["position"]
+    if type(position) is not int or position < 0:
+        raise ValueError(f"{position!r} is no number of batches")
+    return position
+
+
 class Ordered(Generic[B]):
     """Batches whose order follows from their place alone: `make(n)` gives them from the n-th on."""
 
@@ -42,10 +50,8 @@ class Ordered(Generic[B]):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Give those after as many. Raises ValueError."""
-        position = state["position"]
-        if type(position) is not int or position < 0:
-            raise ValueError(f"{position!r} is no number of batches")
-        self._position, self._batches = position, self._make(position)
+        self._position = position_in(state)
+        self._batches = self._make(self._position)
 
 
 class Streamed:
