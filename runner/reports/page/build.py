@@ -101,8 +101,9 @@ def render(template: str, figures: Sequence[Figure], **values: object) -> str:
     """A self-contained page of the house: a template of this folder, its `figures`, and further `values`."""
     source, packed = _plotly() if figures else ("", "")
     script = (_PARTS / "page.js").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string((_PARTS / template).read_text(encoding="utf-8")).render(
+    loader = jinja2.FileSystemLoader(_PARTS)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template(template).render(
         policy=_policy([script, source] if figures else [script]),
         css=Markup((_PARTS / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
