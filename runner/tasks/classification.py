@@ -24,7 +24,7 @@ from runner.finetuning.files import FORMAT
 from runner.finetuning.rows import Encoder, TokenRows
 from runner.finetuning.training import Scored, score
 from runner.metrics.classification import difference, figures, in_words, per_class
-from runner.results import JsonObject, Result, finite, versions
+from runner.results import JsonObject, Result, finite
 from runner.tasks.context import Context, checkpoint_path
 
 PREDICTIONS = "predictions.jsonl"
@@ -211,17 +211,12 @@ def diagnose(config: DiagnoseConfig, context: Context) -> Result:
     findings = [*checkpoint.findings, *(f"{each.name}: {in_words(each.scored.figures)}" for each in sets)]
     if cut := sum(each.tokens.cut for each in sets if "/" not in each.name or len(each.rows) == len(each.tokens.ids)):
         findings.append(f"{cut} rows were longer than {opened.encoder.max_length} tokens and were cut")
-    result = Result(
-        task="diagnose",
-        ckpt=str(checkpoint.path),
-        step=checkpoint.step,
-        family=checkpoint.family,
-        format=checkpoint.format,
+    result = context.result(
+        "diagnose",
+        checkpoint,
         metrics={**first.scored.figures, **{f"test/{each.name}": each.scored.figures for each in sets[1:]}},
         checks=[{"name": "load", "status": "pass", "details": checkpoint.evidence}],
         findings=findings,
-        timing=context.timing,
-        versions=versions(),
         details=described(sets, labels, first if first.name == VALIDATION or len(sets) > 1 else None),
     )
     if config.reference is not None and config.reference != config.base:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from runner.checkpoints.checkpoint import Checkpoint, Listing
 from runner.checkpoints.runs import resolve
 from runner.config import AUTO, CheckpointConfig
 from runner.errors import ConfigError
 from runner.installation import demo_run
+from runner.results import Result, versions
 from runner.tracking.base import Tracker
 
 if TYPE_CHECKING:
@@ -58,6 +59,14 @@ class Context:
         """Tell the tracker one live row; the first one begins the run, so that what is refused leaves none."""
         self.started()
         self.tracker.log(row)
+
+    def result(self, task: str, checkpoint: Checkpoint, **more: Any) -> Result:
+        """The result of `task` on `checkpoint`: what that is and what was found in it; `more` are further fields."""
+        fields = {"findings": list(checkpoint.findings), **more}
+        return Result(
+            task=task, ckpt=str(checkpoint.path), step=checkpoint.step, family=checkpoint.family,
+            format=checkpoint.format, timing=self.timing, versions=versions(), **fields,
+        )  # fmt: skip
 
     def track(self, items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
         """`items` one by one, under a bar that says `what`; nothing is shown for work that is done at once."""

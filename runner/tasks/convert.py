@@ -12,7 +12,7 @@ from runner.families.family import Family
 from runner.files.archive import require_crc
 from runner.files.file_type import sha256_of
 from runner.files.staging import staged
-from runner.results import Result, versions
+from runner.results import Result
 from runner.tasks.context import Context, checkpoint_path
 
 
@@ -46,16 +46,10 @@ def run(config: ConvertConfig, context: Context) -> Result:
         ) as partial,
     ):
         compared = _read_back(partial, write(partial), config.format.module)
-    return Result(
-        task="convert",
-        ckpt=str(checkpoint.path),
-        step=checkpoint.step,
-        family=checkpoint.family,
-        format=checkpoint.format,
+    return context.result(
+        "convert",
+        checkpoint,
         checks=[{"name": "read back", "status": "pass", "details": f"{compared} tensors equal, bit for bit"}],
-        findings=list(checkpoint.findings),
-        timing=context.timing,
-        versions=versions(),
         details={
             "output": str(target),
             "to": wanted.to,

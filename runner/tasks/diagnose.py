@@ -11,7 +11,7 @@ from runner.evaluation.forward import device_of
 from runner.evaluation.tokenizers import seeded_ids
 from runner.metrics.fidelity import LogitComparison, perplexities, perplexity, summarise
 from runner.metrics.verdict import judge
-from runner.results import Result, versions
+from runner.results import Result
 from runner.tasks.context import Context
 from runner.tasks.setup import EvaluationSetup, open_evaluation
 
@@ -207,23 +207,17 @@ def run(config: DiagnoseConfig, context: Context) -> Result:
         return classification.diagnose(config, context)
     setup = open_evaluation(config, context)
     checkpoint = setup.checkpoint
-    result = Result(
-        task="diagnose",
-        ckpt=str(checkpoint.path),
+    result = context.result(
+        "diagnose",
+        checkpoint,
         base=str(setup.base) if setup.base else None,
         reference=str(setup.reference) if setup.reference else None,
-        step=checkpoint.step,
-        family=checkpoint.family,
-        format=checkpoint.format,
         tier=config.tier.name,
         layers=[layer.summary() for layer in checkpoint.layers],
         checks=[
             {"name": "load", "status": "pass", "details": checkpoint.evidence},
             {"name": "finite", "status": "pass", "details": "no NaN or Inf in the weights of checkpoint and base"},
         ],
-        findings=list(checkpoint.findings),
-        timing=context.timing,
-        versions=versions(),
         details={"computed_by": setup.evaluator.computed_by},
     )
     job = MeasurementRun(config, context, setup, result)

@@ -34,7 +34,7 @@ from runner.generation.settings import AUTO, Settings
 from runner.generation.speaker import Speaker, switched
 from runner.generation.text import written
 from runner.metrics.generation import agreement
-from runner.results import JsonObject, Result, versions
+from runner.results import JsonObject, Result
 from runner.tasks.context import Context, cache_directory
 from runner.tasks.setup import EvaluationSetup, open_evaluation
 
@@ -129,18 +129,12 @@ def _reference(config: GenerateConfig, setup: EvaluationSetup, speaker: Speaker)
 
 def _result(setup: EvaluationSetup, context: Context) -> Result:
     checkpoint = setup.checkpoint
-    return Result(
-        task="generate",
-        ckpt=str(checkpoint.path),
+    return context.result(
+        "generate",
+        checkpoint,
         base=str(setup.base) if setup.base else None,
         reference=str(setup.reference) if setup.reference else None,
-        step=checkpoint.step,
-        family=checkpoint.family,
-        format=checkpoint.format,
         layers=[layer.summary() for layer in checkpoint.layers],
-        findings=list(checkpoint.findings),
-        timing=context.timing,
-        versions=versions(),
     )
 
 

@@ -26,17 +26,12 @@ def run(config: InspectConfig, context: Context) -> Result:
             return _run_table(run_directory, config, context)
         checkpoint = open_checkpoint(checkpoint_path(config), config.format.name, config.format.module, config.family)
     config.family.of(checkpoint)
-    return Result(
-        task="inspect",
-        ckpt=str(checkpoint.path),
+    return context.result(
+        "inspect",
+        checkpoint,
         base=checkpoint.base_name,
-        step=checkpoint.step,
-        family=checkpoint.family,
-        format=checkpoint.format,
         layers=[layer.summary() for layer in checkpoint.layers],
         findings=_findings(checkpoint),
-        timing=context.timing,
-        versions=versions(),
         details=describe(checkpoint, config.format.module, tensors=config.verbose),
     )
 

@@ -24,7 +24,7 @@ from runner.families.npt.transfer_experiments import read_experiments, run_exper
 from runner.families.npt.transfer_permanent import default_strength
 from runner.files.atomic import write_whole
 from runner.generation.chat import line_history
-from runner.results import JsonObject, Result, versions
+from runner.results import JsonObject, Result
 from runner.tasks.context import Context, cache_directory, checkpoint_path
 from runner.transfer import tokenizer_of
 
@@ -88,17 +88,11 @@ def _opened(config: TransferConfig, context: Context) -> tuple[Tool, Result]:
         strength=default_strength(model),
     )
     base = own.path if own else checkpoint.local_base()
-    return tool, Result(
-        task="transfer",
-        ckpt=str(checkpoint.path),
+    return tool, context.result(
+        "transfer",
+        checkpoint,
         base=str(base) if base else None,
-        step=checkpoint.step,
-        family=checkpoint.family,
-        format=checkpoint.format,
         layers=[layer.summary() for layer in checkpoint.layers],
-        findings=list(checkpoint.findings),
-        timing=context.timing,
-        versions=versions(),
     )
 
 
